@@ -1,0 +1,119 @@
+"""Pretrain a GPT with nothing but the wheels: Megatron's own training loop, no Megatron-LM checkout.
+
+    torchrun --nproc_per_node N -m hgrn2_megatron examples/pretrain_gpt.py --spec hgrn2 <any Megatron flag>
+
+Takes every flag of Megatron-LM's pretrain_gpt.py but those for data that is not plain next-token text, which it refuses.
+"""
+
+import functools
+import os
+
+import torch
+
+import megatron.core.datasets.utils as dataset_utils
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import broadcast_data
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split
+
+NOT_HERE = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel", "logits_load_dir")
+
+
+def get_batch(data_iterator):
+    """Next micro-batch on every TP rank: tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32."""
+    data = next(data_iterator) if data_iterator is not None else None
+    batch = broadcast_data(["tokens", "labels", "position_ids"], data, torch.int64)
+    batch |= broadcast_data(["loss_mask"], data, torch.float32)
+    if mpu.get_context_parallel_world_size() > 1:
+        batch = get_batch_on_this_cp_rank(
+            batch | {"cu_seqlens": None}, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+        )
+    return batch
+
+
+def loss_func(loss_mask, losses):
+    """Sum of the token losses, tokens counted, and both for the log, as Megatron's schedules expect them."""
+    loss = (losses.float().view(-1) * loss_mask.view(-1)).sum()
+    num_tokens = loss_mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator, model):
+    batch = get_batch(data_iterator)
+    # no mask: attention layers are causal by their spec, HGRN2 layers by construction
+    losses = model(
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+    )
+    return losses, functools.partial(loss_func, batch["loss_mask"])
+
+
+def dataset_config(args) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+    )
+
+
+def datasets_provider(num_samples, vp_stage=None):
+    """Train, validation and test sets, on the first rank of each TP group."""
+    args = get_args()
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    first_of_tp = lambda: mpu.get_tensor_model_parallel_rank() == 0  # noqa: E731
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, first_of_tp, dataset_config(args)).build()
+
+
+def use_prebuilt_dataset_helpers():
+    """The wheel ships its C++ dataset helpers built and no Makefile; `pretrain` would run make and exit."""
+    folder = os.path.dirname(dataset_utils.__file__)
+    if not os.path.exists(os.path.join(folder, "Makefile")):
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+        dataset_utils.compile_helpers = lambda: None
+
+
+def main():
+    use_prebuilt_dataset_helpers()
+    datasets_provider.is_distributed = True
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    for name in NOT_HERE:
+        if getattr(args, name, None):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: run Megatron-LM's own pretrain_gpt.py through the launcher for that")
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The `--hgrn2-*` flags, the values the launcher sets where the user is silent, and the typed config they ride on."""
+
+import argparse
+import dataclasses
+
+from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config
+from megatron.core.transformer import TransformerConfig
+
+MODULE, NAME = "hgrn2_megatron.spec", "hgrn2"
+
+# Megatron's attribute -> the flag in words, and the value of a true HGRN2 block
+SILENT = {
+    "normalization": ("--normalization RMSNorm", "RMSNorm"),
+    "layernorm_epsilon": ("--norm-epsilon 1e-6", 1e-6),
+    "add_bias_linear": ("--disable-bias-linear", False),
+    "swiglu": ("--swiglu", True),
+    "hidden_dropout": ("--hidden-dropout 0", 0.0),
+    "attention_dropout": ("--attention-dropout 0", 0.0),
+    # decided once the layer pattern is known
+    "position_embedding_type": ("--position-embedding-type none (rope in a hybrid)", None),
+}
+
+# what a checkpoint says of its model, beside what Megatron itself restores
+CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Config)) + ("layernorm_epsilon",)
+
+
+@dataclasses.dataclass
+class HGRN2TransformerConfig(TransformerConfig):
+    """TransformerConfig with the `hgrn2_*` fields of HGRN2Config, as the launcher builds it."""
+
+    hgrn2_expand_ratio: int = HGRN2Config.expand_ratio
+    hgrn2_layer_pattern: str = HGRN2Config.layer_pattern
+    hgrn2_lower_bounds: str = HGRN2Config.lower_bounds
+    hgrn2_norm_eps: float = HGRN2Config.norm_eps
+
+
+def is_hgrn2_spec(spec: list[str] | None) -> bool:
+    """Whether Megatron's `args.spec` names the HGRN2 model."""
+    return spec is not None and list(spec) == [MODULE, NAME]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Register the plugin's flags."""
+    group = parser.add_argument_group("hgrn2")
+    group.add_argument(
+        "--hgrn2-expand-ratio",
+        type=int,
+        default=HGRN2Config.expand_ratio,
+        help="key and gate dimension of a head; the model has hidden_size / expand_ratio heads",
+    )
+    group.add_argument(
+        "--hgrn2-layer-pattern",
+        default=HGRN2Config.layer_pattern,
+        help="H (HGRN2) and * (attention), repeated over the depth of the model, for example 'HHH*'",
+    )
+    group.add_argument(
+        "--hgrn2-lower-bounds",
+        choices=LOWER_BOUNDS,
+        default=HGRN2Config.lower_bounds,
+        help="lower bounds of the forget gates: learned over depth, or none",
+    )
+    group.add_argument(
+        "--hgrn2-norm-eps",
+        type=float,
+        default=HGRN2Config.norm_eps,
+        help="epsilon of the RMSNorm inside the HGRN2 mixer; --norm-epsilon is that of the block's norms",
+    )
+    return parser
+
+
+def fill_silent(args: argparse.Namespace):
+    """Settle what depends on other flags: positions on the layer pattern, GLU width on the hidden size.
+
+    Source of the width: fla's HGRN2MLP, the next multiple of 256 of 8/3 hidden.
+    """
+    if args.position_embedding_type is None:
+        args.position_embedding_type = "rope" if ATTENTION in args.hgrn2_layer_pattern else "none"
+    if args.ffn_hidden_size is None and args.hidden_size is not None:
+        args.ffn_hidden_size = 256 * -(-int(args.hidden_size * 4 * 2 / 3) // 256)
+
+
+def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
+    """Take the model's own flags from a checkpoint's args, as --use-checkpoint-args does for Megatron's."""
+    for name in CHECKPOINT_ARGS:
+        if hasattr(checkpoint_args, name):
+            setattr(args, name, getattr(checkpoint_args, name))

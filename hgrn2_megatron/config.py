@@ -1,0 +1,75 @@
+"""HGRN2Config: what the mixer itself needs to know, and the errors a user can cause."""
+
+import dataclasses
+from typing import Any
+
+HGRN2, ATTENTION = "H", "*"
+LOWER_BOUNDS = ("learned", "none")
+
+
+class UsageError(ValueError):
+    """A flag or a combination of flags that cannot train HGRN2; the message names the flag to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HGRN2Config:
+    """The HGRN2 part of a model, independent of Megatron.
+
+    Attributes:
+        expand_ratio: key and gate dimension K of a head; a model has hidden_size / expand_ratio heads.
+        layer_pattern: string of `H` (HGRN2) and `*` (attention), repeated over the depth of the whole model.
+        lower_bounds: "learned" (one row a block, shared through a softmax over depth) or "none" (bound 0).
+        norm_eps: epsilon of the mixer's own RMSNorm.
+
+    Raises:
+        UsageError: a value that means nothing, naming its flag.
+
+    Source: arXiv 2404.07904; names follow fla's HGRN2Config where it has one.
+    """
+
+    expand_ratio: int = 128
+    layer_pattern: str = HGRN2
+    lower_bounds: str = "learned"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.expand_ratio < 1:
+            raise UsageError(f"--hgrn2-expand-ratio must be at least 1, got {self.expand_ratio}")
+        unknown = sorted(set(self.layer_pattern) - {HGRN2, ATTENTION})
+        if unknown or HGRN2 not in self.layer_pattern:
+            wrong = f"unknown letters {' '.join(unknown)}" if unknown else "no H"
+            raise UsageError(
+                f"--hgrn2-layer-pattern {self.layer_pattern!r} has {wrong}: "
+                "write H for an HGRN2 layer and * for attention, for example 'HHH*'"
+            )
+        if self.lower_bounds not in LOWER_BOUNDS:
+            raise UsageError(f"--hgrn2-lower-bounds must be learned or none, got {self.lower_bounds!r}")
+        if not self.norm_eps > 0:
+            raise UsageError(f"--hgrn2-norm-eps must be positive, got {self.norm_eps}")
+
+    @classmethod
+    def of(cls, settings: Any) -> "HGRN2Config":
+        """Read the `hgrn2_*` attributes of Megatron's args or TransformerConfig; defaults where one is absent."""
+        given = {f.name: getattr(settings, f"hgrn2_{f.name}", f.default) for f in dataclasses.fields(cls)}
+        return cls(**given)
+
+    def num_heads(self, hidden_size: int) -> int:
+        """Heads of an HGRN2 layer.
+
+        Raises:
+            UsageError: hidden_size is no multiple of the expand ratio.
+        """
+        if hidden_size % self.expand_ratio:
+            raise UsageError(
+                f"--hidden-size {hidden_size} is not a multiple of --hgrn2-expand-ratio {self.expand_ratio}: "
+                "an HGRN2 layer has hidden_size / expand_ratio heads"
+            )
+        return hidden_size // self.expand_ratio
+
+    def is_hgrn2_layer(self, layer: int) -> bool:
+        """Whether block `layer` (0-based over all blocks of the model, whatever stage holds it) is HGRN2."""
+        return self.layer_pattern[layer % len(self.layer_pattern)] == HGRN2
+
+    def num_hgrn2_layers(self, num_layers: int) -> int:
+        """HGRN2 blocks among the `num_layers` blocks of the model."""
+        return sum(map(self.is_hgrn2_layer, range(num_layers)))

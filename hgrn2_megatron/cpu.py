@@ -1,0 +1,134 @@
+"""Megatron's training loop on a machine without a GPU, over gloo. A no-op where CUDA is there.
+
+Megatron spells its device "cuda" in literals, so the device is faked below it: a TorchFunctionMode turns that name
+into "cpu" for every tensor, and the functions of torch.cuda that the loop calls answer for the CPU.
+`torch.cuda.is_available()` stays False, because torch's own code would otherwise look for a driver.
+"""
+
+import functools
+import logging
+import os
+import types
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# parser defaults of a CPU run: attribute -> value
+DEFAULTS = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
+
+
+def needed() -> bool:
+    """Whether this machine has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Switch the CPU mode on, once. Call it before the script that trains is run."""
+    if not needed() or getattr(install, "done", False):
+        return
+    install.done = True
+    # torch.compile on the host compiles C++ for half a minute; Megatron asks for one connection under TP
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # torch._dynamo indexes torch functions by identity when Megatron first imports it: patch after that
+    import megatron.core.tensor_parallel.random
+    import megatron.training.training
+
+    _fake_torch_cuda()
+    _CudaMeansCpu().__enter__()
+    _adapt_megatron_random(megatron.core.tensor_parallel.random)
+    _adapt_megatron_training(megatron.training.training)
+    _keep_rng_over_dataloader_start()
+    if os.environ.get("RANK", "0") == "0":
+        print("hgrn2_megatron: no CUDA device, training on the CPU over gloo", flush=True)
+
+
+def _names_cuda(device) -> bool:
+    # torch.cuda.current_device() below is 0, so a bare int is a CUDA ordinal too
+    return device is not None and (type(device) is int or str(device).startswith("cuda"))
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device of every torch call made under it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            # Megatron's optimizers sort parameters by these names, and know those of CUDA tensors
+            result = result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _Stream(torch.cpu.Stream):
+    def __init__(self, *args, **kwargs): ...
+
+    def synchronize(self): ...
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+
+class _Event(torch.cpu.Event):
+    def __init__(self, *args, **kwargs): ...
+
+    def elapsed_time(self, end):
+        return 0.0
+
+
+def _fake_torch_cuda() -> None:
+    for name in ("device_count", "set_device", "synchronize", "stream"):
+        setattr(torch.cuda, name, getattr(torch.cpu, name))
+    stream = _Stream()
+    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.current_stream = lambda device=None: stream
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)
+    torch.cuda.device_memory_used = lambda device=None: 0
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
+        name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1
+    )
+    torch.cuda.manual_seed = torch.default_generator.manual_seed
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda device=None: torch.get_rng_state()
+        module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+
+def _adapt_megatron_random(random) -> None:
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # the tracker's fork moves the one CPU generator by design here
+    logging.getLogger(random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+
+
+def _adapt_megatron_training(training) -> None:
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    # a warm-up of fused kernels that would draw from the CPU's random numbers
+    training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def _keep_rng_over_dataloader_start() -> None:
+    """An iterator draws a seed from the CPU generator, which on a GPU no dropout sees; keep resumes exact."""
+    iterator = torch.utils.data.dataloader._BaseDataLoaderIter
+    start = iterator.__init__
+
+    @functools.wraps(start)
+    def keeping(self, *args, **kwargs):
+        state = torch.get_rng_state()
+        start(self, *args, **kwargs)
+        torch.set_rng_state(state)
+
+    iterator.__init__ = keeping

@@ -1,0 +1,62 @@
+"""Which layer a block gets: HGRN2 or attention, dense or expert, Transformer Engine or Megatron's own modules."""
+
+import dataclasses
+
+from hgrn2_megatron.config import HGRN2Config
+from hgrn2_megatron.mixer import HGRN2Mixer, HGRN2MixerSubmodules
+from hgrn2_megatron.norm import LocalRMSNorm
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+
+def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
+    """Layer specs of one pipeline stage's block, and its final norm.
+
+    Starts from the layers Megatron itself would build (attention with a dense MLP or experts, by its own flags)
+    and puts the HGRN2 mixer where the layer pattern says so.
+
+    Args:
+        config: Megatron's, already checked by `requirements.check`.
+        vp_stage: virtual pipeline stage, or None.
+        pp_rank: pipeline rank.
+    """
+    hgrn2 = HGRN2Config.of(config)
+    use_te = config.transformer_impl == "transformer_engine"
+    stock = get_gpt_decoder_layer_specs(
+        config, use_te, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+    )
+    offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    specs = []
+    for layer in range(offset, offset + get_num_layers_to_build(config, vp_stage, pp_rank)):
+        submodules = stock[layer].submodules
+        if not use_te:
+            submodules = dataclasses.replace(
+                submodules, input_layernorm=LocalRMSNorm, pre_mlp_layernorm=LocalRMSNorm
+            )
+        if hgrn2.is_hgrn2_layer(layer):
+            submodules = _with_mixer(submodules, use_te)
+        specs.append(ModuleSpec(module=stock[layer].module, submodules=submodules))
+    final_norm = TESpecProvider().layer_norm() if use_te else LocalRMSNorm
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
+
+
+def _with_mixer(submodules, use_te: bool):
+    """The same layer with the HGRN2 mixer in the place of self attention."""
+    backend = TESpecProvider() if use_te else LocalSpecProvider()
+    # Transformer Engine fuses the input norm into in_proj; the separate norm is saved under the fused one's
+    # name, as Megatron does for attention, so that checkpoints of both implementations interchange
+    in_proj = backend.column_parallel_layer_norm_linear() if use_te else backend.column_parallel_linear()
+    keys_map = {} if use_te else {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+    return dataclasses.replace(
+        submodules,
+        self_attention=ModuleSpec(
+            module=HGRN2Mixer,
+            submodules=HGRN2MixerSubmodules(in_proj=in_proj, out_proj=backend.row_parallel_linear()),
+        ),
+        sharded_state_dict_keys_map=submodules.sharded_state_dict_keys_map | keys_map,
+    )

@@ -1,0 +1,80 @@
+"""Lower bounds of the forget gates: one learned table for the whole depth."""
+
+import torch
+from torch import Tensor
+
+from hgrn2_megatron.norm import mark_tensor_parallel, parameter_device
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+
+class LowerBounds(torch.nn.Module):
+    """Holder of Gamma [num_layers, hidden], from which every HGRN2 block takes its bound.
+
+        P = softmax(Gamma, dim=0),   b_l = sum of P_1 .. P_l   (b_0 = 0 exactly)
+
+    Every row reaches every bound through the softmax. A block that needs its bound calls the holder, so that
+    Megatron's forward hooks (parameter gathering) run first. The parameter is stored flat, because Megatron
+    decays two-dimensional weights and leaves one-dimensional ones alone, and stays fp32 in a bf16 model.
+
+    Args:
+        num_layers: L, blocks of the whole model, attention blocks of a hybrid included.
+        num_heads: heads over all TP ranks.
+        head_dim: K, gate channels a head.
+        config: for the weight's device.
+        tp_group: ranks among which heads are divided.
+
+    Source: arXiv 2404.07904, section 3; fla's HGRN2Model (`lower_bounds`, zeros at init).
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        config: TransformerConfig,
+        tp_group: torch.distributed.ProcessGroup,
+    ):
+        super().__init__()
+        self.num_layers, self.head_dim, self.tp_group = num_layers, head_dim, tp_group
+        local = num_layers * (num_heads // tp_group.size()) * head_dim
+        self.weight = torch.nn.Parameter(
+            torch.zeros(local, dtype=torch.float32, device=parameter_device(config))
+        )
+        mark_tensor_parallel(self.weight)
+
+    def forward(self, layer: int) -> Tensor:
+        """Bound of block `layer` (0-based over all blocks): [H/tp, K] fp32 in [0, 1)."""
+        probs = torch.softmax(self.weight.view(self.num_layers, -1), dim=0)
+        return probs[1 : layer + 1].sum(0).view(-1, self.head_dim)
+
+    def _apply(self, fn, recurse=True):
+        # Float16Module casts whole models: follow it to another device, but stay fp32
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
+        """Distributed checkpoint entry `weight` [num_layers, hidden], TP-sharded on axis 1.
+
+        Saved two-dimensional so that its shape says depth and width and TP can change between save and load; the
+        factory hands Megatron the flat parameter itself, by which it finds the optimizer's state.
+        """
+        dp_cp_group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+        def build(key, flat, replica_id, flattened_range):
+            assert flattened_range is None, "the flat parameter is never split further here"
+            table = flat.view(self.num_layers, -1)
+            return [ShardedTensor.from_rank_offsets(key, table, (1, tp_rank, tp_size), replica_id=replica_id)]
+
+        def merge(shards):
+            return shards[0].reshape(-1)
+
+        replica_id = (0, 0, dp_cp_group.rank())
+        key = f"{prefix}weight"
+        return {key: ShardedTensorFactory(key, self.weight, build, merge, replica_id)}

@@ -1,0 +1,159 @@
+"""Every runtime patch of Megatron, one function each: what it wraps, why there, and a check of its target."""
+
+import functools
+import inspect
+import sys
+from typing import Callable
+
+from hgrn2_megatron import requirements
+from hgrn2_megatron.config import HGRN2Config
+
+
+def _wrap(owner, name: str, parameters: list[str], make: Callable) -> None:
+    """Replace `owner.name` by `make(original)` once, and wherever a loaded Megatron module bound it by name.
+
+    Raises:
+        RuntimeError: the target is not there or takes other parameters: an unknown Megatron release.
+    """
+    original = getattr(owner, name, None)
+    if getattr(original, "_hgrn2_original", None) is not None:
+        return
+    found = list(inspect.signature(original).parameters) if callable(original) else None
+    if found is None or found[: len(parameters)] != parameters:
+        raise RuntimeError(
+            f"hgrn2_megatron does not know this Megatron release: {owner.__name__}.{name} "
+            f"has parameters {found}, expected {parameters}"
+        )
+    replacement = functools.wraps(original)(make(original))
+    replacement._hgrn2_original = original
+    setattr(owner, name, replacement)
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("megatron.") and getattr(module, name, None) is original:
+            setattr(module, name, replacement)
+
+
+def install_block(placeholder: type) -> None:
+    """Wrap TransformerBlock._build_layers: the one place that knows a block's layers before they are built.
+
+    A spec cannot do this: Megatron reads only `.submodules` of one and never instantiates a block subclass, and
+    a layer cannot see its block. The lower bounds must belong to the block, because a parameter inside a layer
+    would be saved once a layer and freed with it.
+    """
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    def make(build_layers):
+        def _build_layers(self):
+            specs = self.submodules.layer_specs or []
+            if not any(spec.module is placeholder for spec in specs):
+                return build_layers(self)
+            _prepare_block(self)
+            build_layers(self)
+            for layer in self.layers:
+                if self.hgrn2_bounds is not None and hasattr(layer.self_attention, "use_lower_bounds"):
+                    layer.self_attention.use_lower_bounds(self.hgrn2_bounds)
+
+        return _build_layers
+
+    _wrap(TransformerBlock, "_build_layers", ["self"], make)
+
+
+def _prepare_block(block) -> None:
+    """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
+    from hgrn2_megatron.layer import block_submodules
+    from hgrn2_megatron.lower_bounds import LowerBounds
+    from megatron.core.utils import get_pg_rank
+
+    config, hgrn2 = block.config, HGRN2Config.of(block.config)
+    warnings = requirements.check(requirements.Settings(config, _global_args()))
+    # a pattern may mix layers, so every layer is saved under its own name
+    config.hetereogenous_dist_checkpoint = True
+    block.submodules = block_submodules(config, block.vp_stage, get_pg_rank(block.pg_collection.pp))
+    block.hgrn2_bounds = None
+    if hgrn2.lower_bounds == "learned":
+        block.hgrn2_bounds = LowerBounds(
+            config.num_layers,
+            hgrn2.num_heads(config.hidden_size),
+            hgrn2.expand_ratio,
+            config,
+            block.pg_collection.tp,
+        )
+    _banner(config, hgrn2, warnings)
+
+
+def _global_args():
+    """Megatron's command line where its training loop runs; None where only megatron.core is used."""
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    return getattr(global_vars, "_GLOBAL_ARGS", None)
+
+
+def _banner(config, hgrn2: HGRN2Config, warnings: list[str]) -> None:
+    """One line that proves what was built, and the warnings, on rank 0."""
+    import torch
+
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    for warning in warnings:
+        print(f"HGRN2 warning: {warning}", flush=True)
+    print(
+        f"HGRN2: {hgrn2.num_hgrn2_layers(config.num_layers)} of {config.num_layers} layers, "
+        f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op=pytorch",
+        flush=True,
+    )
+
+
+def install_arguments(defaults: dict) -> None:
+    """Wrap the parser, the validation and the config builder of megatron.training: flags without a patched tree.
+
+    Scripts hand `pretrain` their own extra_args_provider, so the only place for a plugin's flags is the function
+    that adds Megatron's. Validation is where the model's flags are final, the checkpoint's included.
+
+    Args:
+        defaults: attribute -> value for the parser, of flags that the user did not give.
+    """
+    import megatron.training.argument_utils as argument_utils
+    import megatron.training.arguments as arguments
+    import megatron.training.checkpointing as checkpointing
+    from hgrn2_megatron import arguments as ours
+
+    def make_parser(add_megatron_arguments):
+        def wrapped(parser):
+            parser = ours.add_arguments(add_megatron_arguments(parser))
+            known = {action.dest for action in parser._actions}
+            missing = sorted(set(defaults) - known)
+            if missing:
+                raise RuntimeError(f"hgrn2_megatron does not know this Megatron release: no flags for {missing}")
+            parser.set_defaults(**defaults)
+            return parser
+
+        return wrapped
+
+    def make_validation(validate_args):
+        def wrapped(args, *rest, **kwargs):
+            if ours.is_hgrn2_spec(args.spec):
+                ours.fill_silent(args)
+                requirements.check(requirements.Settings(args))
+            return validate_args(args, *rest, **kwargs)
+
+        return wrapped
+
+    def make_config(core_transformer_config_from_args):
+        def wrapped(args, config_class=None):
+            if config_class is None and ours.is_hgrn2_spec(args.spec):
+                config_class = ours.HGRN2TransformerConfig
+            return core_transformer_config_from_args(args, config_class)
+
+        return wrapped
+
+    def make_restore(load_args_from_checkpoint):
+        def wrapped(args, *rest, **kwargs):
+            result = load_args_from_checkpoint(args, *rest, **kwargs)
+            if isinstance(result, tuple) and ours.is_hgrn2_spec(args.spec):
+                ours.restore(args, result[1])
+            return result
+
+        return wrapped
+
+    _wrap(arguments, "add_megatron_arguments", ["parser"], make_parser)
+    _wrap(arguments, "validate_args", ["args"], make_validation)
+    _wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
+    _wrap(checkpointing, "load_args_from_checkpoint", ["args"], make_restore)

@@ -1,0 +1,129 @@
+"""HGRN2Mixer: the token mixer in the self_attention slot of Megatron's TransformerLayer."""
+
+import dataclasses
+
+from torch import Tensor
+
+from hgrn2_kernels import chunk_hgrn2
+from hgrn2_megatron.config import HGRN2Config
+from hgrn2_megatron.lower_bounds import LowerBounds
+from hgrn2_megatron.norm import HiddenShardedRMSNorm
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+
+@dataclasses.dataclass
+class HGRN2MixerSubmodules:
+    """The two projections: column- and row-parallel linears of Megatron or Transformer Engine."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+class HGRN2Mixer(MegatronModule):
+    """in_proj -> gated linear recurrence -> RMSNorm -> out_proj, under tensor and sequence parallelism.
+
+    in_proj is one fused column-parallel linear. Its rows go head by head, within a head q then f then i, the
+    order Megatron's own fused QKV takes: a TP rank's rows are then a contiguous slice that holds whole heads,
+    so plain checkpoints reshard over TP, and the same seed draws the same model at every TP size.
+
+    Args:
+        config: Megatron's; the `hgrn2_*` fields where the launcher put them.
+        submodules: the two projections.
+        layer_number: 1-based over all blocks of the model.
+        pg_collection: process groups; Megatron's global ones when None.
+        name: module name for Megatron's quantization recipes.
+        ignored: what Megatron hands every mixer and HGRN2 has no use for (cp_comm_type, attn_mask_type).
+
+    Source: arXiv 2404.07904; weights as in fla's HGRN2Attention without short convolution.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HGRN2MixerSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+        **ignored,
+    ):
+        super().__init__(config=config)
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        hgrn2 = HGRN2Config.of(config)
+        hidden_size = config.hidden_size
+        self.layer_number = layer_number
+        self.head_dim = hgrn2.expand_ratio
+        self._bounds: tuple[LowerBounds, ...] = ()
+        self._needs_bounds = hgrn2.lower_bounds == "learned"
+
+        common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
+        self.in_proj = build_module(
+            submodules.in_proj,
+            hidden_size,
+            3 * hidden_size,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="qkv",
+            name=name and f"{name}.in_proj",
+            **common,
+        )
+        self.norm = HiddenShardedRMSNorm(hidden_size, hgrn2.norm_eps, config, pg_collection.tp)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            hidden_size,
+            hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="proj",
+            name=name and f"{name}.out_proj",
+            **common,
+        )
+
+    def use_lower_bounds(self, bounds: LowerBounds):
+        """Take the bound from the block's holder; a tuple keeps it out of this module's own parameters."""
+        self._bounds = (bounds,)
+
+    def lower_bound(self) -> Tensor | None:
+        """This layer's bound, [H/tp, K] fp32, or None where bounds are off."""
+        if not self._needs_bounds:
+            return None
+        assert self._bounds, "the block hook gives every mixer its lower bounds"
+        return self._bounds[0](self.layer_number - 1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        inference_context=None,
+        packed_seq_params=None,
+        **ignored,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix tokens over time.
+
+        Args:
+            hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
+            attention_mask: ignored, the recurrence is causal by construction; so is what else attention takes.
+            inference_context: must be None.
+            packed_seq_params: must be None.
+
+        Returns:
+            output: like hidden_states, and None for the bias Megatron would add.
+
+        Raises:
+            ValueError: generation or packed sequences, which this version does not do.
+        """
+        if inference_context is not None:
+            raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
+        if packed_seq_params is not None:
+            raise ValueError("HGRN2 layers do not take packed sequences yet: train on unpacked ones")
+        qfi, _ = self.in_proj(hidden_states)
+        s, b, _ = qfi.shape
+        # views of the fused projection, [b, s, H/tp, K] each
+        q, f, i = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1).unbind(3)
+        o, _ = chunk_hgrn2(q, f, i, self.lower_bound())
+        o = o.transpose(0, 1).reshape(s, b, -1)
+        return self.out_proj(self.norm(o))

@@ -1,0 +1,90 @@
+"""RMSNorms in plain PyTorch: over a hidden dimension sharded over TP, and over a whole one under SP."""
+
+import torch
+from torch import Tensor
+
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+
+
+def parameter_device(config: TransformerConfig) -> torch.device:
+    """Where Megatron's own layers allocate a weight."""
+    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
+
+
+def mark_tensor_parallel(weight: torch.nn.Parameter, dim: int = 0):
+    """Tell Megatron that every TP rank holds its own slice of `weight`, so that no gradient is summed over TP."""
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
+
+
+class HiddenShardedRMSNorm(torch.nn.Module):
+    """RMSNorm over the full hidden size of which a TP rank holds one slice.
+
+    Each rank normalises its slice by the mean square of all slices; the weight is sharded as the channels are.
+
+    Args:
+        hidden_size: channels over all TP ranks.
+        eps: added to the mean square.
+        config: for the weight's dtype and device.
+        tp_group: ranks that share the hidden dimension.
+
+    Source: the output norm of HGRN2, arXiv 2404.07904; weight format of fla's `g_norm`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        config: TransformerConfig,
+        tp_group: torch.distributed.ProcessGroup,
+    ):
+        super().__init__()
+        self.hidden_size, self.eps, self.tp_group = hidden_size, eps, tp_group
+        local = hidden_size // tp_group.size()
+        self.weight = torch.nn.Parameter(
+            torch.ones(local, dtype=config.params_dtype, device=parameter_device(config))
+        )
+        mark_tensor_parallel(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x: [..., hidden/tp], any float dtype; the arithmetic is fp32 (fp64 for fp64), the dtype x's."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        square_sum = wide.square().sum(-1, keepdim=True)
+        if self.tp_group.size() > 1:
+            # the two mappings make an all-reduce in the forward and in the backward: every rank's output
+            # depends on the sum, so the sum's gradient is complete only when summed over the ranks as well
+            square_sum = reduce_from_tensor_model_parallel_region(square_sum, group=self.tp_group)
+            square_sum = copy_to_tensor_model_parallel_region(square_sum, group=self.tp_group)
+        normed = wide * torch.rsqrt(square_sum / self.hidden_size + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
+        """Megatron's distributed checkpoint entry: `weight`, sharded over TP on axis 0."""
+        return make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
+class LocalRMSNorm:
+    """Builder of the block norms of `--transformer-impl local`: torch.nn.RMSNorm that knows sequence parallelism.
+
+    Megatron's own torch norm refuses sequence parallelism, because it does not tag its weight for the
+    gradient's sum over the TP ranks, each of which sees only its part of the sequence.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **ignored) -> torch.nn.RMSNorm:
+        norm = torch.nn.RMSNorm(hidden_size, eps, device=parameter_device(config), dtype=config.params_dtype)
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm

@@ -1,0 +1,160 @@
+"""What an HGRN2 model needs of Megatron's other flags, and what is not supported yet: refused before training.
+
+docs/flags.md is the same table for people.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+
+from hgrn2_megatron.config import ATTENTION, HGRN2Config, UsageError
+
+PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
+
+
+class Settings:
+    """One view of Megatron's args and TransformerConfig: the first source that has a name wins, None if none has."""
+
+    def __init__(self, *sources: Any):
+        self._sources = [s for s in sources if s is not None]
+
+    def __getattr__(self, name: str) -> Any:
+        for source in self._sources:
+            if hasattr(source, name):
+                return getattr(source, name)
+        return None
+
+
+def check(settings: Settings) -> list[str]:
+    """Refuse what cannot train HGRN2.
+
+    Args:
+        settings: Megatron's args, its TransformerConfig, or both.
+
+    Returns:
+        Warnings: what trains, but cannot be exported as a published HGRN2 checkpoint.
+
+    Raises:
+        UsageError: naming the flag to change.
+    """
+    hgrn2 = HGRN2Config.of(settings)
+    _check_block(settings, hgrn2)
+    _check_unsupported(settings)
+    _check_dimensions(settings, hgrn2)
+    return _warnings(settings, hgrn2)
+
+
+def _check_block(s: Settings, hgrn2: HGRN2Config):
+    """The block around the mixer: what makes it an HGRN2 block."""
+    if s.normalization != "RMSNorm":
+        raise UsageError(
+            f"--normalization {s.normalization}: an HGRN2 block uses RMSNorm; give --normalization RMSNorm"
+        )
+    if s.add_bias_linear:
+        raise UsageError("an HGRN2 block has no linear biases: give --disable-bias-linear")
+    if s.add_qkv_bias and ATTENTION not in hgrn2.layer_pattern:
+        raise UsageError("--add-qkv-bias: an HGRN2 layer has no biases; drop the flag")
+    gated = s.gated_linear_unit if s.gated_linear_unit is not None else s.swiglu
+    silu = s.activation_func in (None, F.silu) and not s.quick_geglu and not s.squared_relu
+    if not (gated and silu):
+        raise UsageError(
+            "the channel mixer of HGRN2 is a SiLU-gated linear unit: give --swiglu, "
+            "without --quick-geglu or --squared-relu"
+        )
+    if s.position_embedding_type in ("learned_absolute", "relative"):
+        raise UsageError(
+            f"--position-embedding-type {s.position_embedding_type}: HGRN2 has no learned positions; "
+            "give none, or rope for the attention layers of a hybrid"
+        )
+    if s.apply_residual_connection_post_layernorm:
+        raise UsageError("--apply-residual-connection-post-layernorm is another block than HGRN2's; drop it")
+    if s.layernorm_zero_centered_gamma:
+        raise UsageError("--apply-layernorm-1p is not supported with HGRN2 layers; drop it")
+
+
+# (whether the settings ask for it, the flag, what to do instead)
+UNSUPPORTED = (
+    (
+        lambda s: (s.pipeline_model_parallel_size or 1) > 1,
+        "--pipeline-model-parallel-size above 1",
+        "use tensor and data parallelism",
+    ),
+    (
+        lambda s: (s.context_parallel_size or 1) > 1,
+        "--context-parallel-size above 1",
+        "use tensor parallelism with --sequence-parallel",
+    ),
+    (lambda s: s.multi_latent_attention, "--multi-latent-attention", "use grouped-query attention in a hybrid"),
+    (lambda s: s.mtp_num_layers, "--mtp-num-layers", "drop it"),
+    (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop it"),
+    (lambda s: s.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "drop it"),
+    (lambda s: s.hybrid_layer_pattern, "--hybrid-layer-pattern", "mix layers with --hgrn2-layer-pattern"),
+    (lambda s: s.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local"),
+    (
+        lambda s: s.enable_cuda_graph or s.external_cuda_graph or s.cuda_graph_impl not in (None, "none"),
+        "--cuda-graph-impl",
+        "leave it at none: a captured layer would give the lower bounds no gradient",
+    ),
+    (lambda s: s.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"),
+    (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"),
+    (lambda s: s.sft, "--sft (packed sequences)", "train on unpacked sequences"),
+    (lambda s: s.dataloader_inter_document_masking, "--dataloader-inter-document-masking", "drop it"),
+    (lambda s: s.hybrid_context_parallel, "--hybrid-context-parallel", "drop it"),
+    (
+        lambda s: s.reset_attention_mask,
+        "--reset-attention-mask",
+        "drop it: the recurrence sees no mask, so documents would leak into each other unnoticed",
+    ),
+    (lambda s: s.reset_position_ids, "--reset-position-ids", "drop it: the recurrence has no positions"),
+    (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop it"),
+    (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop it"),
+    (lambda s: s.fp4, "--fp4-format", "use --fp8-format or bf16"),
+)
+
+
+def _check_unsupported(s: Settings):
+    for asked, flag, instead in UNSUPPORTED:
+        if asked(s):
+            raise UsageError(f"{flag} is not supported with HGRN2 layers yet: {instead}")
+    if s.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        if not HAVE_TE:
+            raise UsageError(
+                "--transformer-impl transformer_engine, but Transformer Engine cannot be imported: "
+                "install transformer-engine[pytorch], or give --transformer-impl local"
+            )
+
+
+def _check_dimensions(s: Settings, hgrn2: HGRN2Config):
+    if s.hidden_size is None:
+        return  # Megatron itself says that it is missing
+    tp = s.tensor_model_parallel_size or 1
+    heads = hgrn2.num_heads(s.hidden_size)
+    if heads % tp:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp} does not divide the {heads} HGRN2 heads "
+            f"(--hidden-size {s.hidden_size} / --hgrn2-expand-ratio {hgrn2.expand_ratio}): change one of them"
+        )
+    if s.fp8:
+        multiple = 32 if s.fp8_recipe == "mxfp8" else 16
+        local = s.hidden_size // tp
+        if local % multiple:
+            raise UsageError(
+                f"--fp8-format {s.fp8} ({s.fp8_recipe}) needs the {local} channels of a TP rank to be a multiple "
+                f"of {multiple}: change --hidden-size {s.hidden_size} or --tensor-model-parallel-size {tp}"
+            )
+
+
+def _warnings(s: Settings, hgrn2: HGRN2Config) -> list[str]:
+    warnings = []
+    if s.layernorm_epsilon != PUBLISHED_BLOCK_EPS:
+        warnings.append(
+            f"--norm-epsilon is {s.layernorm_epsilon}; published HGRN2 models use {PUBLISHED_BLOCK_EPS}"
+        )
+    if hgrn2.norm_eps != PUBLISHED_MIXER_EPS:
+        warnings.append(
+            f"--hgrn2-norm-eps is {hgrn2.norm_eps}; the published weight format has no place for another "
+            f"than {PUBLISHED_MIXER_EPS}, so this model cannot be exported"
+        )
+    return warnings
