@@ -8,9 +8,8 @@ Takes every flag of Megatron-LM's pretrain_gpt.py but those for data that is not
 import functools
 import os
 
-import torch
-
 import megatron.core.datasets.utils as dataset_utils
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -24,7 +23,13 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
-NOT_HERE = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel", "logits_load_dir")
+NOT_HERE = (
+    "sft",
+    "fim_data",
+    "dataloader_inter_document_masking",
+    "hybrid_context_parallel",
+    "logits_load_dir",
+)
 
 
 def get_batch(data_iterator):

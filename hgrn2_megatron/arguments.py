@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 
-from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config
 from megatron.core.transformer import TransformerConfig
+
+from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config
 
 MODULE, NAME = "hgrn2_megatron.spec", "hgrn2"
 

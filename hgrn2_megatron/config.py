@@ -49,9 +49,9 @@ class HGRN2Config:
 
     @classmethod
     def of(cls, settings: Any) -> "HGRN2Config":
-        """Read the `hgrn2_*` attributes of Megatron's args or TransformerConfig; defaults where one is absent."""
-        given = {f.name: getattr(settings, f"hgrn2_{f.name}", f.default) for f in dataclasses.fields(cls)}
-        return cls(**given)
+        """Read the `hgrn2_*` attributes of Megatron's args or config; defaults where one is absent or None."""
+        given = {f.name: getattr(settings, f"hgrn2_{f.name}", None) for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def num_heads(self, hidden_size: int) -> int:
         """Heads of an HGRN2 layer.

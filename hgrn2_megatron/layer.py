@@ -2,9 +2,6 @@
 
 import dataclasses
 
-from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.mixer import HGRN2Mixer, HGRN2MixerSubmodules
-from hgrn2_megatron.norm import LocalRMSNorm
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
@@ -13,8 +10,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from hgrn2_megatron.config import HGRN2Config
+from hgrn2_megatron.mixer import HGRN2Mixer, HGRN2MixerSubmodules
+from hgrn2_megatron.norm import LocalRMSNorm
 
-def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
+
+def block_submodules(
+    config: TransformerConfig, vp_stage: int | None, pp_rank: int
+) -> TransformerBlockSubmodules:
     """Layer specs of one pipeline stage's block, and its final norm.
 
     Starts from the layers Megatron itself would build (attention with a dense MLP or experts, by its own flags)

@@ -1,13 +1,13 @@
 """Lower bounds of the forget gates: one learned table for the whole depth."""
 
 import torch
-from torch import Tensor
-
-from hgrn2_megatron.norm import mark_tensor_parallel, parameter_device
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch import Tensor
+
+from hgrn2_megatron.norm import mark_tensor_parallel, parameter_device
 
 
 class LowerBounds(torch.nn.Module):

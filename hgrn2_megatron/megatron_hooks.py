@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 from hgrn2_megatron import requirements
 from hgrn2_megatron.config import HGRN2Config
@@ -59,9 +59,10 @@ def install_block(placeholder: type) -> None:
 
 def _prepare_block(block) -> None:
     """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
+    from megatron.core.utils import get_pg_rank
+
     from hgrn2_megatron.layer import block_submodules
     from hgrn2_megatron.lower_bounds import LowerBounds
-    from megatron.core.utils import get_pg_rank
 
     config, hgrn2 = block.config, HGRN2Config.of(block.config)
     warnings = requirements.check(requirements.Settings(config, _global_args()))
@@ -113,6 +114,7 @@ def install_arguments(defaults: dict) -> None:
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as arguments
     import megatron.training.checkpointing as checkpointing
+
     from hgrn2_megatron import arguments as ours
 
     def make_parser(add_megatron_arguments):
@@ -121,7 +123,9 @@ def install_arguments(defaults: dict) -> None:
             known = {action.dest for action in parser._actions}
             missing = sorted(set(defaults) - known)
             if missing:
-                raise RuntimeError(f"hgrn2_megatron does not know this Megatron release: no flags for {missing}")
+                raise RuntimeError(
+                    f"hgrn2_megatron does not know this Megatron release: no flags for {missing}"
+                )
             parser.set_defaults(**defaults)
             return parser
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2
 from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 
 @dataclasses.dataclass
@@ -117,7 +117,9 @@ class HGRN2Mixer(MegatronModule):
             ValueError: generation or packed sequences, which this version does not do.
         """
         if inference_context is not None:
-            raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
+            raise ValueError(
+                "HGRN2 layers do not generate with an inference context yet: recompute the prefix"
+            )
         if packed_seq_params is not None:
             raise ValueError("HGRN2 layers do not take packed sequences yet: train on unpacked ones")
         qfi, _ = self.in_proj(hidden_states)

@@ -1,8 +1,6 @@
 """RMSNorms in plain PyTorch: over a hidden dimension sharded over TP, and over a whole one under SP."""
 
 import torch
-from torch import Tensor
-
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -12,6 +10,7 @@ from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
 )
+from torch import Tensor
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:

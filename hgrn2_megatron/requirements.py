@@ -84,12 +84,20 @@ UNSUPPORTED = (
         "--context-parallel-size above 1",
         "use tensor parallelism with --sequence-parallel",
     ),
-    (lambda s: s.multi_latent_attention, "--multi-latent-attention", "use grouped-query attention in a hybrid"),
+    (
+        lambda s: s.multi_latent_attention,
+        "--multi-latent-attention",
+        "use grouped-query attention in a hybrid",
+    ),
     (lambda s: s.mtp_num_layers, "--mtp-num-layers", "drop it"),
     (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop it"),
     (lambda s: s.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "drop it"),
     (lambda s: s.hybrid_layer_pattern, "--hybrid-layer-pattern", "mix layers with --hgrn2-layer-pattern"),
-    (lambda s: s.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local"),
+    (
+        lambda s: s.transformer_impl == "inference_optimized",
+        "--transformer-impl inference_optimized",
+        "use local",
+    ),
     (
         lambda s: s.enable_cuda_graph or s.external_cuda_graph or s.cuda_graph_impl not in (None, "none"),
         "--cuda-graph-impl",

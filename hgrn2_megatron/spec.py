@@ -1,8 +1,9 @@
 """`--spec hgrn2_megatron.spec hgrn2`: the object Megatron imports. Importing this module hooks TransformerBlock."""
 
-from hgrn2_megatron import megatron_hooks
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+
+from hgrn2_megatron import megatron_hooks
 
 
 class HGRN2Layer(BaseTransformerLayer):

@@ -4,19 +4,19 @@ Dimension key:
     B batch   T time   H heads   K key and gate dim   V value dim   N sequences
     NC chunks of all sequences   C tokens a chunk   M = NC * H   s tokens a block   P = C / 2s pairs of blocks
 
-No gate is too strong. Query i meets key j through the product of the forget gates of tokens j+1 .. i, which a matrix
-product needs as one factor for i and one for j; split anywhere but between the two, one factor overflows. So there
-are levels s = 1, 2, 4 .. C/2. At each the chunk is cut into pairs of blocks of s tokens, in which
+No gate is too strong. Query i meets key j through the product of the forget gates of tokens j+1 .. i, which a
+matrix product needs as one factor for i and one for j; split anywhere but between the two, one factor
+overflows. So there are levels s = 1, 2, 4 .. C/2. At each, the chunk is cut into pairs of blocks of s tokens:
 
     queries of the second block carry the gates from its start through i,
     keys of the first block carry the gates from j+1 through its end,
 
-and each i > j meets at exactly one level. Doubling s multiplies the rows of one block by the total of the other, so
-a level costs one multiplication an element and no exponential. After the last level queries carry the gates since
-the chunk's start and keys those to its end, which is what reading and writing the state need.
+and each i > j meets at exactly one level. Doubling s multiplies the rows of one block by the total of the
+other, so a level costs one multiplication an element and no exponential. After the last level queries carry
+the gates since the chunk's start and keys those to its end: what reading and writing the state need.
 
-All factors lie in [0, 1], and a gate's gradient sums exactly the terms that hold it: nothing overflows, cancels or
-is divided, and a gate that closes completely is an ordinary zero.
+All factors lie in [0, 1], and a gate's gradient sums exactly the terms that hold it: nothing overflows or
+cancels, nothing is divided by, and a gate that closes completely is an ordinary zero.
 """
 
 import torch
@@ -26,16 +26,17 @@ from torch.autograd.function import once_differentiable
 
 from hgrn2_kernels.gate import forget_gate, forget_gate_backward
 
-# a power of two; of 16 to 128 the fastest on two CPU cores at K = 128, and level with 32 at K = 64
+# a power of two; on two CPU cores 32 and 64 take the same time and 16 and 128 more, and the larger of the two
+# has half the sequential steps
 CHUNK_SIZE = 64
 
 
 class ChunkHGRN2(torch.autograd.Function):
-    """The operator as one autograd node, which saves its inputs only and recomputes the rest in the backward."""
+    """The operator as one autograd node: saves only its inputs and recomputes the rest in the backward."""
 
     @staticmethod
     def forward(ctx, q, f, v, lower_bound, initial_state, scale, borders):
-        """Arguments as in `chunk_hgrn2`, borders being cu_seqlens as a list. Returns o and the final state."""
+        """Arguments as in `chunk_hgrn2`; borders is cu_seqlens as a list. Returns o and the final state."""
         ctx.save_for_backward(q, f, v, lower_bound, initial_state)
         ctx.scale, ctx.borders = scale, borders
         with torch.autocast(q.device.type, enabled=False):
@@ -56,6 +57,7 @@ class ChunkHGRN2(torch.autograd.Function):
         q, f, v, lower_bound, initial_state = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             chunks, K, V = _Chunks(q, ctx.borders), q.shape[-1], v.shape[-1]
+            # q and k before the gates of other tokens are multiplied in
             q_own, k_own, forget = _activate(chunks, q, f, lower_bound, ctx.scale)
             qc, kc = q_own.clone(), k_own.clone()
             vc, do = chunks.split(v), chunks.split(do)
@@ -78,6 +80,7 @@ class ChunkHGRN2(torch.autograd.Function):
                 dv[rows].baddbmm_(kc[rows], dh[:active])
                 h_in[rows] *= dh[:active]
                 dh[:active].mul_(total[rows]).baddbmm_(qc[rows].mT, do[rows])
+            # h_in has become h_in * dh: the total of a chunk scales the state that enters it
             dtotal = h_in.sum(-1)
 
             dforget = _scores_backward(levels, dscores, dq, dk, dtotal)
@@ -118,11 +121,11 @@ def _activate_backward(chunks, q, f, lower_bound, scale, dq, dk, dforget):
 
 
 def _scores(q, k, forget, levels=None):
-    """Decayed scores within each chunk, q_i * (gates of j+1 .. i) * k_j, by the levels of the module docstring.
+    """Decayed scores within each chunk, q_i * (gates of j+1 .. i) * k_j, level by level.
 
     Args:
-        q: [M, C, K] scaled queries; multiplied in place by the gates from the chunk's start through their token.
-        k: [M, C, K] keys; multiplied in place by the gates from the next token through the chunk's end.
+        q: [M, C, K] scaled queries; take on, in place, the gates from the chunk's start through their token.
+        k: [M, C, K] keys; take on, in place, the gates from the next token through the chunk's end.
         forget: [M, C, K] forget gates.
         levels: a list that receives what `_scores_backward` needs of each level; None to keep nothing.
 
@@ -146,8 +149,9 @@ def _scores(q, k, forget, levels=None):
         q2 *= first
         k1 *= second
         total = first * second
-    # an almost open gate rounds to 1 with a bias, which a state kept over many chunks would compound; what the
-    # gates take away, 1 - total, is a sum of positive terms that keeps its digits until this one rounding
+    # gates near 1 are rounded, and a channel whose gate hardly changes is rounded the same way at each token:
+    # the bias grows with the length of its memory. What the gates take away is a sum of positive terms, which
+    # keeps its digits until this one rounding a chunk. Once most is gone, the product is the one with digits.
     total = torch.where(spent < 0.5, 1 - spent, total)
     return scores, total.view(M, K, 1)
 
@@ -158,8 +162,8 @@ def _scores_backward(levels, dscores, dq, dk, dtotal):
     Args:
         levels: what `_scores` kept.
         dscores: [M, C, C], gradient of the scores; only entries below the diagonal are read.
-        dq: [M, C, K], gradient of the decayed queries; becomes, in place, that of queries times their own gate.
-        dk: [M, C, K], gradient of the decayed keys; becomes, in place, that of the keys, the diagonal left out.
+        dq: [M, C, K], gradient of the decayed queries; becomes, in place, that of queries times own gates.
+        dk: [M, C, K], gradient of the decayed keys; becomes, in place, that of keys, but for the diagonal.
         dtotal: [M, K], gradient of the chunk's product of gates.
 
     Returns:
@@ -239,7 +243,7 @@ class _Chunks:
             self.chunk, self.row = chunk.to(x.device), (position % self.C).to(x.device)
 
     def split(self, x: Tensor, padding: float = 0.0) -> Tensor:
-        """Copy x: [B, T, H, D] to chunks [M, C, D] of the accumulation dtype, padding the rows of no token."""
+        """Copy x: [B, T, H, D] to chunks [M, C, D] in the accumulation dtype; other rows are padding."""
         D = x.shape[-1]
         if self.chunk is not None:
             out = x.new_full((self.NC, self.H, self.C, D), padding, dtype=self.dtype)
@@ -268,8 +272,9 @@ class _Chunks:
         """Copy states [N, H, K, V], or zeros for None, to [N * H, K, V] in the order of the steps."""
         if state is None:
             return torch.zeros(self.N * self.H, K, V, dtype=self.dtype, device=self.device)
-        state = state.clone(memory_format=torch.contiguous_format) if self.order is None else state[self.order]
-        return state.flatten(0, 1)
+        # a copy either way: the steps update states in place
+        copy = state.clone(memory_format=torch.contiguous_format) if self.order is None else state[self.order]
+        return copy.flatten(0, 1)
 
     def join_states(self, state: Tensor) -> Tensor:
         """Undo `split_states`."""

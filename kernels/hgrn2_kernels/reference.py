@@ -47,8 +47,10 @@ def recurrent_hgrn2(
 def _one_sequence(q, f, v, lower_bound, scale, h):
     """The recurrence over q, f [T, H, K] and v [T, H, V] from state h [H, K, V]; returns (o, h)."""
     b = f.new_zeros(f.shape[1:]) if lower_bound is None else lower_bound.to(f.dtype)
-    forget = b + (1 - b) * torch.sigmoid(f)
-    k = (1 - b) * torch.sigmoid(-f)
+    # not torch.sigmoid: autograd multiplies by 1 - sigmoid, and with every gate at f = -30 the cancellation
+    # leaves df four right digits in float64
+    forget = b + (1 - b) * F.logsigmoid(f).exp()
+    k = (1 - b) * F.logsigmoid(-f).exp()
     q = F.silu(q) * (q.shape[-1] ** -0.5 if scale is None else scale)
     h = v.new_zeros(*k.shape[1:], v.shape[-1]) if h is None else h.to(v.dtype)
 

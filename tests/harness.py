@@ -1,0 +1,170 @@
+"""Real Megatron models in tests: a small HGRN2 GPT on the CPU, on one process or several over gloo.
+
+Weights are drawn once for one process and sliced for each rank, gradients are gathered back, so that every layout is
+compared with one process parameter by parameter.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONPATH = ":".join(str(ROOT / folder) for folder in (".", "kernels", "tests"))
+VOCAB, SEQ, BATCH = 64, 40, 4
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius error, in fp64."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
+    """Compare every tensor by name; none may be missing, and none may be zero, which would compare nothing."""
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        assert want.norm() > 0, f"{name} is zero: the comparison would be empty"
+    errors = {name: relative_error(actual[name], want) for name, want in expected.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, wrong
+
+
+def start_megatron(tp: int = 1, cpu_mode: bool = False):
+    """Join the process group (one process where there is no torchrun) and set Megatron's parallel state.
+
+    `cpu_mode` switches on the project's own CPU mode, which Megatron's data parallelism needs and a plain forward
+    and backward do not; it stays on, so only processes of their own ask for it.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from hgrn2_megatron import cpu
+
+    if parallel_state.is_initialized():
+        return
+    if cpu_mode:
+        cpu.install()
+    else:
+        torch.cuda.current_device = lambda: "cpu"
+    defaults = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
+
+
+def build_model(tp: int = 1, sequence_parallel: bool = False, num_layers: int = 3, **config):
+    """An HGRN2 GPT in fp32 from the published spec, as Megatron builds one; `config` overrides its settings."""
+    from megatron.core.models.gpt import GPTModel
+
+    from hgrn2_megatron.arguments import HGRN2TransformerConfig
+    from hgrn2_megatron.spec import hgrn2
+
+    settings = dict(
+        num_layers=num_layers,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        hgrn2_expand_ratio=16,
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-6,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        # larger than Megatron's default, so that gates and bounds leave their linear regime
+        init_method_std=0.2,
+    )
+    model = GPTModel(
+        config=HGRN2TransformerConfig(**settings | config),
+        transformer_layer_spec=hgrn2,
+        vocab_size=VOCAB,
+        max_sequence_length=SEQ,
+        position_embedding_type="rope" if "*" in config.get("hgrn2_layer_pattern", "H") else "none",
+        share_embeddings_and_output_weights=False,
+    )
+    return model
+
+
+def full_weights(model, seed: int = 1) -> dict[str, Tensor]:
+    """Weights for a one-process model: its own draws, but for those that start as constants."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, w in weights.items():
+        if w.dim() == 1:  # norms start at 1, lower bounds at 0: symmetric values hide errors
+            w += 0.5 * torch.randn(w.shape, generator=generator)
+    return weights
+
+
+def shard(
+    name: str, param: torch.nn.Parameter, full: Tensor, rank: int, size: int, num_layers: int
+) -> Tensor:
+    """The slice of a full weight that TP rank `rank` holds."""
+    if not getattr(param, "tensor_model_parallel", False):
+        return full
+    if "hgrn2_bounds" in name:
+        return full.view(num_layers, -1).chunk(size, 1)[rank].reshape(-1)
+    if "linear_fc1" in name:  # [gate | up], each sharded on its own
+        return torch.cat([part.chunk(size)[rank] for part in full.chunk(2)])
+    return full.chunk(size, param.partition_dim)[rank]
+
+
+def unshard(name: str, param: torch.nn.Parameter, parts: list[Tensor], num_layers: int) -> Tensor:
+    """The full tensor of which TP rank r holds parts[r]; a replicated one must be equal on all ranks."""
+    if not getattr(param, "tensor_model_parallel", False):
+        for part in parts[1:]:
+            torch.testing.assert_close(part, parts[0], rtol=1e-6, atol=1e-9)
+        return parts[0]
+    if "hgrn2_bounds" in name:
+        return torch.cat([part.view(num_layers, -1) for part in parts], 1).reshape(-1)
+    if "linear_fc1" in name:
+        return torch.cat([torch.cat(half) for half in zip(*(p.chunk(2) for p in parts), strict=True)])
+    return torch.cat(parts, param.partition_dim)
+
+
+def batch(seed: int = 2) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, [BATCH, SEQ] int64."""
+    generator = torch.Generator().manual_seed(seed)
+    stream = torch.randint(VOCAB, (BATCH, SEQ + 1), generator=generator)
+    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
+def python(
+    *command: str, env: dict[str, str] | None = None, timeout: int = 300
+) -> subprocess.CompletedProcess:
+    """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | (env or {})
+    # a Megatron-LM checkout builds its dataset helpers with the python3 of PATH
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def torchrun(num_processes: int, *command: str, **kwargs) -> subprocess.CompletedProcess:
+    """`torchrun --nproc_per_node num_processes ...` on this machine."""
+    run = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
+    return python(*run, *command, **kwargs)
