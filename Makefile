@@ -1,0 +1,27 @@
+# Every target sets up what it needs in .venv, once, then does its job.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart compare test lint clean
+
+quickstart: $(VENV)/.installed  ## pretrain a small HGRN2 GPT on real text, evaluate, resume, sample
+	$(RUN) examples/quickstart.py
+
+compare: $(VENV)/.installed  ## attention, HGRN2 and the hybrid on the same bytes, in one picture
+	$(RUN) examples/compare.py
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && "$$python" -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) quickstart compare

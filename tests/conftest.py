@@ -1,0 +1,23 @@
+"""GPU tests skip where there is no GPU; tests against a Megatron-LM checkout where none is named."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def megatron_lm() -> Path:
+    """A Megatron-LM checkout, named by the environment variable MEGATRON_LM."""
+    if "MEGATRON_LM" not in os.environ:
+        pytest.skip("needs a Megatron-LM checkout: set MEGATRON_LM to its folder")
+    return Path(os.environ["MEGATRON_LM"])

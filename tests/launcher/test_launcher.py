@@ -1,0 +1,57 @@
+"""The launcher's parts: the spec on the command line, the flags it registers, the values it sets."""
+
+import argparse
+
+import pytest
+
+from hgrn2_megatron import UsageError, arguments
+from hgrn2_megatron.__main__ import resolve_spec
+
+FULL = ["hgrn2_megatron.spec", "hgrn2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--spec", "hgrn2"], ["--spec", *FULL]),
+        (["--spec", "hgrn2", "--lr", "1"], ["--spec", *FULL, "--lr", "1"]),
+        (["--spec=hgrn2", "--lr", "1"], ["--spec", *FULL, "--lr", "1"]),
+        (["--lr", "1", "--spec", *FULL], ["--lr", "1", "--spec", *FULL]),
+    ],
+)
+def test_every_way_to_write_the_spec(argv, expected):
+    assert resolve_spec(["script.py", *argv]) == (["script.py", *expected], FULL)
+
+
+def test_a_command_without_a_spec_is_left_alone():
+    assert resolve_spec(["script.py", "--lr", "1"]) == (["script.py", "--lr", "1"], None)
+
+
+def test_specs_of_others_pass_if_they_can_be_imported():
+    stock = ["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"]
+    assert resolve_spec(["script.py", "--spec", *stock])[1] == stock
+    with pytest.raises(UsageError, match="--spec no_such_module thing"):
+        resolve_spec(["script.py", "--spec", "no_such_module", "thing"])
+
+
+def test_flags_are_typed_and_every_config_field_has_one():
+    parser = arguments.add_arguments(argparse.ArgumentParser())
+    args = parser.parse_args("--hgrn2-expand-ratio 64 --hgrn2-norm-eps 1e-6".split())
+    assert (args.hgrn2_expand_ratio, args.hgrn2_norm_eps) == (64, 1e-6)
+    fields = {f for f in arguments.HGRN2TransformerConfig.__dataclass_fields__ if f.startswith("hgrn2_")}
+    assert {name for name in vars(args) if name.startswith("hgrn2_")} == fields
+
+
+@pytest.mark.parametrize(
+    ("hidden", "ffn"),
+    [(1024, 2816), (2048, 5632)],  # the published 0.4B and 1.3B models
+)
+def test_silent_values_are_those_of_published_models(hidden, ffn):
+    args = argparse.Namespace(
+        position_embedding_type=None, ffn_hidden_size=None, hidden_size=hidden, hgrn2_layer_pattern="H"
+    )
+    arguments.fill_silent(args)
+    assert (args.ffn_hidden_size, args.position_embedding_type) == (ffn, "none")
+    args.position_embedding_type, args.hgrn2_layer_pattern = None, "HHH*"
+    arguments.fill_silent(args)
+    assert args.position_embedding_type == "rope"

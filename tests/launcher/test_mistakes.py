@@ -1,0 +1,52 @@
+"""Mistakes a user makes: the launcher stops before the first iteration and names the flag to change."""
+
+import harness
+import pytest
+
+SIZES = "--num-layers 2 --hidden-size 64 --hgrn2-expand-ratio 32 --num-attention-heads 2 --seq-length 32"
+RUN = "--max-position-embeddings 32 --mock-data --tokenizer-type NullTokenizer --vocab-size 64"
+STEPS = "--micro-batch-size 1 --global-batch-size 2 --train-iters 1 --lr 1e-3 --eval-iters 0 --eval-interval 9"
+SCRIPT = "examples/pretrain_gpt.py"
+
+
+def launch(flags: str):
+    words = f"{SIZES} {RUN} {STEPS} {flags}".split()
+    return harness.python("-m", "hgrn2_megatron", SCRIPT, *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--spec hgrn", "--spec hgrn"),
+        ("--spec hgrn2_megatron.spce hgrn2", "--spec hgrn2_megatron.spce"),
+        ("--spec hgrn2_megatron.spec hgrn3", "has no hgrn3"),
+        ("--spec hgrn2 --hgrn2-layer-pattern HM", "--hgrn2-layer-pattern"),
+        ("--spec hgrn2 --hgrn2-expand-ratio 64 --tensor-model-parallel-size 2", "--tensor-model-parallel-size"),
+        ("--spec hgrn2 --hidden-size 72 --hgrn2-expand-ratio 36 --fp8-format hybrid", "--hidden-size 72"),
+        ("--spec hgrn2 --transformer-impl transformer_engine", "--transformer-impl"),
+        ("--spec hgrn2 --normalization LayerNorm", "--normalization"),
+        ("--spec hgrn2 --add-qkv-bias", "--add-qkv-bias"),
+    ],
+)
+def test_a_mistake_stops_the_run_and_names_the_flag(flags, message):
+    done = launch(flags)
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if line.startswith("hgrn2_megatron: error:")]
+    assert len(errors) == 1 and message in errors[0], done.stdout[-2000:]
+    assert "iteration        1/" not in done.stdout
+
+
+def test_the_command_of_these_tests_is_right_without_the_mistake():
+    done = harness.torchrun(1, "-m", "hgrn2_megatron", SCRIPT, *f"{SIZES} {RUN} {STEPS} --spec hgrn2".split())
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "HGRN2: 2 of 2 layers, expand 32, lower bounds learned, op=pytorch" in done.stdout
+    assert "iteration        1/" in done.stdout
+
+
+def test_a_script_that_is_not_there():
+    done = harness.python("-m", "hgrn2_megatron", "pretrain_gtp.py", "--spec", "hgrn2")
+    assert done.returncode == 2 and "pretrain_gtp.py is not a file" in done.stdout
+
+
+def test_usage():
+    assert "--spec hgrn2" in harness.python("-m", "hgrn2_megatron", "--help").stdout

@@ -1,0 +1,94 @@
+"""Megatron's own loop through the launcher: real runs, compared by the losses they log."""
+
+import re
+
+import harness
+import pytest
+
+FLAGS = """
+    --num-layers 2 --hidden-size 64 --hgrn2-expand-ratio 32 --num-attention-heads 2 --seq-length 64
+    --max-position-embeddings 64 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
+    --make-vocab-size-divisible-by 64 --micro-batch-size 2 --global-batch-size 4 --train-iters 8 --lr 1e-3
+    --log-interval 1 --eval-iters 1 --eval-interval 8 --use-cpu-initialization
+""".split()
+OURS = "examples/pretrain_gpt.py"
+HGRN2 = ("--spec", "hgrn2")
+
+
+def train(*flags, script: str = OURS, num_processes: int = 1) -> tuple[dict[int, str], str]:
+    """Losses by iteration, as logged, and the whole output."""
+    done = harness.torchrun(num_processes, "-m", "hgrn2_megatron", script, *FLAGS, *map(str, flags))
+    assert done.returncode == 0, done.stdout[-3000:]
+    logged = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
+    return {int(iteration): loss for iteration, loss in logged}, done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An uninterrupted run that saved its state after iteration 4: (losses, output, checkpoint folder)."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    losses, output = train(*HGRN2, "--save", folder, "--save-interval", 4)
+    return losses, output, folder
+
+
+def assert_resumed(losses: dict[int, str], uninterrupted: dict[int, str]):
+    # the second line that any Megatron run logs is the mean of its first two iterations
+    assert losses[5] == uninterrupted[5]
+    assert {i: losses[i] for i in (7, 8)} == {i: uninterrupted[i] for i in (7, 8)}
+
+
+def test_the_loss_falls_and_the_banner_says_what_was_built(run):
+    losses, output, _ = run
+    assert sorted(losses) == list(range(1, 9))
+    assert float(losses[8]) < float(losses[1]) - 0.3
+    assert "HGRN2: 2 of 2 layers, expand 32, lower bounds learned, op=pytorch" in output
+    assert "HGRN2 warning" not in output
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(run):
+    resumed, _ = train(*HGRN2, "--load", run[2], "--ckpt-step", 4)
+    assert_resumed(resumed, run[0])
+
+
+def test_checkpoint_args_restore_the_model_and_tensor_parallelism_can_change(run):
+    flags = ("--load", run[2], "--ckpt-step", 4, "--use-checkpoint-args", "--hgrn2-expand-ratio", 16)
+    resumed, output = train(
+        *flags, "--tensor-model-parallel-size", 2, "--sequence-parallel", num_processes=2
+    )
+    assert "HGRN2: 2 of 2 layers, expand 32" in output
+    for i in (5, 8):
+        assert abs(float(resumed[i]) - float(run[0][i])) < 2e-6
+
+
+def test_attention_and_a_hybrid_train_by_the_same_command():
+    block = "--normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope".split()
+    attention, output = train(*block)
+    assert "HGRN2:" not in output
+    hybrid, output = train(*HGRN2, "--hgrn2-layer-pattern", "H*")
+    assert "HGRN2: 1 of 2 layers" in output
+    assert attention[1] != hybrid[1]
+
+
+def test_experts_take_the_place_of_the_channel_mixer():
+    losses, output = train(*HGRN2, *"--num-experts 4 --moe-token-dispatcher-type allgather".split())
+    assert "HGRN2: 2 of 2 layers" in output
+    assert "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight" in output
+    assert float(losses[8]) < float(losses[1])
+
+
+def test_bf16_keeps_the_lower_bounds_in_fp32():
+    losses, output = train(*HGRN2, "--bf16")
+    assert float(losses[8]) < float(losses[1])
+    bounds = [line for line in output.splitlines() if "decoder.hgrn2_bounds.weight" in line]
+    assert bounds
+
+
+def test_lower_bounds_can_be_off():
+    losses, output = train(*HGRN2, "--hgrn2-lower-bounds", "none")
+    assert "lower bounds none" in output and "hgrn2_bounds" not in output
+    assert float(losses[8]) < float(losses[1])
+
+
+def test_unmodified_megatron_lm_script(run, megatron_lm):
+    losses, _ = train(*HGRN2, script=str(megatron_lm / "pretrain_gpt.py"))
+    assert losses == run[0]

@@ -1,0 +1,116 @@
+"""HGRN2Config and the rules about Megatron's other flags."""
+
+import types
+
+import pytest
+import torch.nn.functional as F
+
+from hgrn2_megatron import HGRN2Config, UsageError
+from hgrn2_megatron.requirements import UNSUPPORTED, Settings, check
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("expand_ratio", 0, "--hgrn2-expand-ratio"),
+        ("layer_pattern", "HXH", "--hgrn2-layer-pattern"),
+        ("layer_pattern", "**", "--hgrn2-layer-pattern"),
+        ("layer_pattern", "", "--hgrn2-layer-pattern"),
+        ("lower_bounds", "fixed", "--hgrn2-lower-bounds"),
+        ("norm_eps", 0.0, "--hgrn2-norm-eps"),
+    ],
+)
+def test_nonsense_is_refused_by_flag(field, value, flag):
+    with pytest.raises(ValueError, match=flag):
+        HGRN2Config(**{field: value})
+
+
+def test_pattern_repeats_over_the_whole_depth():
+    hgrn2 = HGRN2Config(layer_pattern="HHH*")
+    assert [hgrn2.is_hgrn2_layer(i) for i in range(8)] == [True, True, True, False] * 2
+    assert hgrn2.num_hgrn2_layers(6) == 5
+
+
+def test_heads_need_a_multiple_of_the_expand_ratio():
+    assert HGRN2Config(expand_ratio=32).num_heads(96) == 3
+    with pytest.raises(ValueError, match="--hidden-size 100"):
+        HGRN2Config(expand_ratio=32).num_heads(100)
+
+
+def hgrn2_settings(**changes) -> types.SimpleNamespace:
+    """Args of a true HGRN2 model, with changes."""
+    base = dict(
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-6,
+        add_bias_linear=False,
+        swiglu=True,
+        position_embedding_type="none",
+        hidden_size=256,
+        transformer_impl="local",
+    )
+    return types.SimpleNamespace(**base | changes)
+
+
+def test_a_true_hgrn2_block_passes_without_a_warning():
+    assert check(Settings(hgrn2_settings())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"normalization": "LayerNorm"}, "--normalization"),
+        ({"add_bias_linear": True}, "--disable-bias-linear"),
+        ({"add_qkv_bias": True}, "--add-qkv-bias"),
+        ({"swiglu": False}, "--swiglu"),
+        ({"quick_geglu": True}, "--quick-geglu"),
+        ({"gated_linear_unit": True, "activation_func": F.gelu}, "--swiglu"),
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type"),
+        ({"layernorm_zero_centered_gamma": True}, "--apply-layernorm-1p"),
+        ({"apply_residual_connection_post_layernorm": True}, "--apply-residual"),
+        ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4"),
+        ({"hidden_size": 200}, "--hidden-size"),
+        ({"hidden_size": 72, "hgrn2_expand_ratio": 24, "fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-format"),
+        ({"hidden_size": 48, "hgrn2_expand_ratio": 24, "fp8": "e4m3", "fp8_recipe": "mxfp8"}, "--fp8-format"),
+        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size"),
+        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant"),
+        ({"heterogeneous_layers_config_path": "x.json"}, "--heterogeneous-layers-config-path"),
+        ({"hybrid_layer_pattern": "M*"}, "--hybrid-layer-pattern"),
+        ({"transformer_impl": "inference_optimized"}, "--transformer-impl"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"sft": True}, "--sft"),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask"),
+        ({"reset_position_ids": True}, "--reset-position-ids"),
+        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"fp4": "e2m1"}, "--fp4-format"),
+    ],
+)
+def test_what_cannot_train_hgrn2_is_refused_by_flag(changes, flag):
+    with pytest.raises(UsageError, match=flag):
+        check(Settings(hgrn2_settings(**changes)))
+
+
+def test_every_unsupported_flag_is_in_the_table_above():
+    params = test_what_cannot_train_hgrn2_is_refused_by_flag.pytestmark[0].args[1]
+    tried = [hgrn2_settings(**changes) for changes, _ in params]
+    for asked, flag, _ in UNSUPPORTED:
+        assert any(asked(Settings(settings)) for settings in tried), flag
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"layernorm_epsilon": 1e-5}, "--norm-epsilon"), ({"hgrn2_norm_eps": 1e-6}, "--hgrn2-norm-eps")],
+)
+def test_what_trains_but_departs_from_published_models_warns(changes, flag):
+    assert [flag in warning for warning in check(Settings(hgrn2_settings(**changes)))] == [True]
+
+
+def test_biases_of_a_hybrids_attention_are_the_users_choice():
+    check(Settings(hgrn2_settings(add_qkv_bias=True, hgrn2_layer_pattern="H*", position_embedding_type="rope")))
