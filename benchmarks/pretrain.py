@@ -45,9 +45,7 @@ def run(script: Path, launcher: bool, flags: list[str]) -> str:
     command += ["-m", "hgrn2_megatron", str(script)] if launcher else [str(script)]
     path = [str(ROOT), str(ROOT / "kernels"), str(script.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": ":".join(path), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    done = subprocess.run(
-        command + flags, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    done = subprocess.run(command + flags, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.stdout
 
 

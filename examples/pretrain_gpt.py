@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node N -m hgrn2_megatron examples/pretrain_gpt.py --spec hgrn2 <any Megatron flag>
 
-Takes every flag of Megatron-LM's pretrain_gpt.py but those for data that is not plain next-token text, which it refuses.
+Takes every flag of Megatron-LM's pretrain_gpt.py but those for data other than plain text, which it refuses.
 """
 
 import functools
@@ -64,9 +64,7 @@ def loss_func(loss_mask, losses):
 def forward_step(data_iterator, model):
     batch = get_batch(data_iterator)
     # no mask: attention layers are causal by their spec, HGRN2 layers by construction
-    losses = model(
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
-    )
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return losses, functools.partial(loss_func, batch["loss_mask"])
 
 

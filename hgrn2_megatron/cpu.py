@@ -29,7 +29,7 @@ def needed() -> bool:
 
 
 def install() -> None:
-    """Switch the CPU mode on, once. Call it before the script that trains is run."""
+    """Switch the CPU mode on, once. Call it before anything imports Megatron, which decides then what to compile."""
     if not needed() or getattr(install, "done", False):
         return
     install.done = True

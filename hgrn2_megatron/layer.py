@@ -15,9 +15,7 @@ from hgrn2_megatron.mixer import HGRN2Mixer, HGRN2MixerSubmodules
 from hgrn2_megatron.norm import LocalRMSNorm
 
 
-def block_submodules(
-    config: TransformerConfig, vp_stage: int | None, pp_rank: int
-) -> TransformerBlockSubmodules:
+def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
     """Layer specs of one pipeline stage's block, and its final norm.
 
     Starts from the layers Megatron itself would build (attention with a dense MLP or experts, by its own flags)
@@ -38,9 +36,7 @@ def block_submodules(
     for layer in range(offset, offset + get_num_layers_to_build(config, vp_stage, pp_rank)):
         submodules = stock[layer].submodules
         if not use_te:
-            submodules = dataclasses.replace(
-                submodules, input_layernorm=LocalRMSNorm, pre_mlp_layernorm=LocalRMSNorm
-            )
+            submodules = dataclasses.replace(submodules, input_layernorm=LocalRMSNorm, pre_mlp_layernorm=LocalRMSNorm)
         if hgrn2.is_hgrn2_layer(layer):
             submodules = _with_mixer(submodules, use_te)
         specs.append(ModuleSpec(module=stock[layer].module, submodules=submodules))

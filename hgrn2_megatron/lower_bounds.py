@@ -40,9 +40,7 @@ class LowerBounds(torch.nn.Module):
         super().__init__()
         self.num_layers, self.head_dim, self.tp_group = num_layers, head_dim, tp_group
         local = num_layers * (num_heads // tp_group.size()) * head_dim
-        self.weight = torch.nn.Parameter(
-            torch.zeros(local, dtype=torch.float32, device=parameter_device(config))
-        )
+        self.weight = torch.nn.Parameter(torch.zeros(local, dtype=torch.float32, device=parameter_device(config)))
         mark_tensor_parallel(self.weight)
 
     def forward(self, layer: int) -> Tensor:

@@ -123,9 +123,7 @@ def install_arguments(defaults: dict) -> None:
             known = {action.dest for action in parser._actions}
             missing = sorted(set(defaults) - known)
             if missing:
-                raise RuntimeError(
-                    f"hgrn2_megatron does not know this Megatron release: no flags for {missing}"
-                )
+                raise RuntimeError(f"hgrn2_megatron does not know this Megatron release: no flags for {missing}")
             parser.set_defaults(**defaults)
             return parser
 

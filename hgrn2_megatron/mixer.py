@@ -117,9 +117,7 @@ class HGRN2Mixer(MegatronModule):
             ValueError: generation or packed sequences, which this version does not do.
         """
         if inference_context is not None:
-            raise ValueError(
-                "HGRN2 layers do not generate with an inference context yet: recompute the prefix"
-            )
+            raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
         if packed_seq_params is not None:
             raise ValueError("HGRN2 layers do not take packed sequences yet: train on unpacked ones")
         qfi, _ = self.in_proj(hidden_states)

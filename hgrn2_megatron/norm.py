@@ -47,9 +47,7 @@ class HiddenShardedRMSNorm(torch.nn.Module):
         super().__init__()
         self.hidden_size, self.eps, self.tp_group = hidden_size, eps, tp_group
         local = hidden_size // tp_group.size()
-        self.weight = torch.nn.Parameter(
-            torch.ones(local, dtype=config.params_dtype, device=parameter_device(config))
-        )
+        self.weight = torch.nn.Parameter(torch.ones(local, dtype=config.params_dtype, device=parameter_device(config)))
         mark_tensor_parallel(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

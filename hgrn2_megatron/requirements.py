@@ -157,9 +157,7 @@ def _check_dimensions(s: Settings, hgrn2: HGRN2Config):
 def _warnings(s: Settings, hgrn2: HGRN2Config) -> list[str]:
     warnings = []
     if s.layernorm_epsilon != PUBLISHED_BLOCK_EPS:
-        warnings.append(
-            f"--norm-epsilon is {s.layernorm_epsilon}; published HGRN2 models use {PUBLISHED_BLOCK_EPS}"
-        )
+        warnings.append(f"--norm-epsilon is {s.layernorm_epsilon}; published HGRN2 models use {PUBLISHED_BLOCK_EPS}")
     if hgrn2.norm_eps != PUBLISHED_MIXER_EPS:
         warnings.append(
             f"--hgrn2-norm-eps is {hgrn2.norm_eps}; the published weight format has no place for another "

@@ -39,16 +39,17 @@ def start_megatron(tp: int = 1, cpu_mode: bool = False):
     `cpu_mode` switches on the project's own CPU mode, which Megatron's data parallelism needs and a plain forward
     and backward do not; it stays on, so only processes of their own ask for it.
     """
+    if cpu_mode:
+        from hgrn2_megatron import cpu
+
+        cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from hgrn2_megatron import cpu
-
     if parallel_state.is_initialized():
         return
-    if cpu_mode:
-        cpu.install()
-    else:
+    if not cpu_mode:
+        # Megatron places buffers by this name; nothing else of torch.cuda is touched at this level
         torch.cuda.current_device = lambda: "cpu"
     defaults = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in defaults.items():
@@ -105,15 +106,13 @@ def full_weights(model, seed: int = 1) -> dict[str, Tensor]:
     """Weights for a one-process model: its own draws, but for those that start as constants."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for name, w in weights.items():
+    for w in weights.values():
         if w.dim() == 1:  # norms start at 1, lower bounds at 0: symmetric values hide errors
             w += 0.5 * torch.randn(w.shape, generator=generator)
     return weights
 
 
-def shard(
-    name: str, param: torch.nn.Parameter, full: Tensor, rank: int, size: int, num_layers: int
-) -> Tensor:
+def shard(name: str, param: torch.nn.Parameter, full: Tensor, rank: int, size: int, num_layers: int) -> Tensor:
     """The slice of a full weight that TP rank `rank` holds."""
     if not getattr(param, "tensor_model_parallel", False):
         return full
@@ -144,9 +143,7 @@ def batch(seed: int = 2) -> tuple[Tensor, Tensor]:
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
-def python(
-    *command: str, env: dict[str, str] | None = None, timeout: int = 300
-) -> subprocess.CompletedProcess:
+def python(*command: str, env: dict[str, str] | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
     """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | (env or {})
     # a Megatron-LM checkout builds its dataset helpers with the python3 of PATH

@@ -69,7 +69,10 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"apply_residual_connection_post_layernorm": True}, "--apply-residual"),
         ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4"),
         ({"hidden_size": 200}, "--hidden-size"),
-        ({"hidden_size": 72, "hgrn2_expand_ratio": 24, "fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-format"),
+        (
+            {"hidden_size": 72, "hgrn2_expand_ratio": 24, "fp8": "hybrid", "fp8_recipe": "delayed"},
+            "--fp8-format",
+        ),
         ({"hidden_size": 48, "hgrn2_expand_ratio": 24, "fp8": "e4m3", "fp8_recipe": "mxfp8"}, "--fp8-format"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size"),
         ({"context_parallel_size": 2}, "--context-parallel-size"),

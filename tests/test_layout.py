@@ -12,7 +12,17 @@ import pytest
 
 KERNELS = sorted((harness.ROOT / "kernels" / "hgrn2_kernels").rglob("*.py"))
 # spec -> hooks -> layer -> mixer -> norm and bounds -> config: a file imports only what stands after it here
-ORDER = ["spec", "megatron_hooks", "arguments", "requirements", "layer", "mixer", "lower_bounds", "norm", "config"]
+ORDER = [
+    "spec",
+    "megatron_hooks",
+    "arguments",
+    "requirements",
+    "layer",
+    "mixer",
+    "lower_bounds",
+    "norm",
+    "config",
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -78,9 +78,7 @@ def _check_inputs(q, f, v):
             "put batch before time and split the heads off with unflatten(-1, (H, -1))"
         )
     if 0 in q.shape or 0 in v.shape:
-        raise ValueError(
-            f"no dimension may be 0, got q {_shape(q)} and v {_shape(v)}: without tokens, skip the call"
-        )
+        raise ValueError(f"no dimension may be 0, got q {_shape(q)} and v {_shape(v)}: without tokens, skip the call")
     if q.dtype not in _DTYPES:
         raise ValueError(f"q must be float64, float32, bfloat16 or float16, got {q.dtype}: cast q, f and v")
     if not q.dtype == f.dtype == v.dtype:

@@ -28,9 +28,7 @@ def closed_now_and_then(x):
 
 
 def one_scale_a_channel(x):
-    return (
-        x * torch.logspace(-2, 1.5, x.shape[-1], dtype=x.dtype) + torch.linspace(-20, 8, x.shape[-1]).double()
-    )
+    return x * torch.logspace(-2, 1.5, x.shape[-1], dtype=x.dtype) + torch.linspace(-20, 8, x.shape[-1]).double()
 
 
 GATES = {
@@ -224,9 +222,7 @@ def test_half_precision_inputs(gate, dtype):
     q, f, v, b, h0 = make_inputs((2, 150, 2, 16, 16), gate, dtype=torch.float32)
     inputs = [q.to(dtype), f.to(dtype), v.to(dtype), b, h0]
     got = run(chunk_hgrn2, inputs)
-    assert [x.dtype for x in got.values()] == [dtype, torch.float32, dtype, dtype, dtype] + [
-        torch.float32
-    ] * 2
+    assert [x.dtype for x in got.values()] == [dtype, torch.float32, dtype, dtype, dtype] + [torch.float32] * 2
     gold = run(recurrent_hgrn2, inputs, dtype=torch.float64)
     # rounding a tensor to bf16 alone costs 1.7e-3, and its output gradient arrives rounded too
     fp32 = CEILING[torch.float32]
@@ -238,9 +234,7 @@ def test_two_halves_with_the_state_handed_over():
     inputs = make_inputs((2, 150, 2, 6, 10), "over-16")
 
     def in_two(q, f, v, b, initial_state, cut=83, **_):
-        o1, h = chunk_hgrn2(
-            *(x[:, :cut] for x in (q, f, v)), b, initial_state=initial_state, output_final_state=True
-        )
+        o1, h = chunk_hgrn2(*(x[:, :cut] for x in (q, f, v)), b, initial_state=initial_state, output_final_state=True)
         o2, h = chunk_hgrn2(*(x[:, cut:] for x in (q, f, v)), b, initial_state=h, output_final_state=True)
         return torch.cat((o1, o2), dim=1), h
 

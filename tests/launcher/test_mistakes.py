@@ -21,7 +21,10 @@ def launch(flags: str):
         ("--spec hgrn2_megatron.spce hgrn2", "--spec hgrn2_megatron.spce"),
         ("--spec hgrn2_megatron.spec hgrn3", "has no hgrn3"),
         ("--spec hgrn2 --hgrn2-layer-pattern HM", "--hgrn2-layer-pattern"),
-        ("--spec hgrn2 --hgrn2-expand-ratio 64 --tensor-model-parallel-size 2", "--tensor-model-parallel-size"),
+        (
+            "--spec hgrn2 --hgrn2-expand-ratio 64 --tensor-model-parallel-size 2",
+            "--tensor-model-parallel-size",
+        ),
         ("--spec hgrn2 --hidden-size 72 --hgrn2-expand-ratio 36 --fp8-format hybrid", "--hidden-size 72"),
         ("--spec hgrn2 --transformer-impl transformer_engine", "--transformer-impl"),
         ("--spec hgrn2 --normalization LayerNorm", "--normalization"),

@@ -52,9 +52,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run):
 
 def test_checkpoint_args_restore_the_model_and_tensor_parallelism_can_change(run):
     flags = ("--load", run[2], "--ckpt-step", 4, "--use-checkpoint-args", "--hgrn2-expand-ratio", 16)
-    resumed, output = train(
-        *flags, "--tensor-model-parallel-size", 2, "--sequence-parallel", num_processes=2
-    )
+    resumed, output = train(*flags, "--tensor-model-parallel-size", 2, "--sequence-parallel", num_processes=2)
     assert "HGRN2: 2 of 2 layers, expand 32" in output
     for i in (5, 8):
         assert abs(float(resumed[i]) - float(run[0][i])) < 2e-6

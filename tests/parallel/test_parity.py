@@ -11,12 +11,15 @@ LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "tp2-sequence-parallel": (2, {"tp": 2, "sequence_parallel": True}),
     "dp2": (2, {}),
-    "tp2-dp2": (4, {"tp": 2}),
 }
+EXPERTS = {"num_moe_experts": 4, "moe_layer_freq": [0, 1, 1], "moe_router_load_balancing_type": "none"}
 MODELS = {
     "hgrn2": {},
     "hybrid": {"hgrn2_layer_pattern": "HH*"},
+    "experts": EXPERTS | {"moe_token_dispatcher_type": "allgather"},
 }
+CASES = [("hgrn2", layout) for layout in LAYOUTS]
+CASES += [("hybrid", "tp2-sequence-parallel"), ("experts", "dp2")]
 
 
 @functools.cache
@@ -39,7 +42,6 @@ def one_process(tmp_path_factory):
     return functools.cache(lambda model: run(tmp_path_factory.mktemp("one"), model, 1, {}))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "layout"), CASES)
 def test_layout_equals_one_process(model, layout, one_process, tmp_path):
     harness.assert_all_close(run(tmp_path, model, *LAYOUTS[layout]), one_process(model), tolerance=1e-5)

@@ -1,0 +1,105 @@
+"""Attention, HGRN2 and a hybrid of the two, trained alike: what changes is one flag.
+
+    python examples/compare.py
+
+Trains the three on the bytes of Python's standard library, with one list of Megatron flags for all, and draws
+their training losses and held-out bits per byte in compare/loss.png. The logs are in compare/ too.
+"""
+
+import shutil
+from pathlib import Path
+
+import matplotlib
+import prepare_bytes
+from training_log import TrainingLog, bits, device_flags, train
+
+FOLDER = Path("compare")
+ITERATIONS, HELDOUT_FRACTION = 200, 0.01
+# iterations that a point of the drawn curve averages
+SMOOTH = 20
+
+# name -> the flags that make the difference
+MODELS = {
+    "attention": [],
+    "HGRN2": ["--spec", "hgrn2"],
+    "hybrid HHH*": ["--spec", "hgrn2", "--hgrn2-layer-pattern", "HHH*"],
+}
+# rope is for attention layers; HGRN2 layers have no positions
+BLOCK = (
+    "--normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu --hidden-dropout 0 "
+    "--attention-dropout 0 --position-embedding-type rope"
+)
+SIZE = (
+    "--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 4 --hgrn2-expand-ratio 64 "
+    "--seq-length 256 --max-position-embeddings 256"
+)
+TRAINING = (
+    f"--micro-batch-size 8 --global-batch-size 8 --train-iters {ITERATIONS} --lr 2e-3 --min-lr 1e-4 "
+    "--lr-decay-style cosine --lr-warmup-iters 10 --adam-beta2 0.95"
+)
+# once at the end, on all held-out tokens; Megatron 0.19 takes them all only of one set among "multiple"
+EVALUATION = f"--full-validation --multiple-validation-sets --eval-interval {ITERATIONS + 1}"
+
+
+def start_clean() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    shutil.rmtree(FOLDER / "data", ignore_errors=True)
+    for path in (*FOLDER.glob("*.log"), FOLDER / "loss.png"):
+        path.unlink(missing_ok=True)
+
+
+def smooth(losses: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Iterations, and the mean of the `SMOOTH` losses up to each, in bits."""
+    iterations, values = list(losses), list(losses.values())
+    ends = range(SMOOTH, len(values) + 1)
+    return iterations[SMOOTH - 1 :], [bits(sum(values[end - SMOOTH : end]) / SMOOTH) for end in ends]
+
+
+def draw(runs: dict[str, TrainingLog], bigram: float) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, run in runs.items():
+        heldout = bits(run.heldout[ITERATIONS])
+        (line,) = axes.plot(*smooth(run.losses), label=f"{name}: {heldout:.3f} on held-out files")
+        axes.plot(ITERATIONS, heldout, "o", color=line.get_color())
+    axes.axhline(bigram, color="gray", ls="--", label=f"bigram model: {bigram:.3f} on held-out files")
+    axes.set(
+        xlabel="iteration",
+        ylabel="bits per byte",
+        title=f"Training loss (mean of {SMOOTH} iterations), held-out loss (dots)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(FOLDER / "loss.png", dpi=120)
+
+
+def table(runs: dict[str, TrainingLog]) -> str:
+    """One line a model; tokens/s is that of the median iteration."""
+    lines = [f"{'model':14}{'parameters':>12}{'held-out bits per byte':>24}{'tokens/s':>10}"]
+    for name, run in runs.items():
+        heldout, speed = bits(run.heldout[ITERATIONS]), run.tokens_per_second()
+        lines.append(f"{name:14}{run.parameters:12,}{heldout:24.3f}{speed:10,.0f}")
+    return "\n".join(lines)
+
+
+def main():
+    start_clean()
+    splits = prepare_bytes.prepare(
+        out=FOLDER / "data", heldout_fraction=HELDOUT_FRACTION, **prepare_bytes.standard_library()
+    )
+    bigram, summary = prepare_bytes.describe(*splits)
+    print(summary)
+    flags = [*f"{SIZE} {BLOCK} {TRAINING} {EVALUATION}".split(), *prepare_bytes.megatron_flags(*splits)]
+    runs = {}
+    for name, difference in MODELS.items():
+        print(f"\n{name}: {' '.join(difference) or 'no other flag'}", flush=True)
+        log = FOLDER / f"{name.split()[0].lower()}.log"
+        runs[name] = train([*difference, *flags, *device_flags()], log, every=20)
+    draw(runs, bigram)
+    print(f"\n{table(runs)}\nbigram model: {bigram:.3f}\nloss curves: {FOLDER}/loss.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The holder of the lower bounds: values, precision, checkpoint entry."""
+
+import harness
+import pytest
+import torch
+
+
+@pytest.fixture
+def bounds():
+    from megatron.core import parallel_state
+    from megatron.core.transformer import TransformerConfig
+
+    from hgrn2_megatron.lower_bounds import LowerBounds
+
+    harness.start_megatron()
+    config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
+    return LowerBounds(4, 2, 16, config, parallel_state.get_tensor_model_parallel_group())
+
+
+def test_bounds_at_initialisation_are_layer_over_depth(bounds):
+    for layer in range(4):
+        torch.testing.assert_close(bounds(layer), torch.full((2, 16), layer / 4))
+    assert bounds(0).abs().max() == 0
+
+
+def test_bounds_rise_with_depth_and_stay_below_one(bounds):
+    torch.nn.init.normal_(bounds.weight, std=3.0)
+    table = torch.stack([bounds(layer) for layer in range(4)])
+    assert (table[1:] > table[:-1]).all() and table.max() < 1
+
+
+def test_every_bound_but_the_first_reaches_every_row(bounds):
+    torch.nn.init.normal_(bounds.weight)
+    bounds(0).sum().backward()
+    assert bounds.weight.grad.norm() == 0
+    bounds(2).square().sum().backward()
+    assert (bounds.weight.grad.view(4, -1) != 0).all()
+
+
+def test_casting_the_model_leaves_the_bounds_fp32(bounds):
+    before = torch.nn.init.normal_(bounds.weight).clone()
+    model = torch.nn.ModuleList([bounds, torch.nn.Linear(2, 2)]).bfloat16()
+    assert model[1].weight.dtype == torch.bfloat16
+    assert bounds.weight.dtype == torch.float32 and torch.equal(bounds.weight, before)
+
+
+def test_checkpoint_entry_says_depth_and_width_and_hands_out_the_parameter_itself(bounds):
+    (factory,) = bounds.sharded_state_dict("decoder.hgrn2_bounds.").values()
+    assert factory.data is bounds.weight
+    (entry,) = factory.build()
+    assert entry.key == "decoder.hgrn2_bounds.weight" and entry.global_shape == (4, 32)
+    assert torch.equal(factory.merge_fn([entry.data]), bounds.weight)
