@@ -37,7 +37,7 @@ TRAINING = (
     f"--micro-batch-size 8 --global-batch-size 8 --train-iters {ITERATIONS} --lr 2e-3 --min-lr 1e-4 "
     "--lr-decay-style cosine --lr-warmup-iters 10 --adam-beta2 0.95"
 )
-# once at the end, on all held-out tokens; Megatron 0.19 takes them all only of one set among "multiple"
+# at the end only, as one set among "multiple": quickstart.py says why
 EVALUATION = f"--full-validation --multiple-validation-sets --eval-interval {ITERATIONS + 1}"
 
 

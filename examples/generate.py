@@ -114,9 +114,7 @@ def main():
         use_prebuilt_dataset_helpers()
         load = parse_args(add_generate_arguments).load
         if load is None or not checkpoint_exists(load):
-            raise ValueError(
-                f"--load {load}: no checkpoint there; give the folder that --save named in training"
-            )
+            raise ValueError(f"--load {load}: no checkpoint there; give the folder that --save named in training")
         args = parse_and_validate_args(add_generate_arguments, args_defaults=DEFAULTS)
         check(args)
         initialize_megatron(allow_no_cuda=not torch.cuda.is_available())

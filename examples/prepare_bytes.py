@@ -179,9 +179,7 @@ def standard_library() -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="default: Python's standard library, *.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the two datasets to")
     parser.add_argument("--glob", help="pattern of file names, default * (*.py for the standard library)")

@@ -31,7 +31,7 @@ TRAINING = (
     f"--micro-batch-size 8 --global-batch-size 8 --train-iters {ITERATIONS} --lr 2e-3 --min-lr 1e-4 "
     "--lr-decay-style cosine --lr-warmup-iters 10 --adam-beta2 0.95"
 )
-# all held-out tokens each time; Megatron 0.19 does that only to one set of "multiple"
+# all held-out tokens each time; Megatron 0.19 can take them all only of one set among "multiple"
 EVALUATION = f"--full-validation --multiple-validation-sets --eval-interval {EVAL_INTERVAL}"
 
 
@@ -92,9 +92,7 @@ def main():
     checkpoints = str(FOLDER / "checkpoints")
 
     print(f"\nTraining; the whole log is {FOLDER}/train.log", flush=True)
-    full = train(
-        [*common, "--save", checkpoints, "--save-interval", str(SAVE_INTERVAL)], FOLDER / "train.log"
-    )
+    full = train([*common, "--save", checkpoints, "--save-interval", str(SAVE_INTERVAL)], FOLDER / "train.log")
 
     print(f"\nResuming from the checkpoint of iteration {SAVE_INTERVAL}", flush=True)
     load = ["--load", checkpoints, "--ckpt-step", str(SAVE_INTERVAL), "--exit-on-missing-checkpoint"]

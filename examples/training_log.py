@@ -18,9 +18,7 @@ _ITERATION = re.compile(
     r"iteration +(?P<iteration>\d+)/ *(?P<last>\d+) \|.* elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \|"
     r".* global batch size: +(?P<batch>\d+) \|.* lm loss: (?P<loss>[\d.E+-]+) \|"
 )
-_HELDOUT = re.compile(
-    r"validation\S* loss at iteration (?P<iteration>\d+).* \| lm loss value: (?P<loss>[\d.E+-]+)"
-)
+_HELDOUT = re.compile(r"validation\S* loss at iteration (?P<iteration>\d+).* \| lm loss value: (?P<loss>[\d.E+-]+)")
 _PARAMETERS = re.compile(r"number of parameters on .*: (?P<count>\d+)$")
 
 

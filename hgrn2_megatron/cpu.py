@@ -8,6 +8,7 @@ into "cpu" for every tensor, and the functions of torch.cuda that the loop calls
 import functools
 import logging
 import os
+import sys
 import types
 
 import torch
@@ -46,7 +47,7 @@ def install() -> None:
     _adapt_megatron_training(megatron.training.training)
     _keep_rng_over_dataloader_start()
     if os.environ.get("RANK", "0") == "0":
-        print("hgrn2_megatron: no CUDA device, training on the CPU over gloo", flush=True)
+        print("hgrn2_megatron: no CUDA device, running on the CPU over gloo", file=sys.stderr, flush=True)
 
 
 def _names_cuda(device) -> bool:

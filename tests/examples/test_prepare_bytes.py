@@ -12,9 +12,7 @@ SPEC = importlib.util.spec_from_file_location("prepare_bytes", PATH)
 prepare_bytes = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(prepare_bytes)
 
-TEXTS = {
-    f"{folder}/{i}.txt": f"text {i} of {folder}, ümläut\n" * (i + 1) for folder in "ab" for i in range(10)
-}
+TEXTS = {f"{folder}/{i}.txt": f"text {i} of {folder}, ümläut\n" * (i + 1) for folder in "ab" for i in range(10)}
 
 
 @pytest.fixture
@@ -114,9 +112,7 @@ def test_bigram_against_counting(add_k):
         for pair in zip(heldout, heldout[1:], strict=False)
     ]
     # the dtype of a dataset, in which the product of two tokens overflows
-    got = prepare_bytes.bigram_bits_per_byte(
-        np.array(train, np.uint16), np.array(heldout, np.uint16), add_k=add_k
-    )
+    got = prepare_bytes.bigram_bits_per_byte(np.array(train, np.uint16), np.array(heldout, np.uint16), add_k=add_k)
     assert got == pytest.approx(sum(expected) / len(expected), rel=1e-12)
 
 
