@@ -17,13 +17,15 @@ class LowerBounds(torch.nn.Module):
 
     Every row reaches every bound through the softmax. A block that needs its bound calls the holder, so that
     Megatron's forward hooks (parameter gathering) run first. The parameter is stored flat, because Megatron
-    decays two-dimensional weights and leaves one-dimensional ones alone, and stays fp32 in a bf16 model.
+    decays two-dimensional weights and leaves one-dimensional ones alone. It has the model's dtype, beside the fp32
+    copy that Megatron's optimizer keeps of every parameter: its plain mixed-precision optimizer cannot save a
+    parameter that is fp32 in a bf16 model. The bounds themselves are fp32.
 
     Args:
         num_layers: L, blocks of the whole model, attention blocks of a hybrid included.
         num_heads: heads over all TP ranks.
         head_dim: K, gate channels a head.
-        config: for the weight's device.
+        config: for the weight's dtype and device.
         tp_group: ranks among which heads are divided.
 
     Source: arXiv 2404.07904, section 3; fla's HGRN2Model (`lower_bounds`, zeros at init).
@@ -40,21 +42,13 @@ class LowerBounds(torch.nn.Module):
         super().__init__()
         self.num_layers, self.head_dim, self.tp_group = num_layers, head_dim, tp_group
         local = num_layers * (num_heads // tp_group.size()) * head_dim
-        self.weight = torch.nn.Parameter(torch.zeros(local, dtype=torch.float32, device=parameter_device(config)))
+        self.weight = torch.nn.Parameter(torch.zeros(local, dtype=config.params_dtype, device=parameter_device(config)))
         mark_tensor_parallel(self.weight)
 
     def forward(self, layer: int) -> Tensor:
         """Bound of block `layer` (0-based over all blocks): [H/tp, K] fp32 in [0, 1)."""
-        probs = torch.softmax(self.weight.view(self.num_layers, -1), dim=0)
+        probs = torch.softmax(self.weight.view(self.num_layers, -1), dim=0, dtype=torch.float32)
         return probs[1 : layer + 1].sum(0).view(-1, self.head_dim)
-
-    def _apply(self, fn, recurse=True):
-        # Float16Module casts whole models: follow it to another device, but stay fp32
-        def keep_dtype(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Distributed checkpoint entry `weight` [num_layers, hidden], TP-sharded on axis 1.
