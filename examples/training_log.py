@@ -130,7 +130,7 @@ def run_lines(command: list[str], log: Path) -> Iterator[str]:
             env=environment(),
         )
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 file.write(line)
                 file.flush()
                 yield line.rstrip("\n")

@@ -68,7 +68,7 @@ def launch(argv: list[str]) -> None:
 
     defaults = dict(cpu.DEFAULTS) if cpu.needed() else {}
     if arguments.is_hgrn2_spec(spec):
-        defaults |= {name: value for name, (_, value) in arguments.SILENT.items()}
+        defaults |= arguments.silent_defaults()
     megatron_hooks.install_arguments(defaults)
     runpy.run_path(script, run_name="__main__")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 
 from megatron.core.transformer import TransformerConfig
 
@@ -20,6 +21,16 @@ SILENT = {
     # decided once the layer pattern is known
     "position_embedding_type": ("--position-embedding-type none (rope in a hybrid)", None),
 }
+
+
+def silent_defaults() -> dict:
+    """Parser defaults of an HGRN2 run: attribute -> value where the user gives no flag."""
+    defaults = {name: value for name, (_, value) in SILENT.items()}
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        # an extension of NVIDIA apex, without which Megatron's default for this flag stops every run
+        defaults["gradient_accumulation_fusion"] = False
+    return defaults
+
 
 # what a checkpoint says of its model, beside what Megatron itself restores
 CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Config)) + ("layernorm_epsilon",)
