@@ -2,5 +2,7 @@
 
 from hgrn2_kernels.op import chunk_hgrn2
 from hgrn2_kernels.reference import recurrent_hgrn2
+from hgrn2_kernels.segments import combine_states, segment_states
+from hgrn2_kernels.step import step_hgrn2
 
-__all__ = ["chunk_hgrn2", "recurrent_hgrn2"]
+__all__ = ["chunk_hgrn2", "combine_states", "recurrent_hgrn2", "segment_states", "step_hgrn2"]

@@ -2,90 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from operator_cases import CEILING, GATES, NAMES, assert_equal, bounds, make_inputs, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
 from hgrn2_kernels import chunk_hgrn2, recurrent_hgrn2
-
-CEILING = {torch.float64: 1e-11, torch.float32: 1e-5}
-NAMES = ("o", "final_state", "dq", "df", "dv", "dlower_bound", "dinitial_state")
-
-
-def relative_error(got, want):
-    """Relative Frobenius error, against float64."""
-    want = want.double()
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
-
-
-def slower(x, n):
-    """The raw gate whose log gate is that of x over n: logit(sigmoid(x) ** (1 / n)) without cancellation."""
-    g = F.logsigmoid(x) / n
-    return g - torch.log(-torch.expm1(g))
-
-
-def closed_now_and_then(x):
-    return torch.where(torch.rand_like(x) < 0.07, -200.0, x + 4)
-
-
-def one_scale_a_channel(x):
-    return x * torch.logspace(-2, 1.5, x.shape[-1], dtype=x.dtype) + torch.linspace(-20, 8, x.shape[-1]).double()
-
-
-GATES = {
-    "plain": lambda x: x,
-    "over-16": lambda x: slower(x, 16),
-    "over-256": lambda x: slower(x, 256),
-    "times-16": lambda x: 16 * x,
-    "all-closed": lambda x: x - 30,
-    "closed-now-and-then": closed_now_and_then,
-    "open": lambda x: x + 6,
-    "mixed": one_scale_a_channel,
-}
-
-
-def bounds(kind, H, K):
-    b = torch.empty(H, K, dtype=torch.float64).uniform_(0.04, 0.94)
-    if kind == "half-zero":
-        b[:, ::2] = 0
-    return {"none": None, "learned": b, "half-zero": b, "zero": torch.zeros_like(b)}[kind]
-
-
-def make_inputs(shape, gate="plain", bound="learned", N=None, dtype=torch.float64):
-    """q, f, v, lower_bound, initial_state in dtype: numbers that fp32 holds exactly if dtype is fp32."""
-    B, T, H, K, V = shape
-    torch.manual_seed(0)
-    q, x = torch.randn(2, B, T, H, K, dtype=torch.float64)
-    v = torch.randn(B, T, H, V, dtype=torch.float64)
-    h0 = torch.randn(B if N is None else N, H, K, V, dtype=torch.float64)
-    inputs = (q, GATES[gate](x), v, bounds(bound, H, K), h0)
-    return [y if y is None else y.to(dtype) for y in inputs]
-
-
-def run(op, inputs, cu_seqlens=None, dtype=None):
-    """Outputs and gradients of op by NAME, for output gradients that do not depend on op or dtype."""
-    leaves = [x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
-    q, f, v, lower_bound, h0 = leaves
-    o, ht = op(q, f, v, lower_bound, initial_state=h0, output_final_state=True, cu_seqlens=cu_seqlens)
-    torch.manual_seed(1)
-    do, dht = (torch.randn(y.shape).to(y.dtype) for y in (o, ht))
-    torch.autograd.backward((o, ht), (do, dht))
-    grads = [None if x is None else x.grad for x in (q, f, v, lower_bound, h0)]
-    return dict(zip(NAMES, (o.detach(), ht.detach(), *grads), strict=True))
-
-
-def assert_equal(got, want, ceiling, lower_bound=None):
-    """Every tensor of two runs agrees to a relative error of ceiling."""
-    for name in NAMES:
-        if want[name] is None:
-            assert got[name] is None, name
-            continue
-        a, b = got[name], want[name]
-        if name == "dlower_bound" and lower_bound is not None:
-            # below this the gradient of the bound is ill-conditioned, and at 0 it is defined as zero
-            keep = lower_bound >= 1e-3
-            a, b = a[keep], b[keep]
-        assert a.isfinite().all(), name
-        assert relative_error(a, b) <= ceiling, name
 
 
 def check_against_recurrence(inputs, cu_seqlens=None):

@@ -1,0 +1,82 @@
+"""What a caller of the operator can get wrong, said with what to do instead."""
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
+    """Shapes, dtypes and devices of `chunk_hgrn2`'s arguments; no values, which would wait for the device.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    check_inputs(q, f, v)
+    B, _, H, K = q.shape
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q)
+    if lower_bound is not None:
+        check_like_state("lower_bound", lower_bound, (H, K), q)
+    if initial_state is not None:
+        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        check_like_state("initial_state", initial_state, (N, H, K, v.shape[-1]), q)
+
+
+def borders_on_host(cu_seqlens, T: int) -> list[int]:
+    """The values of cu_seqlens, checked.
+
+    Raises:
+        ValueError: they do not go from 0 to T without decreasing.
+    """
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != T or borders != sorted(borders):
+        raise ValueError(
+            f"cu_seqlens must go from 0 to T = {T} without decreasing, got {borders}: "
+            "pass cumulative lengths, and make padding at the end a sequence of its own"
+        )
+    return borders
+
+
+def check_inputs(q, f, v):
+    if q.dim() != 4 or f.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q and f must be [B, T, H, K] and v [B, T, H, V], got {shape_of(q)}, {shape_of(f)} and {shape_of(v)}: "
+            "put batch before time and split the heads off with unflatten(-1, (H, -1))"
+        )
+    if 0 in q.shape or 0 in v.shape:
+        raise ValueError(
+            f"no dimension may be 0, got q {shape_of(q)} and v {shape_of(v)}: without tokens, skip the call"
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be float64, float32, bfloat16 or float16, got {q.dtype}: cast q, f and v")
+    if not q.dtype == f.dtype == v.dtype:
+        raise ValueError(f"q, f and v must share a dtype, got {q.dtype}, {f.dtype}, {v.dtype}: cast them")
+    if not q.device == f.device == v.device:
+        raise ValueError(f"q, f and v must share a device, got {q.device}, {f.device}, {v.device}: move them")
+
+
+def check_cu_seqlens(cu_seqlens, q):
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens needs B = 1, got B = {q.shape[0]}: pack the sequences along T, "
+            "or drop cu_seqlens if each row is one sequence"
+        )
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}: convert it with .int()")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must be [N + 1], got {shape_of(cu_seqlens)}: 0, .., T")
+
+
+def check_like_state(name, x, shape, q):
+    """Check a tensor that is kept in the accumulation dtype."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if x.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)} to go with q, got {shape_of(x)}: reshape or slice it")
+    if x.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} for {q.dtype} inputs, got {x.dtype}: keep it in that")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} like q, got {x.device}: move it")
+
+
+def shape_of(x):
+    return list(x.shape)

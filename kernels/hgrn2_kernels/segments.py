@@ -1,0 +1,200 @@
+"""What the shards of a split sequence need of each other: `segment_states` and `combine_states`.
+
+A segment turns the state h that enters it into exp(log_decay) h + state, whatever the queries. So every segment
+computes these two from its own tokens, all at the same time; the segments exchange them, combine those before
+their own, and run `chunk_hgrn2` from the state that enters them.
+
+A token's weight in the state is its key times the gates after it, exp(sum of their logs): a sum of terms of one
+sign and an exponent of at most 0, so nothing cancels or overflows, and a gate that closes completely gives 0.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hgrn2_kernels.checks import borders_on_host, check_cu_seqlens, check_inputs, check_like_state, shape_of
+from hgrn2_kernels.chunkwise import _Chunks
+from hgrn2_kernels.gate import forget_gate
+
+
+def segment_states(
+    f: Tensor, v: Tensor, lower_bound: Tensor | None, *, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum up each sequence, or segment of one, by what it does to a state that enters it; differentiable.
+
+    Args:
+        f: [B, T, H, K] fp64, fp32, bf16 or fp16, raw forget-gate projection, any finite value.
+        v: [B, T, H, V] dtype of f, values.
+        lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1); None for a bound of 0. Its gradient is zero
+            on channels where it is exactly 0, as in `chunk_hgrn2`.
+        cu_seqlens: [N + 1] int32, borders of sequences packed along T, as in `chunk_hgrn2`. Its values are read on
+            the host, which waits for the device.
+
+    Returns:
+        state: [N, H, K, V] fp32 (fp64 with fp64 inputs), state after the last token, from zeros before the first.
+        log_decay: [N, H, K] dtype of state, sum over tokens of log forget, nats, at most 0 and finite: 0 for an
+            empty sequence, and no less than the most negative number.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or borders other than these.
+
+    Source:
+        Qin et al., HGRN2, arXiv 2404.07904, section 3.2, unrolled over the tokens of a segment.
+    """
+    check_inputs(f, f, v)
+    if lower_bound is not None:
+        check_like_state("lower_bound", lower_bound, f.shape[2:], f)
+    borders = None
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, f)
+        borders = borders_on_host(cu_seqlens, f.shape[1])
+    return _SegmentStates.apply(f, v, lower_bound, borders)
+
+
+def combine_states(states: Tensor, log_decays: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Follow the state through consecutive segments, h_{m+1} = exp(log_decay_m) h_m + state_m; differentiable.
+
+    Args:
+        states: [M, N, H, K, V] fp32 or fp64, of `segment_states` for M segments in order of time.
+        log_decays: [M, N, H, K] dtype of states, likewise.
+        initial_state: [N, H, K, V] dtype of states, state before the first segment; zeros when None.
+
+    Returns:
+        entering: [M, N, H, K, V] dtype of states, state before each segment: the initial_state of its
+            `chunk_hgrn2`.
+        final_state: [N, H, K, V] dtype of states, state after the last segment.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices other than these.
+    """
+    if states.dim() != 5 or log_decays.shape != states.shape[:-1] or not len(states):
+        raise ValueError(
+            f"states must be [M, N, H, K, V] and log_decays [M, N, H, K], got {shape_of(states)} and "
+            f"{shape_of(log_decays)}: stack those of the segments"
+        )
+    others = [("log_decays", log_decays)]
+    if initial_state is not None:
+        others.append(("initial_state", initial_state))
+        if initial_state.shape != states.shape[1:]:
+            raise ValueError(
+                f"initial_state must be {shape_of(states[0])} to go with states, got {shape_of(initial_state)}: "
+                "reshape or slice it"
+            )
+    for name, x in others:
+        if x.dtype != states.dtype or x.device != states.device:
+            raise ValueError(
+                f"{name} must be {states.dtype} on {states.device} like states, got {x.dtype} on {x.device}: move it"
+            )
+
+    h = torch.zeros_like(states[0]) if initial_state is None else initial_state
+    entering = []
+    for state, decay in zip(states, log_decays.exp()[..., None], strict=True):
+        entering.append(h)
+        h = decay * h + state
+    return torch.stack(entering), h
+
+
+class _SegmentStates(torch.autograd.Function):
+    """`segment_states` as one autograd node: saves only its inputs and recomputes the rest in the backward."""
+
+    @staticmethod
+    def forward(ctx, f, v, lower_bound, borders):
+        ctx.save_for_backward(f, v, lower_bound)
+        ctx.borders = borders
+        with torch.autocast(f.device.type, enabled=False):
+            chunks = _Chunks(f, borders)
+            k, weight, log_decay = _decays(chunks, *_split_gate(chunks, f, lower_bound))
+            k, v = k.mul_(weight), chunks.split(v)
+            h = chunks.split_states(None, k.shape[-1], v.shape[-1])
+            for active, rows in chunks.steps:
+                h[:active].baddbmm_(k[rows].mT, v[rows])
+            return chunks.join_states(h), chunks.join_states(log_decay)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dstate, dlog_decay):
+        f, v, lower_bound = ctx.saved_tensors
+        dtypes = f.dtype, v.dtype
+        with torch.autocast(f.device.type, enabled=False):
+            chunks = _Chunks(f, ctx.borders)
+            f, bound = _split_gate(chunks, f, lower_bound)
+            k, weight, _ = _decays(chunks, f, bound)
+            k, v = k.mul_(weight), chunks.split(v)
+            dh = chunks.split_states(dstate, k.shape[-1], v.shape[-1])
+            dk, dv = torch.empty_like(k), torch.empty_like(v)
+            for active, rows in chunks.steps:
+                torch.bmm(v[rows], dh[:active].mT, out=dk[rows])
+                torch.bmm(k[rows], dh[:active], out=dv[rows])
+            # a gate decays the keys before it, and the state that entered
+            dg, total = _sum_before(k.mul_(dk))
+            before = chunks.split_states(dlog_decay[..., None], 1, 1).mT
+            for active, rows in chunks.steps:
+                dg[rows] += before[:active]
+                before[:active] += total[rows]
+            df, db = _gate_backward(f, bound, dg, dk.mul_(weight))
+            db = None if db is None else db.sum(1).unflatten(0, (-1, chunks.H)).sum(0)
+            return chunks.join(df, dtypes[0]), chunks.join(dv, dtypes[1]), db, None
+
+
+def _split_gate(chunks, f, lower_bound):
+    """The raw gate in chunks, padded with open gates, and the bound of every chunk."""
+    return chunks.split(f, padding=torch.inf), chunks.broadcast(lower_bound)
+
+
+def _decays(chunks, f, bound):
+    """Keys, what the later gates of their sequence leave of them, and the sequence's log decay.
+
+    Args:
+        chunks: how sequences map to chunks.
+        f: [M, C, K] raw gate, in chunks.
+        bound: [M, 1, K] or None.
+
+    Returns:
+        k: [M, C, K].
+        weight: [M, C, K], product of the gates of the later tokens, those of later chunks included.
+        log_decay: [N * H, K], in the order of the steps.
+    """
+    g, k = _log_forget(f, bound)
+    # summed backwards: before is after
+    after, total = _sum_before(g.flip(1))
+    after = after.flip(1)
+    later = chunks.split_states(None, 1, f.shape[-1])
+    for active, rows in reversed(chunks.steps):
+        after[rows] += later[:active]
+        later[:active] += total[rows]
+    # two of the most negative numbers make an infinity
+    return k, after.exp_(), later[:, 0].clamp_min(torch.finfo(g.dtype).min)
+
+
+def _sum_before(x):
+    """Sum over the earlier tokens of each chunk, without the token itself: [M, C, K] -> [M, C, K], and [M, 1, K]."""
+    # not the sum with the token minus the token, which would cancel
+    total = x.cumsum(1)
+    return F.pad(total[:, :-1], (0, 0, 1, 0)), total[:, -1:]
+
+
+def _log_forget(f, bound):
+    """Log of the forget gate, nats, and the key, for f and bound as in `forget_gate`; finite where f is."""
+    forget, k = forget_gate(f, bound)
+    if bound is None:
+        return F.logsigmoid(f), k
+    # of a gate near 1 only its distance from 1 has digits, of a gate near 0 without a bound only f has
+    g = torch.where(k < 0.5, torch.log1p(-k), forget.log())
+    return torch.where(bound > 0, g, F.logsigmoid(f)), k
+
+
+def _gate_backward(f, bound, dg, dk):
+    """Gradients of `_log_forget` with respect to f, and to bound before any sum over tokens.
+
+    With s = sigmoid(f): d log forget = (1 - b) (1 - s) (s / forget) df. The ratio lies in (0, 1] and is the sigmoid
+    of f - log b, which divides by nothing and is 1 without a bound.
+    """
+    s, s_neg = f.sigmoid(), f.neg().sigmoid_()
+    if bound is None:
+        return s_neg * (dg - s * dk), None
+    df = s_neg * (1 - bound) * ((f - bound.log()).sigmoid_() * dg - s * dk)
+    forget, _ = forget_gate(f, bound)
+    # chosen, not multiplied: without a bound the gate may be 0
+    db = torch.where(bound > 0, s_neg * (dg / forget - dk), 0.0)
+    return df, db

@@ -1,0 +1,138 @@
+"""The decoding step in one launch. One program a (sequence, head, block of value channels), state in registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def sigmoids(x):
+    """Sigmoid of x and of -x, both to relative precision and without overflow."""
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x >= 0, 1.0, e) * r, tl.where(x >= 0, e, 1.0) * r
+
+
+@triton.jit
+def step_kernel(
+    q,  # [N, T, H, K] raw
+    f,  # [N, T, H, K] raw gate
+    v,  # [N, T, H, V]
+    bound,  # [H, K] fp32, read where BOUNDED
+    state,  # [S, H, K, V] fp32, in and out; rows stride_s apart
+    slots,  # [N] int32 or int64, read where SLOTTED; negative for padding
+    o,  # [N, T, H, V] contiguous, out
+    stride_qn,
+    stride_qt,
+    stride_qh,
+    stride_fn,
+    stride_ft,
+    stride_fh,
+    stride_vn,
+    stride_vt,
+    stride_vh,
+    stride_s,
+    scale,
+    T,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    SLOTTED: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_h = (pid // NV) % H
+    i_n = (pid // (NV * H)).to(tl.int64)
+    slot = i_n
+    if SLOTTED:
+        slot = tl.load(slots + i_n).to(tl.int64)
+    active = slot >= 0
+
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k[:, None] & m_v[None, :] & active
+    p_h = state + slot * stride_s + i_h * (K * V) + o_k[:, None] * V + o_v[None, :]
+    # first of all loads: everything else is small and arrives in its shadow
+    b_h = tl.load(p_h, mask=m_kv, other=0.0)
+    b = tl.zeros([BK], tl.float32)
+    if BOUNDED:
+        b = tl.load(bound + i_h * K + o_k, mask=m_k, other=0.0)
+
+    p_q = q + i_n * stride_qn + i_h * stride_qh + o_k
+    p_f = f + i_n * stride_fn + i_h * stride_fh + o_k
+    p_v = v + i_n * stride_vn + i_h * stride_vh + o_v
+    p_o = o + (i_n * T * H + i_h) * V + o_v
+    for _ in range(T):
+        b_f = tl.load(p_f, mask=m_k, other=0.0).to(tl.float32)
+        b_q = tl.load(p_q, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
+        s, s_neg = sigmoids(b_f)
+        forget = b + (1.0 - b) * s
+        k = (1.0 - b) * s_neg
+        # a forget gate near 1 is rounded, and the same way at each token if it hardly changes: there, h - k h
+        is_open = k < 0.5
+        factor = tl.where(is_open, -k, forget)
+        kept = tl.where(is_open[:, None], b_h, 0.0)
+        b_h = kept + (factor[:, None] * b_h + k[:, None] * b_v[None, :])
+        s, _ = sigmoids(b_q)
+        b_o = tl.sum(b_h * (b_q * s * scale)[:, None], 0)
+        # what padding computed is of no meaning, and may be NaN
+        b_o = tl.where(active, b_o, 0.0)
+        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_v)
+        p_q += stride_qt
+        p_f += stride_ft
+        p_v += stride_vt
+        p_o += H * V
+
+    tl.store(p_h, b_h, mask=m_kv)
+
+
+def tile(K: int, V: int) -> tuple[int, int, int]:
+    """Rows and columns of the state that one program holds, and its warps: (BK, BV, num_warps).
+
+    32 numbers a thread are eight 16-byte loads in flight, and at least 32 columns make a row whole cache lines.
+    """
+    BK = triton.next_power_of_2(K)
+    BV = min(triton.next_power_of_2(V), max(32, 4096 // BK))
+    return BK, BV, min(16, max(1, BK * BV // 1024))
+
+
+def launch_step(
+    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
+) -> Tensor:
+    """Launch `step_kernel` on arguments that `step_hgrn2` has checked; updates state in place and returns o."""
+    (N, T, H, K), V = q.shape, v.shape[-1]
+    BK, BV, num_warps = tile(K, V)
+    o = torch.empty(N, T, H, V, dtype=v.dtype, device=v.device)
+    with torch.cuda.device_of(v):
+        step_kernel[(N * H * triton.cdiv(V, BV),)](
+            q,
+            f,
+            v,
+            None if lower_bound is None else lower_bound.contiguous(),
+            state,
+            None if slots is None else slots.contiguous(),
+            o,
+            *q.stride()[:3],
+            *f.stride()[:3],
+            *v.stride()[:3],
+            state.stride(0),
+            scale,
+            T,
+            H=H,
+            K=K,
+            V=V,
+            BK=BK,
+            BV=BV,
+            BOUNDED=lower_bound is not None,
+            SLOTTED=slots is not None,
+            num_warps=num_warps,
+        )
+    return o

@@ -1,0 +1,108 @@
+"""The Triton kernels of the operator: in the interpreter where there is no GPU (fp32), on the GPU in every dtype."""
+
+import pytest
+import torch
+from operator_cases import CEILING, GATES, assert_equal, bounds, make_inputs, relative_error, run
+
+from hgrn2_kernels import chunk_triton, recurrent_hgrn2
+from hgrn2_kernels.chunk_triton import TritonChunkHGRN2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# relative Frobenius errors of bf16 operands and states
+BF16_CEILING = {"o": 3e-3, "final_state": 3e-3, "dv": 3e-3, "dq": 4e-3, "df": 4e-3, "dlower_bound": 4e-3}
+
+
+def triton_op(q, f, v, lower_bound, *, initial_state=None, output_final_state=True, cu_seqlens=None):
+    """The kernels behind chunk_hgrn2's call, which on a CPU would choose PyTorch."""
+    return TritonChunkHGRN2.apply(q, f, v, lower_bound, initial_state, q.shape[-1] ** -0.5, cu_seqlens)
+
+
+def on_device(inputs, dtype=torch.float32):
+    """Projections in dtype, bound and state in fp32."""
+    q, f, v, b, h0 = (x if x is None else x.to(DEVICE) for x in inputs)
+    return [*(x.to(dtype) for x in (q, f, v)), *(x if x is None else x.float() for x in (b, h0))]
+
+
+def check(inputs, cu_seqlens=None):
+    """Against the recurrence in fp64, every tensor under the ceiling of the inputs' dtype."""
+    got = run(triton_op, inputs, cu_seqlens)
+    gold = run(recurrent_hgrn2, inputs, cu_seqlens, dtype=torch.float64)
+    if inputs[0].dtype == torch.float32:
+        return assert_equal(got, gold, CEILING[torch.float32], lower_bound=inputs[3])
+    for name, ceiling in BF16_CEILING.items():
+        if gold[name] is not None:
+            keep = inputs[3] >= 1e-3 if name == "dlower_bound" else ...
+            assert relative_error(got[name][keep], gold[name][keep]) <= ceiling, name
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_fp32_is_the_recurrence_for_any_gate(gate):
+    check(on_device(make_inputs((1, 70, 2, 32, 16), gate, "half-zero", dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("bound", ["none", "zero", "learned"])
+def test_fp32_with_every_kind_of_bound(bound):
+    check(on_device(make_inputs((2, 40, 1, 16, 32), "times-16", bound, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16, 16), (2, 33, 1, 40, 24), (1, 64, 1, 96, 80)], ids=str)
+def test_fp32_for_lengths_and_head_dimensions_that_nothing_divides(shape):
+    check(on_device(make_inputs(shape, "closed-now-and-then", dtype=torch.float32)))
+
+
+def test_fp32_packed_sequences():
+    borders = [0, 0, 5, 37, 38, 38, 75]
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=DEVICE)
+    inputs = make_inputs((1, 75, 2, 24, 16), "mixed", "half-zero", N=len(borders) - 1, dtype=torch.float32)
+    check(on_device(inputs), cu_seqlens)
+
+
+@pytest.mark.parametrize("T", [16 * 32, 17 * 32 + 5], ids=str)
+def test_a_long_sequence_is_cut_into_segments(T, monkeypatch):
+    monkeypatch.setattr(chunk_triton, "FILL", 3)
+    inputs = on_device(make_inputs((1, T, 1, 16, 16), "over-16", dtype=torch.float32))
+    assert chunk_triton._Run(*inputs[:4], 1.0, None).segments == 2
+    check(inputs)
+
+
+def test_parts_of_one_fused_projection_in_megatrons_layout():
+    T, B, H, K = 20, 2, 2, 16
+    torch.manual_seed(0)
+    fused = torch.randn(T, B, H, 3, K, device=DEVICE)
+    views = fused.transpose(0, 1).unbind(3)
+    assert not any(x.is_contiguous() for x in views)
+    b = bounds("learned", H, K).float().to(DEVICE)
+    strided, _ = triton_op(*views, b)
+    contiguous, _ = triton_op(*(x.contiguous() for x in views), b)
+    assert torch.equal(strided, contiguous)
+
+
+def test_no_state_in_or_out():
+    q, f, v, b, _ = on_device(make_inputs((1, 50, 1, 16, 16), dtype=torch.float32))
+    q.requires_grad_()
+    o, _ = triton_op(q, f, v, b)
+    o.sum().backward()
+    gold = recurrent_hgrn2(*(x.double() for x in (q, f, v, b)))[0]
+    assert relative_error(o, gold) <= CEILING[torch.float32] and q.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_dtype_on_the_gpu(dtype, gate):
+    check(on_device(make_inputs((2, 150, 3, 128, 128), gate, "half-zero"), dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [16, 32, 64, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_head_dimension_on_the_gpu(dtype, D):
+    check(on_device(make_inputs((1, 130, 2, D, D), "mixed", "half-zero"), dtype))
+
+
+@pytest.mark.gpu
+def test_same_bits_in_two_runs():
+    inputs = on_device(make_inputs((2, 300, 4, 128, 128), "mixed"), torch.bfloat16)
+    first, second = run(triton_op, inputs), run(triton_op, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
