@@ -63,7 +63,7 @@ def run(op, inputs, cu_seqlens=None, dtype=None):
     q, f, v, lower_bound, h0 = leaves
     o, ht = op(q, f, v, lower_bound, initial_state=h0, output_final_state=True, cu_seqlens=cu_seqlens)
     torch.manual_seed(1)
-    do, dht = (torch.randn(y.shape).to(y.dtype) for y in (o, ht))
+    do, dht = (torch.randn(y.shape).to(y) for y in (o, ht))
     torch.autograd.backward((o, ht), (do, dht))
     grads = [None if x is None else x.grad for x in (q, f, v, lower_bound, h0)]
     return dict(zip(NAMES, (o.detach(), ht.detach(), *grads), strict=True))
