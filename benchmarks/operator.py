@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-from hgrn2_kernels.chunk_triton import TritonChunkHGRN2, _Run
+from hgrn2_kernels.chunk_triton import Launches, TritonChunkHGRN2
 from hgrn2_kernels.chunkwise import ChunkHGRN2
 
 D = 128
@@ -78,7 +78,7 @@ def forward_and_both(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float
 
 def each_kernel(leaves: list[Tensor], do: Tensor) -> str:
     q, f, v = (x.detach() for x in leaves)
-    run = _Run(q, f, v, None, D**-0.5, None)
+    run = Launches(q, f, v, None, D**-0.5, None)
     states, _ = run.states(v, None)
     dstates, _ = run.states(do, None, reverse=True)
     times = {

@@ -93,7 +93,10 @@ def datasets_provider(num_samples, vp_stage=None):
     """Train, validation and test sets, on the first rank of each TP group."""
     args = get_args()
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    first_of_tp = lambda: mpu.get_tensor_model_parallel_rank() == 0  # noqa: E731
+
+    def first_of_tp():
+        return mpu.get_tensor_model_parallel_rank() == 0
+
     return BlendedMegatronDatasetBuilder(dataset, num_samples, first_of_tp, dataset_config(args)).build()
 
 

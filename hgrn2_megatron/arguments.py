@@ -10,22 +10,22 @@ from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config
 
 MODULE, NAME = "hgrn2_megatron.spec", "hgrn2"
 
-# Megatron's attribute -> the flag in words, and the value of a true HGRN2 block
+# Megatron's attribute -> the value of a true HGRN2 block
 SILENT = {
-    "normalization": ("--normalization RMSNorm", "RMSNorm"),
-    "layernorm_epsilon": ("--norm-epsilon 1e-6", 1e-6),
-    "add_bias_linear": ("--disable-bias-linear", False),
-    "swiglu": ("--swiglu", True),
-    "hidden_dropout": ("--hidden-dropout 0", 0.0),
-    "attention_dropout": ("--attention-dropout 0", 0.0),
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-6,
+    "add_bias_linear": False,
+    "swiglu": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
     # decided once the layer pattern is known
-    "position_embedding_type": ("--position-embedding-type none (rope in a hybrid)", None),
+    "position_embedding_type": None,
 }
 
 
 def silent_defaults() -> dict:
     """Parser defaults of an HGRN2 run: attribute -> value where the user gives no flag."""
-    defaults = {name: value for name, (_, value) in SILENT.items()}
+    defaults = dict(SILENT)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         # an extension of NVIDIA apex, without which Megatron's default for this flag stops every run
         defaults["gradient_accumulation_fusion"] = False

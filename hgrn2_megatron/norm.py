@@ -18,9 +18,9 @@ def parameter_device(config: TransformerConfig) -> torch.device:
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
 
 
-def mark_tensor_parallel(weight: torch.nn.Parameter, dim: int = 0):
+def mark_tensor_parallel(weight: torch.nn.Parameter):
     """Tell Megatron that every TP rank holds its own slice of `weight`, so that no gradient is summed over TP."""
-    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1
 
 
 class HiddenShardedRMSNorm(torch.nn.Module):

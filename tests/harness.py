@@ -10,17 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
+from operator_cases import relative_error
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = ":".join(str(ROOT / folder) for folder in (".", "kernels", "tests"))
 VOCAB, SEQ, BATCH = 64, 40, 4
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Relative Frobenius error, in fp64."""
-    actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
@@ -143,9 +138,9 @@ def batch(seed: int = 2) -> tuple[Tensor, Tensor]:
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
-def python(*command: str, env: dict[str, str] | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
     """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | (env or {})
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     # a Megatron-LM checkout builds its dataset helpers with the python3 of PATH
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TRITON_INTERPRET"):
@@ -161,7 +156,7 @@ def python(*command: str, env: dict[str, str] | None = None, timeout: int = 300)
     )
 
 
-def torchrun(num_processes: int, *command: str, **kwargs) -> subprocess.CompletedProcess:
+def torchrun(num_processes: int, *command: str) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node num_processes ...` on this machine."""
     run = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
-    return python(*run, *command, **kwargs)
+    return python(*run, *command)

@@ -73,6 +73,8 @@ class Chunks:
     Attributes:
         N: sequences.
         NC: chunks, an upper bound where sequences are packed.
+        T: tokens of a row.
+        per_row: chunks of a row of a dense batch; 0 for packed sequences.
         cu_seqlens, sequence, first: [N + 1], [NC] and [N + 1] int32; None for a dense batch.
     """
 
@@ -108,8 +110,8 @@ class TritonChunkHGRN2(torch.autograd.Function):
         q, f, v = (_unit_stride(x) for x in (q, f, v))
         ctx.save_for_backward(q, f, v, lower_bound, initial_state, cu_seqlens)
         ctx.scale = scale
-        with _on_device(q):
-            run = _Run(q, f, v, lower_bound, scale, cu_seqlens)
+        with torch.cuda.device_of(q):
+            run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
             states, final = run.states(v, initial_state)
             return run.output(v, states), final
 
@@ -117,8 +119,8 @@ class TritonChunkHGRN2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dfinal):
         q, f, v, lower_bound, initial_state, cu_seqlens = ctx.saved_tensors
-        with _on_device(q):
-            run = _Run(q, f, v, lower_bound, ctx.scale, cu_seqlens)
+        with torch.cuda.device_of(q):
+            run = Launches(q, f, v, lower_bound, ctx.scale, cu_seqlens)
             do = _unit_stride(do)
             states, _ = run.states(v, initial_state)
             dstates, dinitial = run.states(do, dfinal, reverse=True)
@@ -131,15 +133,11 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _on_device(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("hgrn2")
-
-
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride()[:3]
 
 
-class _Run:
+class Launches:
     """The launches over one set of inputs."""
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens):

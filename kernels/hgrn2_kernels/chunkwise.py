@@ -40,7 +40,7 @@ class ChunkHGRN2(torch.autograd.Function):
         ctx.save_for_backward(q, f, v, lower_bound, initial_state)
         ctx.scale, ctx.borders = scale, borders
         with torch.autocast(q.device.type, enabled=False):
-            chunks, K, V = _Chunks(q, borders), q.shape[-1], v.shape[-1]
+            chunks, K, V = ChunkLayout(q, borders), q.shape[-1], v.shape[-1]
             qc, kc, forget = _activate(chunks, q, f, lower_bound, scale)
             vc = chunks.split(v)
             h = chunks.split_states(initial_state, K, V)
@@ -56,7 +56,7 @@ class ChunkHGRN2(torch.autograd.Function):
     def backward(ctx, do, dht):
         q, f, v, lower_bound, initial_state = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            chunks, K, V = _Chunks(q, ctx.borders), q.shape[-1], v.shape[-1]
+            chunks, K, V = ChunkLayout(q, ctx.borders), q.shape[-1], v.shape[-1]
             # q and k before the gates of other tokens are multiplied in
             q_own, k_own, forget = _activate(chunks, q, f, lower_bound, ctx.scale)
             qc, kc = q_own.clone(), k_own.clone()
@@ -202,7 +202,7 @@ def _second_by_first(x, s):
     return x.view(-1, P, 2, s, P, 2, s)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-class _Chunks:
+class ChunkLayout:
     """How the tokens of all sequences map to one list of chunks, and back.
 
     Chunk n of every sequence that has one comes before chunk n + 1 of any, longest sequence first. So the

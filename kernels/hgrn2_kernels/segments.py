@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hgrn2_kernels.checks import borders_on_host, check_cu_seqlens, check_inputs, check_like_state, shape_of
-from hgrn2_kernels.chunkwise import _Chunks
+from hgrn2_kernels.chunkwise import ChunkLayout
 from hgrn2_kernels.gate import forget_gate
 
 
@@ -103,7 +103,7 @@ class _SegmentStates(torch.autograd.Function):
         ctx.save_for_backward(f, v, lower_bound)
         ctx.borders = borders
         with torch.autocast(f.device.type, enabled=False):
-            chunks = _Chunks(f, borders)
+            chunks = ChunkLayout(f, borders)
             k, weight, log_decay = _decays(chunks, *_split_gate(chunks, f, lower_bound))
             k, v = k.mul_(weight), chunks.split(v)
             h = chunks.split_states(None, k.shape[-1], v.shape[-1])
@@ -117,7 +117,7 @@ class _SegmentStates(torch.autograd.Function):
         f, v, lower_bound = ctx.saved_tensors
         dtypes = f.dtype, v.dtype
         with torch.autocast(f.device.type, enabled=False):
-            chunks = _Chunks(f, ctx.borders)
+            chunks = ChunkLayout(f, ctx.borders)
             f, bound = _split_gate(chunks, f, lower_bound)
             k, weight, _ = _decays(chunks, f, bound)
             k, v = k.mul_(weight), chunks.split(v)

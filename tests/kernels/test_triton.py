@@ -62,7 +62,7 @@ def test_fp32_packed_sequences():
 def test_a_long_sequence_is_cut_into_segments(T, monkeypatch):
     monkeypatch.setattr(chunk_triton, "FILL", 3)
     inputs = on_device(make_inputs((1, T, 1, 16, 16), "over-16", dtype=torch.float32))
-    assert chunk_triton._Run(*inputs[:4], 1.0, None).segments == 2
+    assert chunk_triton.Launches(*inputs[:4], 1.0, None).segments == 2
     check(inputs)
 
 
