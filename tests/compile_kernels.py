@@ -45,7 +45,7 @@ def compile_kernel(kernel, constexprs: dict, config: Config, dtype: str, arch: i
             signature[name] = "constexpr"
         elif name == "scale":
             signature[name] = "fp32"
-        elif name in ("T", "NT", "SEGMENTS", "LENGTH"):
+        elif name in ("T", "NT", "NC", "SEGMENTS", "LENGTH"):
             signature[name] = "i32"
         else:
             # strides and pointers are multiples of 16 in a model, and Triton specialises on it
@@ -67,17 +67,17 @@ def compile_kernel(kernel, constexprs: dict, config: Config, dtype: str, arch: i
 
 def main(arch: int, dtype: str, K: int):
     config = Config.of(DTYPES[dtype], K, K)
-    common = dict(H=16, K=K, V=K, C=config.C, BK=config.BK, DT=config.tl_dtype, BOUNDED=True, PACKED=False)
+    common = dict(H=16, K=K, V=K, C=config.C, BK=config.BK, DT=config.tl_dtype, BOUNDED=True, PACKED=False, FULL=True)
     levels = config.C.bit_length() - 1
     state = common | dict(BV=config.state_BV, HAS_FIRST=False, STORE=True, STAGES=config.stages)
     output = common | dict(BV=config.BV, LEVELS=levels)
-    gradient = output | dict(BK=config.gradient_BK, BF=config.BK)
     cases = [(chunk_state_kernel, state | dict(REVERSE=reverse)) for reverse in (False, True)]
     for exact in (False, True):
+        form = dict(EXACT=exact, GROUP=config.group if exact else 1)
         cases += [
-            (chunk_output_kernel, output | dict(REVERSE=False, EXACT=exact)),
-            (chunk_output_kernel, output | dict(REVERSE=True, EXACT=exact)),
-            (chunk_gradient_kernel, gradient | dict(EXACT=exact)),
+            (chunk_output_kernel, output | form | dict(REVERSE=False)),
+            (chunk_output_kernel, output | form | dict(REVERSE=True)),
+            (chunk_gradient_kernel, output | form),
         ]
     for kernel, constexprs in cases:
         form = {name: constexprs[name] for name in ("REVERSE", "EXACT") if name in constexprs}

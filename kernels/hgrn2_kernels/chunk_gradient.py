@@ -10,21 +10,28 @@ import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
     LOG2E,
-    OPEN,
     block_decay_matrix,
+    channels,
     dot,
+    exp2,
+    frame,
     gate,
-    load_rows,
+    halves_matrix,
+    identity,
+    load_tokens,
+    padded,
     reciprocal,
     sigmoid_parts,
     silu,
     span,
-    store_rows,
-    sum_rows,
+    store_tokens,
+    sum_gates,
+    sum_halves,
+    sum_tokens,
 )
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["T", "NT", "NC"])
 def chunk_gradient_kernel(
     q,  # [B, T, H, K] raw
     f,  # [B, T, H, K] raw gate
@@ -33,7 +40,7 @@ def chunk_gradient_kernel(
     bound,  # [H, K] fp32, read where BOUNDED
     states,  # [chunks, H, K, V], entering each chunk
     dstates,  # [chunks, H, K, V], gradient of the state leaving each chunk
-    slow,  # [chunks, H, K / BF] int8
+    slow,  # [chunks, H, K / BK] int8
     dq,  # [B, T, H, K], out
     df,  # [B, T, H, K], out
     dbound,  # [chunks, H, K] fp32, out where BOUNDED
@@ -61,127 +68,137 @@ def chunk_gradient_kernel(
     scale,
     T,
     NT,
+    NC,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     BK: tl.constexpr,
-    BF: tl.constexpr,  # channels that share a flag and a frame, a multiple of BK
     BV: tl.constexpr,
     DT: tl.constexpr,
     EXACT: tl.constexpr,
+    GROUP: tl.constexpr,  # chunks a program
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     i_k = pid % NK
     i_h = (pid // NK) % H
-    i_c = pid // (NK * H)
-    i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-    place = i_c.to(tl.int64) * H + i_h
-    if start >= end:
-        return
-    NF: tl.constexpr = (K + BF - 1) // BF
-    is_slow = tl.load(slow + place * NF + i_k * BK // BF) != 0
-    if is_slow != EXACT:
-        return
+    first = pid // (NK * H) * GROUP
 
-    o_c = tl.arange(0, C)
-    i = o_c[:, None]
-    j = o_c[None, :]
-    o_t = start + o_c
-    m_t = o_t < end
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
     o_k = i_k * BK + tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    b = tl.zeros([1, BK], tl.float32)
-    if BOUNDED:
-        b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)[None, :]
-    b_x = load_rows(f + i_b * stride_fb + i_h * stride_fh, stride_ft, o_t, o_k, m_t, K, OPEN).to(tl.float32)
-    b_qx = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qt, o_t, o_k, m_t, K, 0.0).to(tl.float32)
-    b_v = load_rows(v + i_b * stride_vb + i_h * stride_vh, stride_vt, o_t, o_v, m_t, V, 0.0).to(DT)
-    b_do = load_rows(do + i_b * stride_ob + i_h * stride_oh, stride_ot, o_t, o_v, m_t, V, 0.0).to(DT)
     m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
-    o_kv = place * K * V + o_k[:, None] * V + o_v[None, :]
-    b_h = tl.load(states + o_kv, mask=m_kv, other=0.0).to(DT)
-    b_dh = tl.load(dstates + o_kv, mask=m_kv, other=0.0).to(DT)
-
-    g, k = gate(b_x, b)
-    b_q = silu(b_qx, scale)
-    zero = tl.zeros([C, BK], tl.float32)
+    o_kv = o_k[:, None] * V + o_v[None, :]
+    eye = identity(C, q.dtype.element_ty)
+    zero = tl.zeros([BK, C], tl.float32)
     square = tl.zeros([C, C], tl.float32)
-    dscores = tl.where(i >= j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
-    dscores_t = tl.where(i <= j, dot(b_v, tl.trans(b_do), square), 0.0).to(DT)
-    # gradient of the chunk's total decay, through the state that passes it
-    passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)[None, :]
-
-    decay = sum_rows(block_decay_matrix(i, j, LEVELS), g, DT)
-    if EXACT:
-        dq_sum, dk_sum, balance = zero, zero, zero
-        shift = LEVELS
-        for _ in tl.range(0, LEVELS, num_stages=1):
-            half = (1 << shift) >> 1
-            second_i = (i & ((1 << shift) - 1)) >= half
-            second_j = (j & ((1 << shift) - 1)) >= half
-            factor = tl.exp2(-tl.abs(decay))
-            operand = (tl.where(second_i, b_q, k) * factor).to(DT)
-            pair = ((i >> shift) == (j >> shift)) & (second_i != second_j)
-            dpair = tl.where(pair, tl.where(second_i, dscores, dscores_t), 0.0).to(DT)
-            raw = dot(dpair, operand, zero)
-            signed = operand.to(tl.float32) * raw
-            balance += tl.where(second_i, signed, -signed)
-            raw *= factor
-            dq_sum += tl.where(second_i, raw, 0.0)
-            dk_sum += tl.where(second_i, 0.0, raw)
-            shift -= 1
-            decay = sum_rows(block_decay_matrix(i, j, shift), g, DT)
-        # a token with itself: no gate in between
-        diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 1)[:, None]
-        dq_sum += diagonal * k
-        dk_sum += diagonal * b_q
-        factor = tl.exp2(sum_rows(tl.where(j <= i, 1.0, 0.0), g, DT))
-        raw = factor * dot(b_do, tl.trans(b_h), zero)
-        balance += b_q * raw
-        dq_sum += raw
-        factor = tl.exp2(sum_rows(tl.where(j > i, 1.0, 0.0), g, DT))
-        raw = factor * dot(b_v, tl.trans(b_dh), zero)
-        written = k * raw
-        dk_sum += raw
-        passing *= tl.exp2(tl.sum(g, 0))[None, :]
-    else:
-        factor = tl.exp2(decay)
-        qd = (b_q * factor).to(DT)
-        inverse = tl.exp2(-decay)
-        kd = (k * inverse).to(DT)
-        raw = dot(b_do, tl.trans(b_h), dot(dscores, kd, zero))
-        balance = qd.to(tl.float32) * raw
-        dq_sum = raw * factor
-        raw = dot(dscores_t, qd, zero)
-        balance -= kd.to(tl.float32) * raw
-        raw_state = dot(b_v, tl.trans(b_dh), zero)
-        written = kd.to(tl.float32) * raw_state
-        dk_sum = (raw + raw_state) * inverse
-
-    # queries from t on carry gate t, and so do keys written before t and the state that passes
-    if EXACT:
-        # a closed gate leaves of each sum what is far below its largest term: no term may enter and be taken out
-        dg = sum_rows(tl.where(j >= i, 1.0, 0.0), balance, DT) + sum_rows(tl.where(j < i, 1.0, 0.0), written, DT)
-    else:
-        dg = sum_rows(tl.where(j >= i, 1.0, 0.0), balance - written, DT) + tl.sum(written, 0)[None, :]
-    dg += passing
-
-    s = reciprocal(1.0 + tl.exp2(-b_qx * LOG2E))
-    b_dq = dq_sum * scale * s * (1.0 + b_qx * (1.0 - s))
-    p_dq = dq + i_b * stride_dqb + i_h * stride_dqh
-    store_rows(p_dq, stride_dqt, o_t, o_k, m_t, K, b_dq.to(dq.dtype.element_ty))
-    n, m, r = sigmoid_parts(b_x)
-    # dg / forget - dk, times 1 + exp(-|x|) taken out of both; n underflows for closed gates without a bound
-    t = dg * reciprocal(tl.maximum(n + b * m, 1.0e-30)) - dk_sum * r
-    b_df = n * (m * r - b * (m * r)) * t
-    p_df = df + i_b * stride_dfb + i_h * stride_dfh
-    store_rows(p_df, stride_dft, o_t, o_k, m_t, K, b_df.to(df.dtype.element_ty))
+    b = tl.zeros([BK], tl.float32)
     if BOUNDED:
-        # a bound of exactly 0 is a constant of the model, and dg / forget there is noise
-        db = tl.sum(tl.where(m_t[:, None] & (b > 0), m * t, 0.0), 0)
-        tl.store(dbound + place * K + o_k, db, mask=o_k < K)
+        b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
+    for n in tl.range(0, GROUP, num_stages=1):
+        i_c = tl.minimum(first + n, NC - 1)
+        place = i_c.to(tl.int64) * H + i_h
+        is_slow = tl.load(slow + place * NK + i_k) != 0
+        i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
+        if (first + n < NC) & (start < end) & (is_slow == EXACT):
+            t = start.to(tl.int64)
+            left = end - start
+            p_f = f + i_b * stride_fb + t * stride_ft + i_h * stride_fh
+            p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
+            p_v = v + i_b * stride_vb + t * stride_vt + i_h * stride_vh
+            p_do = do + i_b * stride_ob + t * stride_ot + i_h * stride_oh
+            b_f = load_tokens(p_f, stride_ft, o_k, left, K, BK, C, FULL)
+            b_q = load_tokens(p_q, stride_qt, o_k, left, K, BK, C, FULL)
+            b_v = load_tokens(p_v, stride_vt, o_v, left, V, BV, C, FULL).to(DT)
+            b_do = load_tokens(p_do, stride_ot, o_v, left, V, BV, C, FULL).to(DT)
+            b_h = tl.load(states + place * K * V + o_kv, mask=m_kv, other=0.0)
+            b_dh = tl.load(dstates + place * K * V + o_kv, mask=m_kv, other=0.0)
+
+            # [i, j]: gradient of the score of query i and key j
+            dscores = tl.where(i >= j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
+            # gradient of the chunk's total decay, through the state that passes it
+            passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+
+            x = padded(channels(b_f, eye), left, C, FULL)
+            g, k = gate(x, b[:, None])
+            x_q = channels(b_q, eye)
+            a = silu(x_q, scale)
+            decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT)
+            if EXACT:
+                dscores_t = tl.where(i <= j, dot(b_v, tl.trans(b_do), square), 0.0).to(DT)
+                dq_sum, dk_sum, balance = zero, zero, zero
+                shift = LEVELS
+                for _ in tl.range(0, LEVELS, num_stages=1):
+                    half = (1 << shift) >> 1
+                    second_i = (i & ((1 << shift) - 1)) >= half
+                    second_j = (j & ((1 << shift) - 1)) >= half
+                    factor = exp2(-tl.abs(decay))
+                    operand = (tl.where(second_j, a, k) * factor).to(DT)
+                    pair = ((i >> shift) == (j >> shift)) & (second_i != second_j)
+                    dpair = tl.where(pair, tl.where(second_i, dscores, dscores_t), 0.0).to(DT)
+                    raw = dot(operand, dpair, zero)
+                    signed = operand.to(tl.float32) * raw
+                    balance += tl.where(second_j, signed, -signed)
+                    raw *= factor
+                    dq_sum += tl.where(second_j, raw, 0.0)
+                    dk_sum += tl.where(second_j, 0.0, raw)
+                    shift -= 1
+                    decay = sum_gates(g, block_decay_matrix(i, j, shift), DT)
+                # a token with itself: no gate in between
+                diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 0)[None, :]
+                dq_sum += diagonal * k
+                dk_sum += diagonal * a
+                first_half, second_half = sum_halves(g, halves_matrix(C), DT)
+                enters, leaves = frame(first_half), frame(second_half)
+                earlier = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT)
+                raw = exp2(earlier - enters[:, None]) * dot(b_h.to(DT), tl.trans(b_do), zero)
+                balance += a * raw
+                dq_sum += raw
+                later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
+                raw = exp2(later - leaves[:, None]) * dot(b_dh.to(DT), tl.trans(b_v), zero)
+                written = k * raw
+                dk_sum += raw
+                passing *= exp2((first_half - enters) + (second_half - leaves))
+                # a closed gate leaves of each sum what is far below its largest term: no term may enter and be
+                # taken out
+                dg = sum_tokens(balance, tl.where(i >= j, 1.0, 0.0), DT)
+                dg += sum_tokens(written, tl.where(i < j, 1.0, 0.0), DT) + passing[:, None]
+            else:
+                factor = exp2(decay)
+                inverse = exp2(-decay)
+                qd = (a * factor).to(DT)
+                kd = (k * inverse).to(DT)
+                raw = dot(kd, tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
+                balance = qd.to(tl.float32) * raw
+                dq_sum = raw * factor
+                raw_state = dot(b_dh.to(DT), tl.trans(b_v), zero)
+                written = kd.to(tl.float32) * raw_state
+                raw = dot(qd, dscores, zero)
+                balance -= kd.to(tl.float32) * raw
+                dk_sum = (raw + raw_state) * inverse
+                # queries from t on carry gate t, and so do keys written before t and the state that passes
+                dg = sum_tokens(balance - written, tl.where(i >= j, 1.0, 0.0), DT)
+                dg += (tl.sum(written, 1) + passing)[:, None]
+
+            s = reciprocal(1.0 + exp2(-x_q * LOG2E))
+            b_dq = dq_sum * scale * s * (1.0 + x_q * (1.0 - s))
+            p_dq = dq + i_b * stride_dqb + t * stride_dqt + i_h * stride_dqh
+            store_tokens(p_dq, stride_dqt, o_k, left, tl.trans(b_dq.to(dq.dtype.element_ty)), K, BK, C, FULL)
+            e, r = sigmoid_parts(x)
+            share = reciprocal(tl.maximum(b[:, None] + e, 1.0e-38))
+            # dg / forget - dk by sigmoid(x): a gate without a bound closes to e, whose ratio to itself is 1
+            b_df = k * (dg * (e * share) - dk_sum * (e * r))
+            p_df = df + i_b * stride_dfb + t * stride_dft + i_h * stride_dfh
+            store_tokens(p_df, stride_dft, o_k, left, tl.trans(b_df.to(df.dtype.element_ty)), K, BK, C, FULL)
+            if BOUNDED:
+                # a bound of exactly 0 is a constant of the model, and dg / forget there is noise
+                db = dg * share - dk_sum * r
+                if not FULL:
+                    db = tl.where((tl.arange(0, C) < left)[None, :], db, 0.0)
+                tl.store(dbound + place * K + o_k, tl.where(b > 0, tl.sum(db, 1), 0.0), mask=o_k < K)

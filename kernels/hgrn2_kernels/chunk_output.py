@@ -1,27 +1,33 @@
 """Outputs of a chunk from the state at its border: o forward, dv in the backward. One program a (chunk, head).
 
 Compiled twice. The fast form takes one product a chunk, in the frame of the chunk's middle, and leaves a chunk that
-exceeds its limit alone. The exact form takes those chunks only, level by level: in each block of 2^shift rows,
-queries of the second half meet keys of the first through the row between them, so every exponent is at most 0.
+exceeds its limit alone. The exact form takes those chunks only, level by level: in each block of 2^shift tokens,
+queries of the second half meet keys of the first through the token between them, so every exponent is at most 0.
 """
 
 import triton
 import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
-    OPEN,
     block_decay_matrix,
+    channels,
     dot,
+    exp2,
+    frame,
     gate,
-    load_rows,
+    halves_matrix,
+    identity,
+    load_tokens,
+    padded,
     silu,
     span,
-    store_rows,
-    sum_rows,
+    store_tokens,
+    sum_gates,
+    sum_halves,
 )
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["T", "NT", "NC"])
 def chunk_output_kernel(
     q,  # [B, T, H, K] raw
     f,  # [B, T, H, K] raw gate
@@ -48,6 +54,7 @@ def chunk_output_kernel(
     scale,
     T,
     NT,
+    NC,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -58,82 +65,86 @@ def chunk_output_kernel(
     DT: tl.constexpr,
     REVERSE: tl.constexpr,
     EXACT: tl.constexpr,
+    GROUP: tl.constexpr,  # chunks a program
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     i_h = pid % H
-    i_c = pid // H
-    i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-    place = i_c.to(tl.int64) * H + i_h
-    if start >= end:
-        return
-    any_slow = tl.load(slow + place * NK)
-    for i_k in tl.static_range(1, NK):
-        any_slow = any_slow | tl.load(slow + place * NK + i_k)
-    if (any_slow != 0) != EXACT:
-        return
+    first = pid // H * GROUP
 
-    o_c = tl.arange(0, C)
-    i = o_c[:, None]
-    j = o_c[None, :]
-    o_t = start + o_c
-    m_t = o_t < end
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
     o_v = tl.arange(0, BV)
-    p_q = q + i_b * stride_qb + i_h * stride_qh
-    p_f = f + i_b * stride_fb + i_h * stride_fh
-    p_y = y + i_b * stride_yb + i_h * stride_yh
-    scores = tl.zeros([C, C], tl.float32)
-    out = tl.zeros([C, BV], tl.float32)
-    for i_k in tl.range(0, NK, num_stages=1):
-        o_k = i_k * BK + tl.arange(0, BK)
-        b = tl.zeros([1, BK], tl.float32)
-        if BOUNDED:
-            b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)[None, :]
-        g, k = gate(load_rows(p_f, stride_ft, o_t, o_k, m_t, K, OPEN).to(tl.float32), b)
-        b_q = silu(load_rows(p_q, stride_qt, o_t, o_k, m_t, K, 0.0).to(tl.float32), scale)
-        m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
-        b_h = tl.load(states + place * K * V + o_k[:, None] * V + o_v[None, :], mask=m_kv, other=0.0).to(DT)
+    eye = identity(C, q.dtype.element_ty)
+    for n in tl.range(0, GROUP, num_stages=1):
+        i_c = tl.minimum(first + n, NC - 1)
+        place = i_c.to(tl.int64) * H + i_h
+        any_slow = tl.load(slow + place * NK)
+        for other in tl.static_range(1, NK):
+            any_slow = any_slow | tl.load(slow + place * NK + other)
+        i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
+        if (first + n < NC) & (start < end) & ((any_slow != 0) == EXACT):
+            t = start.to(tl.int64)
+            left = end - start
+            p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
+            p_f = f + i_b * stride_fb + t * stride_ft + i_h * stride_fh
+            p_y = y + i_b * stride_yb + t * stride_yt + i_h * stride_yh
+            scores = tl.zeros([C, C], tl.float32)
+            out = tl.zeros([C, BV], tl.float32)
+            for i_k in tl.range(0, NK, num_stages=1):
+                o_k = i_k * BK + tl.arange(0, BK)
+                b = tl.zeros([BK], tl.float32)
+                if BOUNDED:
+                    b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
+                b_f = load_tokens(p_f, stride_ft, o_k, left, K, BK, C, FULL)
+                b_q = load_tokens(p_q, stride_qt, o_k, left, K, BK, C, FULL)
+                m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
+                b_h = tl.load(states + place * K * V + o_k[:, None] * V + o_v[None, :], mask=m_kv, other=0.0)
+                g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
+                a = silu(channels(b_q, eye), scale)
 
-        decay = sum_rows(block_decay_matrix(i, j, LEVELS), g, DT)
-        if EXACT:
-            is_slow = tl.load(slow + place * NK + i_k) != 0
-            # halve the blocks until their operands fit: at the bottom a block is one row
-            shift = LEVELS
-            for _ in tl.range(0, tl.where(is_slow, LEVELS, 0), num_stages=1):
-                half = (1 << shift) >> 1
-                second_i = (i & ((1 << shift) - 1)) >= half
-                second_j = (j & ((1 << shift) - 1)) >= half
-                operand = (tl.where(second_i, b_q, k) * tl.exp2(-tl.abs(decay))).to(DT)
-                pair = ((i >> shift) == (j >> shift)) & (second_i != second_j) & (second_j if REVERSE else second_i)
-                product = dot(operand, tl.trans(operand), tl.zeros([C, C], tl.float32))
-                scores += tl.where(pair, product, 0.0)
-                shift -= 1
-                decay = sum_rows(block_decay_matrix(i, j, shift), g, DT)
-            same = (i >> shift) == (j >> shift)
-        else:
-            same = i >= 0
-        qd = (b_q * tl.exp2(decay)).to(DT)
-        kd = (k * tl.exp2(-decay)).to(DT)
-        # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
-        if REVERSE:
-            product = dot(kd, tl.trans(qd), tl.zeros([C, C], tl.float32))
-            scores += tl.where((i <= j) & same, product, 0.0)
-        else:
-            product = dot(qd, tl.trans(kd), tl.zeros([C, C], tl.float32))
-            scores += tl.where((i >= j) & same, product, 0.0)
-        if EXACT:
-            if is_slow:
-                if REVERSE:
-                    kd = (k * tl.exp2(sum_rows(tl.where(j > i, 1.0, 0.0), g, DT))).to(DT)
+                decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT)
+                if EXACT:
+                    is_slow = tl.load(slow + place * NK + i_k) != 0
+                    # halve the blocks until their operands fit: at the bottom a block is one token
+                    shift = LEVELS
+                    for _ in tl.range(0, tl.where(is_slow, LEVELS, 0), num_stages=1):
+                        half = (1 << shift) >> 1
+                        second_i = (i & ((1 << shift) - 1)) >= half
+                        second_j = (j & ((1 << shift) - 1)) >= half
+                        operand = (tl.where(second_j, a, k) * exp2(-tl.abs(decay))).to(DT)
+                        pair = ((i >> shift) == (j >> shift)) & (second_i != second_j)
+                        pair = pair & (second_j if REVERSE else second_i)
+                        product = dot(tl.trans(operand), operand, tl.zeros([C, C], tl.float32))
+                        scores += tl.where(pair, product, 0.0)
+                        shift -= 1
+                        decay = sum_gates(g, block_decay_matrix(i, j, shift), DT)
+                    same = (i >> shift) == (j >> shift)
                 else:
-                    qd = (b_q * tl.exp2(sum_rows(tl.where(j <= i, 1.0, 0.0), g, DT))).to(DT)
-        if REVERSE:
-            out = dot(kd, b_h, out)
-        else:
-            out = dot(qd, b_h, out)
-    b_y = load_rows(p_y, stride_yt, o_t, o_v, m_t, V, 0.0).to(DT)
-    out = dot(scores.to(DT), b_y, out)
-    p_o = o + i_b * stride_ob + i_h * stride_oh
-    store_rows(p_o, stride_ot, o_t, o_v, m_t, V, out.to(o.dtype.element_ty))
+                    same = i >= 0
+                qd = (a * exp2(decay)).to(DT)
+                kd = (k * exp2(-decay)).to(DT)
+                # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
+                if REVERSE:
+                    scores += tl.where((i <= j) & same, dot(tl.trans(kd), qd, tl.zeros([C, C], tl.float32)), 0.0)
+                else:
+                    scores += tl.where((i >= j) & same, dot(tl.trans(qd), kd, tl.zeros([C, C], tl.float32)), 0.0)
+                if EXACT:
+                    first_half, second_half = sum_halves(g, halves_matrix(C), DT)
+                    if REVERSE:
+                        later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
+                        kd = (k * exp2(later - frame(second_half)[:, None])).to(DT)
+                    else:
+                        earlier = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT)
+                        qd = (a * exp2(earlier - frame(first_half)[:, None])).to(DT)
+                if REVERSE:
+                    out = dot(tl.trans(kd), b_h.to(DT), out)
+                else:
+                    out = dot(tl.trans(qd), b_h.to(DT), out)
+            b_y = load_tokens(p_y, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
+            out = dot(scores.to(DT), b_y, out)
+            p_o = o + i_b * stride_ob + t * stride_ot + i_h * stride_oh
+            store_tokens(p_o, stride_ot, o_v, left, out.to(o.dtype.element_ty), V, BV, C, FULL)

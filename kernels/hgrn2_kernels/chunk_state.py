@@ -3,12 +3,29 @@
 One program owns a [BK, BV] tile of the state of one (segment, head) and walks the segment's chunks. A segment is a
 whole sequence, or, where there are too few sequences and heads to fill a GPU, a part of it: then a first pass finds
 what each segment adds to a state that passes it, segment_scan_kernel what enters each, and a second pass the rest.
+
+Every exponent here is at most 0, so that these kernels need no second form: a key is decayed to the end of its chunk,
+a query from its start. A state is stored decayed to the middle of the chunk, where the fast form of the others works.
 """
 
 import triton
 import triton.language as tl
 
-from hgrn2_kernels.triton_math import LIMIT, OPEN, dot, gate, load_rows, silu, sum_rows
+from hgrn2_kernels.triton_math import (
+    LIMIT,
+    channels,
+    dot,
+    exp2,
+    frame,
+    gate,
+    halves_matrix,
+    identity,
+    load_tokens,
+    padded,
+    silu,
+    sum_gates,
+    sum_halves,
+)
 
 
 @triton.jit(do_not_specialize=["T", "NT", "SEGMENTS", "LENGTH"])
@@ -19,7 +36,7 @@ def chunk_state_kernel(
     bound,  # [H, K] fp32, read where BOUNDED
     first,  # [segments, H, K, V] fp32: state before the segment (after it where REVERSE); read where HAS_FIRST
     states,  # [chunks, H, K, V], out where STORE: the state entering each chunk (leaving it where REVERSE), framed
-    slow,  # [chunks, H, K / BK] int8: whether the chunk exceeds the fast path's limit; out, read where REVERSE
+    slow,  # [chunks, H, K / BK] int8, out where STORE and not REVERSE: the chunk exceeds the fast form's limit
     last,  # [segments, H, K, V] fp32, out: state after the segment (before it where REVERSE)
     decays,  # [segments, H, K] fp32, out where not STORE: log2 decay of a state that passes the segment
     cu_seqlens,
@@ -50,6 +67,7 @@ def chunk_state_kernel(
     BOUNDED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
+    FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -75,25 +93,22 @@ def chunk_state_kernel(
 
     skipped = (i_s % SEGMENTS).to(tl.int32) * LENGTH
     steps = tl.maximum(tl.minimum(steps - skipped, LENGTH), 0)
+    start += skipped * C
+    chunk += skipped
 
     o_k = i_k * BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
-    o_c = tl.arange(0, C)
-    i = o_c[:, None]
-    j = o_c[None, :]
-    # decay between a token and the end of the chunk the state is written at, and the token's own for queries
-    if REVERSE:
-        matrix = tl.where(j <= i, 1.0, 0.0)
-    else:
-        matrix = tl.where(j > i, 1.0, 0.0)
-    # columns 0 and 1 sum the first and second half of a chunk, in the layout of the state's rows
-    o_16 = tl.arange(0, 16)[None, :]
-    halves = tl.where((o_16 == 0) & (i < C // 2), 1.0, tl.where((o_16 == 1) & (i >= C // 2), 1.0, 0.0))
-    b = tl.zeros([1, BK], tl.float32)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    # gates between token j and the end of the chunk that its part of the state is written at
+    matrix = tl.where(i <= j if REVERSE else i > j, 1.0, 0.0)
+    halves = halves_matrix(C)
+    eye = identity(C, f.dtype.element_ty)
+    b = tl.zeros([BK], tl.float32)
     if BOUNDED:
-        b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)[None, :]
+        b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
 
     p_x = x + i_b * stride_xb + i_h * stride_xh
     p_f = f + i_b * stride_fb + i_h * stride_fh
@@ -104,46 +119,32 @@ def chunk_state_kernel(
     passed = tl.zeros([BK], tl.float32)
 
     for step in tl.range(0, steps, num_stages=STAGES):
-        i_t = skipped + (steps - 1 - step if REVERSE else step)
-        o_t = start + i_t * C + o_c
-        m_t = o_t < end
-        b_f = load_rows(p_f, stride_ft, o_t, o_k, m_t, K, OPEN).to(tl.float32)
-        b_y = load_rows(p_y, stride_yt, o_t, o_v, m_t, V, 0.0).to(DT)
-        g, k = gate(b_f, b)
-        decay = sum_rows(matrix, g, DT)
-        # [BK, 16]: total decay of each half, per state row
-        if DT == tl.float32:
-            total = dot(tl.trans(g), halves, tl.zeros([BK, 16], tl.float32))
-        else:
-            hi = g.to(DT)
-            lo = (g - hi.to(tl.float32)).to(DT)
-            total = dot(tl.trans(hi), halves.to(DT), tl.zeros([BK, 16], tl.float32))
-            total = dot(tl.trans(lo), halves.to(DT), total)
-        first_half = tl.sum(tl.where(o_16 == 0, total, 0.0), 1)
-        second_half = tl.sum(tl.where(o_16 == 1, total, 0.0), 1)
-        whole = tl.exp2(first_half + second_half)[:, None]
+        i_t = steps - 1 - step if REVERSE else step
+        t = (start + i_t * C).to(tl.int64)
+        left = end - start - i_t * C
+        b_f = load_tokens(p_f + t * stride_ft, stride_ft, o_k, left, K, BK, C, FULL)
+        b_y = load_tokens(p_y + t * stride_yt, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
+        g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
+        decay = sum_gates(g, matrix, DT)
+        first_half, second_half = sum_halves(g, halves, DT)
+        whole = exp2(first_half + second_half)[:, None]
 
         if STORE:
             place = (chunk + i_t) * H + i_h
-            if REVERSE:
-                is_slow = tl.load(slow + place * NK + i_k) != 0
-                frame = second_half
-            else:
+            stored = state * exp2(frame(second_half if REVERSE else first_half))[:, None]
+            tl.store(states + place * K * V + o_kv, stored.to(states.dtype.element_ty), mask=m_kv)
+            if not REVERSE:
                 is_slow = tl.min(tl.minimum(first_half, second_half), 0) < -LIMIT
                 tl.store(slow + place * NK + i_k, is_slow.to(tl.int8))
-                frame = first_half
-            # the fast path reads states decayed to the middle of the chunk, the exact path as they are
-            framed = state * tl.where(is_slow, 1.0, tl.exp2(frame))[:, None]
-            tl.store(states + place * K * V + o_kv, framed.to(states.dtype.element_ty), mask=m_kv)
         else:
             passed += first_half + second_half
 
         if REVERSE:
-            b_x = load_rows(p_x, stride_xt, o_t, o_k, m_t, K, 0.0).to(tl.float32)
-            operand = (silu(b_x, scale) * tl.exp2(decay)).to(DT)
+            b_x = load_tokens(p_x + t * stride_xt, stride_xt, o_k, left, K, BK, C, FULL)
+            operand = (silu(channels(b_x, eye), scale) * exp2(decay)).to(DT)
         else:
-            operand = (k * tl.exp2(decay)).to(DT)
-        state = dot(tl.trans(operand), b_y, state * whole)
+            operand = (k * exp2(decay)).to(DT)
+        state = dot(operand, b_y, state * whole)
 
     tl.store(last + (i_s * H + i_h) * K * V + o_kv, state, mask=m_kv)
     if not STORE:
@@ -181,5 +182,5 @@ def segment_scan_kernel(
         added = tl.load(states + place * K * V + o_kv, mask=mask, other=0.0)
         decay = tl.load(decays + place * K + o_k, mask=o_k < K, other=0.0)
         tl.store(states + place * K * V + o_kv, state, mask=mask)
-        state = state * tl.exp2(decay)[:, None] + added
+        state = state * exp2(decay)[:, None] + added
     tl.store(last + i_nh * K * V + o_kv, state, mask=mask)

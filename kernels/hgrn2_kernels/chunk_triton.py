@@ -27,38 +27,37 @@ class Config:
 
     Attributes:
         C: tokens a chunk.
-        BK: channels of K that share a tile, and a flag and frame of the states.
-        gradient_BK: channels of K in chunk_gradient, which has more to keep in registers.
+        BK: channels of K that share a tile, and a flag; the rows of a tensor core's product where it has them.
         BV: channels of V, all of them.
         state_BV: channels of V in chunk_state.
         dtype: of the operands of matrix products and of the states between chunks.
-        stages: of chunk_state's pipeline; tiles under 64 channels are not pipelined, Triton 3.6 miscompiles some.
+        stages: of chunk_state's pipeline.
         warps: of every kernel.
+        group: chunks a program of the exact forms looks at, most of which it will leave alone.
     """
 
     C: int
     BK: int
-    gradient_BK: int
     BV: int
     state_BV: int
     dtype: torch.dtype
     stages: int
     warps: int = 4
+    group: int = 8
 
     @classmethod
     def of(cls, dtype: torch.dtype, K: int, V: int) -> "Config":
         wide = dtype == torch.float32
-        BK = min(32 if wide else 64, max(16, triton.next_power_of_2(K)))
+        BK = min(32, max(16, triton.next_power_of_2(K))) if wide else 64
         BV = max(16, triton.next_power_of_2(V))
         return cls(
             C=32 if wide else 64,
             BK=BK,
-            gradient_BK=BK,
             BV=BV,
             state_BV=min(BV, 64 if wide else 128),
             # the fast path's operands need the exponents of bf16, which fp16 lacks
             dtype=torch.float32 if wide else torch.bfloat16,
-            stages=1 if wide or BK < 64 else 2,
+            stages=1 if wide else 2,
         )
 
     @property
@@ -160,6 +159,7 @@ class Launches:
             DT=self.config.tl_dtype,
             BOUNDED=lower_bound is not None,
             PACKED=cu_seqlens is not None,
+            FULL=cu_seqlens is None and q.shape[1] % self.config.C == 0,
             num_warps=self.config.warps,
         )
 
@@ -238,7 +238,8 @@ class Launches:
         """o from v and the entering states, or dv from do and the gradients of the leaving ones: [B, T, H, V]."""
         out = y.new_empty(y.shape)
         for exact in (False, True):
-            chunk_output_kernel[(self.chunks.NC * self.H,)](
+            group = self.config.group if exact else 1
+            chunk_output_kernel[(triton.cdiv(self.chunks.NC, group) * self.H,)](
                 self.q,
                 self.f,
                 y,
@@ -255,11 +256,13 @@ class Launches:
                 self.scale,
                 self.chunks.T,
                 self.chunks.per_row,
+                self.chunks.NC,
                 LEVELS=self.config.C.bit_length() - 1,
                 BK=self.config.BK,
                 BV=self.config.BV,
                 REVERSE=reverse,
                 EXACT=exact,
+                GROUP=group,
                 **self.common,
             )
         return out
@@ -269,9 +272,9 @@ class Launches:
         dq, df = self.q.new_empty(self.q.shape), self.f.new_empty(self.f.shape)
         # chunks beyond the last one of packed sequences write nothing
         dbound = None if self.bound is None else self.bound.new_zeros(self.chunks.NC, self.H, self.K)
-        grid = (self.chunks.NC * self.H * triton.cdiv(self.K, self.config.gradient_BK),)
         for exact in (False, True):
-            chunk_gradient_kernel[grid](
+            group = self.config.group if exact else 1
+            chunk_gradient_kernel[(triton.cdiv(self.chunks.NC, group) * self.H * self.NK,)](
                 self.q,
                 self.f,
                 v,
@@ -294,11 +297,12 @@ class Launches:
                 self.scale,
                 self.chunks.T,
                 self.chunks.per_row,
+                self.chunks.NC,
                 LEVELS=self.config.C.bit_length() - 1,
-                BK=self.config.gradient_BK,
-                BF=self.config.BK,
+                BK=self.config.BK,
                 BV=self.config.BV,
                 EXACT=exact,
+                GROUP=group,
                 **self.common,
             )
         return dq, df, None if dbound is None else dbound.sum(0)

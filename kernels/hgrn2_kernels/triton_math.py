@@ -1,6 +1,8 @@
 """What every Triton kernel of the chunkwise form shares: gates, decays, and the loads that keep padding harmless.
 
-Logarithms are base 2 inside the kernels, because the hardware's exponential and logarithm are.
+Logarithms are base 2 inside the kernels, because the hardware's exponential and logarithm are. Tiles hold channels
+in rows and tokens in columns: sums over the tokens of a chunk are then products whose left operand stays in the
+registers that the gates were computed in, and per-channel factors scale rows of the state.
 """
 
 import os
@@ -11,11 +13,13 @@ import triton.language as tl
 # the interpreter knows no inline assembly; triton decides at decoration, so this is read at import as well
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
-# raw gate of a padding row: so open that the state passes unchanged (forget 1, key 0)
+# raw gate of a padding token: so open that the state passes unchanged (forget 1, key 0)
 OPEN = tl.constexpr(1.0e4)
 # largest decay, in powers of two, between the middle of a chunk and its ends that the fast path takes: its operands
 # carry the decay and its inverse, and have to stay inside the exponents of bf16 with room for their product
 LIMIT = tl.constexpr(80.0)
+# log gates lie in [-126, 0]: in fp16, this many to a power of two, they keep 11 bits down to 2^-23
+UNIT = tl.constexpr(512.0)
 
 
 @triton.jit
@@ -26,6 +30,17 @@ def log2(x):
     else:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def exp2(x):
+    """Base-2 exponential, 0 below 2^-126; tl.exp2 spends three more instructions on what lies there."""
+    if INTERPRET:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -41,26 +56,24 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid_parts(x):
-    """(n, m, r) with sigmoid(x) = n r and sigmoid(-x) = m r, all to relative precision for any finite x."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    r = reciprocal(1.0 + e)
-    return tl.where(x >= 0, 1.0, e), tl.where(x >= 0, e, 1.0), r
+    """(e, r) with sigmoid(x) = e r and sigmoid(-x) = r, both to relative precision and finite for any finite x."""
+    e = exp2(tl.minimum(tl.maximum(x * LOG2E, -126.0), 126.0))
+    return e, reciprocal(1.0 + e)
 
 
 @triton.jit
 def gate(x, b):
-    """Raw gate x and bound b to (g, k): g = log2(forget) <= 0, finite, and k = 1 - forget."""
-    n, m, r = sigmoid_parts(x)
-    k = m * r - b * (m * r)
+    """Raw gate x and bound b to (g, k): g = log2(forget) in [-126, 0], and k = 1 - forget."""
+    e, r = sigmoid_parts(x)
+    k = (1.0 - b) * r
     # the fast logarithm is exact to 2^-22 absolutely, which near forget = 1 is not enough for long memories
-    series = -LOG2E * k * (1.0 + k * (0.5 + k * (0.33333333 + 0.25 * k)))
-    g = log2(tl.maximum((n + b * m) * r, 1.1754943508222875e-38))
-    return tl.where(k < 0.03125, series, g), k
+    series = k * (-LOG2E - k * (0.5 * LOG2E + k * (0.33333333 * LOG2E + k * (0.25 * LOG2E))))
+    return tl.where(k < 0.03125, series, log2((b + e) * r)), k
 
 
 @triton.jit
 def silu(x, scale):
-    return x * scale * reciprocal(1.0 + tl.exp2(-x * LOG2E))
+    return x * scale * reciprocal(1.0 + exp2(-x * LOG2E))
 
 
 @triton.jit
@@ -70,29 +83,65 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def sum_rows(matrix, x, DT: tl.constexpr):
-    """matrix x, for a [C, C] matrix of -1, 0, 1 and fp32 x [C, D], to (nearly) the precision of fp32 on bf16 units."""
-    zero = tl.zeros(x.shape, tl.float32)
+def sum_gates(g, matrix, DT: tl.constexpr):
+    """g matrix, for log gates g [D, C] and a matrix [C, N] of -1, 0, 1: the decay between tokens.
+
+    For 16-bit operands g is rounded to 11 bits, to the same number wherever it is summed. That is eight times finer
+    than the raw gate came in bf16.
+    """
+    zero = tl.zeros([g.shape[0], matrix.shape[1]], tl.float32)
     if DT == tl.float32:
-        return dot(matrix.to(tl.float32), x, zero)
+        return dot(g, matrix, zero)
+    else:
+        return dot((g * UNIT).to(tl.float16), (matrix * (1.0 / UNIT)).to(tl.float16), zero)
+
+
+@triton.jit
+def sum_tokens(x, matrix, DT: tl.constexpr):
+    """x matrix, for fp32 x [D, C] and a matrix [C, N] of 0 and 1, to (nearly) the precision of fp32."""
+    zero = tl.zeros([x.shape[0], matrix.shape[1]], tl.float32)
+    if DT == tl.float32:
+        return dot(x, matrix, zero)
     else:
         hi = x.to(DT)
-        mid = (x - hi.to(tl.float32)).to(DT)
+        lo = (x - hi.to(tl.float32)).to(DT)
         matrix = matrix.to(DT)
-        return dot(matrix, mid, dot(matrix, hi, zero))
+        return dot(lo, matrix, dot(hi, matrix, zero))
 
 
 @triton.jit
 def block_decay_matrix(i, j, shift):
-    """[C, C] signed: (matrix g)_i = G_i - G_ref, ref the last row of the first half of i's block of 2^shift rows.
+    """[C, C] signed: (g matrix)_j = G_j - G_ref, ref the last token of the first half of j's block of 2^shift.
 
-    At shift 0 a block is one row and the matrix zero.
+    At shift 0 a block is one token and the matrix zero.
     """
-    block = (i >> shift) << shift
+    block = (j >> shift) << shift
     ref = block + tl.maximum((1 << shift) >> 1, 1) - 1
-    up = (j > ref) & (j <= i)
-    down = (j > i) & (j <= ref)
+    up = (i > ref) & (i <= j)
+    down = (i > j) & (i <= ref)
     return tl.where(up, 1.0, tl.where(down, -1.0, 0.0))
+
+
+@triton.jit
+def halves_matrix(C: tl.constexpr):
+    """[C, 16]: (g matrix) has the decay of a chunk's first half in column 0 and of its second in column 1."""
+    i = tl.arange(0, C)[:, None]
+    half = tl.arange(0, 16)[None, :]
+    return tl.where(((half == 0) & (i < C // 2)) | ((half == 1) & (i >= C // 2)), 1.0, 0.0)
+
+
+@triton.jit
+def sum_halves(g, halves, DT: tl.constexpr):
+    """Decay of the first and of the second half of a chunk, [D] each, summed from what sum_gates sums."""
+    both = sum_gates(g, halves, DT)
+    half = tl.arange(0, 16)[None, :]
+    return tl.sum(tl.where(half == 0, both, 0.0), 1), tl.sum(tl.where(half == 1, both, 0.0), 1)
+
+
+@triton.jit
+def frame(half):
+    """Decay of a stored state towards the middle of its chunk: through the half, as far as bf16 has exponents."""
+    return tl.maximum(half, -LIMIT)
 
 
 @triton.jit
@@ -107,13 +156,52 @@ def span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C: tl.constexpr, P
 
 
 @triton.jit
-def load_rows(p, stride_t, o_t, o_d, m_t, D: tl.constexpr, other):
-    """Tile [C, BD] of rows o_t and columns o_d of a [T, D] matrix at p; `other` outside."""
-    mask = m_t[:, None] & (o_d < D)[None, :]
-    return tl.load(p + o_t[:, None].to(tl.int64) * stride_t + o_d[None, :], mask=mask, other=other)
+def identity(C: tl.constexpr, dtype: tl.constexpr):
+    o_c = tl.arange(0, C)
+    return tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0).to(dtype)
 
 
 @triton.jit
-def store_rows(p, stride_t, o_t, o_d, m_t, D: tl.constexpr, x):
-    mask = m_t[:, None] & (o_d < D)[None, :]
-    tl.store(p + o_t[:, None].to(tl.int64) * stride_t + o_d[None, :], x, mask=mask)
+def load_tokens(p, stride_t, o_d, left, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
+    """Tile [C, BD] of the next C tokens and columns o_d of a [T, D] matrix at p, of which `left` tokens are there.
+
+    Zeros outside; FULL says that no chunk is cut short.
+    """
+    o_c = tl.arange(0, C)
+    at = p + o_c[:, None] * stride_t + o_d[None, :]
+    if FULL and D % BD == 0:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(o_c < left)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def channels(x, eye):
+    """A tile [C, BD] of raw inputs to fp32 [BD, C].
+
+    16-bit inputs by a product with the identity, which is exact and gives the layout of every later product: it takes
+    the tile from shared memory as the load left it.
+    """
+    if x.dtype == tl.float32:
+        return tl.trans(x)
+    else:
+        return tl.dot(tl.trans(x), eye)
+
+
+@triton.jit
+def padded(x, left, C: tl.constexpr, FULL: tl.constexpr):
+    """Raw gates [D, C] with those of tokens that are not there wide open."""
+    if FULL:
+        return x
+    else:
+        return tl.where((tl.arange(0, C) < left)[None, :], x, OPEN)
+
+
+@triton.jit
+def store_tokens(p, stride_t, o_d, left, x, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
+    o_c = tl.arange(0, C)
+    at = p + o_c[:, None] * stride_t + o_d[None, :]
+    if FULL and D % BD == 0:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=(o_c < left)[:, None] & (o_d < D)[None, :])
