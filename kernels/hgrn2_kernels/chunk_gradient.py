@@ -18,6 +18,7 @@ from hgrn2_kernels.triton_math import (
     gate,
     halves_matrix,
     identity,
+    opaque_identity,
     load_tokens,
     padded,
     reciprocal,
@@ -104,9 +105,11 @@ def chunk_gradient_kernel(
     for n in tl.range(0, GROUP, num_stages=1):
         i_c = tl.minimum(first + n, NC - 1)
         place = i_c.to(tl.int64) * H + i_h
-        is_slow = tl.load(slow + place * NK + i_k) != 0
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        if (first + n < NC) & (start < end) & (is_slow == EXACT):
+        taken = first + n < NC
+        if EXACT:
+            taken = taken & (start < end) & (tl.load(slow + place * NK + i_k) != 0)
+        if taken:
             t = start.to(tl.int64)
             left = end - start
             p_f = f + i_b * stride_fb + t * stride_ft + i_h * stride_fh
@@ -123,7 +126,8 @@ def chunk_gradient_kernel(
             # [i, j]: gradient of the score of query i and key j
             dscores = tl.where(i >= j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
             # gradient of the chunk's total decay, through the state that passes it
-            passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+            corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
+            passing = tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
 
             x = padded(channels(b_f, eye), left, C, FULL)
             g, k = gate(x, b[:, None])
@@ -186,12 +190,17 @@ def chunk_gradient_kernel(
                 dg = sum_tokens(balance - written, tl.where(i >= j, 1.0, 0.0), DT)
                 dg += (tl.sum(written, 1) + passing)[:, None]
 
+            # the same products again, which the compiler cannot know: to keep their results would cost more
+            again = opaque_identity(C, q.dtype.element_ty, T)
+            x = padded(channels(b_f, again), left, C, FULL)
+            x_q = channels(b_q, again)
+            _, k = gate(x, b[:, None])
             s = reciprocal(1.0 + exp2(-x_q * LOG2E))
             b_dq = dq_sum * scale * s * (1.0 + x_q * (1.0 - s))
             p_dq = dq + i_b * stride_dqb + t * stride_dqt + i_h * stride_dqh
             store_tokens(p_dq, stride_dqt, o_k, left, tl.trans(b_dq.to(dq.dtype.element_ty)), K, BK, C, FULL)
             e, r = sigmoid_parts(x)
-            share = reciprocal(tl.maximum(b[:, None] + e, 1.0e-38))
+            share = reciprocal(b[:, None] + e)
             # dg / forget - dk by sigmoid(x): a gate without a bound closes to e, whose ratio to itself is 1
             b_df = k * (dg * (e * share) - dk_sum * (e * r))
             p_df = df + i_b * stride_dfb + t * stride_dft + i_h * stride_dfh

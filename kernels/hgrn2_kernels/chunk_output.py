@@ -69,6 +69,7 @@ def chunk_output_kernel(
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
     FULL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
@@ -82,11 +83,14 @@ def chunk_output_kernel(
     for n in tl.range(0, GROUP, num_stages=1):
         i_c = tl.minimum(first + n, NC - 1)
         place = i_c.to(tl.int64) * H + i_h
-        any_slow = tl.load(slow + place * NK)
-        for other in tl.static_range(1, NK):
-            any_slow = any_slow | tl.load(slow + place * NK + other)
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        if (first + n < NC) & (start < end) & ((any_slow != 0) == EXACT):
+        taken = first + n < NC
+        if EXACT:
+            any_slow = tl.load(slow + place * NK)
+            for other in tl.static_range(1, NK):
+                any_slow = any_slow | tl.load(slow + place * NK + other)
+            taken = taken & (start < end) & (any_slow != 0)
+        if taken:
             t = start.to(tl.int64)
             left = end - start
             p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
@@ -94,7 +98,7 @@ def chunk_output_kernel(
             p_y = y + i_b * stride_yb + t * stride_yt + i_h * stride_yh
             scores = tl.zeros([C, C], tl.float32)
             out = tl.zeros([C, BV], tl.float32)
-            for i_k in tl.range(0, NK, num_stages=1):
+            for i_k in tl.range(0, NK, num_stages=STAGES):
                 o_k = i_k * BK + tl.arange(0, BK)
                 b = tl.zeros([BK], tl.float32)
                 if BOUNDED:

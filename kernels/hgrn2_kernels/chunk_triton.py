@@ -44,6 +44,9 @@ class Config:
     stages: int
     warps: int = 4
     group: int = 8
+    output_stages: int = 1
+    output_group: int = 1
+    gradient_group: int = 1
 
     @classmethod
     def of(cls, dtype: torch.dtype, K: int, V: int) -> "Config":
@@ -238,7 +241,7 @@ class Launches:
         """o from v and the entering states, or dv from do and the gradients of the leaving ones: [B, T, H, V]."""
         out = y.new_empty(y.shape)
         for exact in (False, True):
-            group = self.config.group if exact else 1
+            group = self.config.group if exact else self.config.output_group
             chunk_output_kernel[(triton.cdiv(self.chunks.NC, group) * self.H,)](
                 self.q,
                 self.f,
@@ -263,6 +266,7 @@ class Launches:
                 REVERSE=reverse,
                 EXACT=exact,
                 GROUP=group,
+                STAGES=1 if exact else self.config.output_stages,
                 **self.common,
             )
         return out
@@ -273,7 +277,7 @@ class Launches:
         # chunks beyond the last one of packed sequences write nothing
         dbound = None if self.bound is None else self.bound.new_zeros(self.chunks.NC, self.H, self.K)
         for exact in (False, True):
-            group = self.config.group if exact else 1
+            group = self.config.group if exact else self.config.gradient_group
             chunk_gradient_kernel[(triton.cdiv(self.chunks.NC, group) * self.H * self.NK,)](
                 self.q,
                 self.f,

@@ -18,7 +18,7 @@ OPEN = tl.constexpr(1.0e4)
 # largest decay, in powers of two, between the middle of a chunk and its ends that the fast path takes: its operands
 # carry the decay and its inverse, and have to stay inside the exponents of bf16 with room for their product
 LIMIT = tl.constexpr(80.0)
-# log gates lie in [-126, 0]: in fp16, this many to a power of two, they keep 11 bits down to 2^-23
+# log gates lie in [-125, 0]: in fp16, this many to a power of two, they keep 11 bits down to 2^-23
 UNIT = tl.constexpr(512.0)
 
 
@@ -57,13 +57,13 @@ def reciprocal(x):
 @triton.jit
 def sigmoid_parts(x):
     """(e, r) with sigmoid(x) = e r and sigmoid(-x) = r, both to relative precision and finite for any finite x."""
-    e = exp2(tl.minimum(tl.maximum(x * LOG2E, -126.0), 126.0))
+    e = exp2(tl.minimum(tl.maximum(x * LOG2E, -125.0), 125.0))
     return e, reciprocal(1.0 + e)
 
 
 @triton.jit
 def gate(x, b):
-    """Raw gate x and bound b to (g, k): g = log2(forget) in [-126, 0], and k = 1 - forget."""
+    """Raw gate x and bound b to (g, k): g = log2(forget) in [-125, 0], and k = 1 - forget."""
     e, r = sigmoid_parts(x)
     k = (1.0 - b) * r
     # the fast logarithm is exact to 2^-22 absolutely, which near forget = 1 is not enough for long memories
@@ -159,6 +159,12 @@ def span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C: tl.constexpr, P
 def identity(C: tl.constexpr, dtype: tl.constexpr):
     o_c = tl.arange(0, C)
     return tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def opaque_identity(C: tl.constexpr, dtype: tl.constexpr, T):
+    o_c = tl.arange(0, C)
+    return tl.where(o_c[:, None] == o_c[None, :] + (T >> 31), 1.0, 0.0).to(dtype)
 
 
 @triton.jit
