@@ -1,4 +1,4 @@
-"""The operator on a GPU: launches of the chunk kernels, and the autograd node around them.
+"""The operator on a GPU: launches of the chunk kernels.
 
 Forward: chunk_state, chunk_output (fast, then exact). Backward: chunk_state again, since only the inputs are kept,
 chunk_state in reverse, chunk_output in reverse for dv, chunk_gradient. Nothing waits for the device: which chunks
@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
@@ -63,6 +62,10 @@ class Config:
             stages=1 if wide else 2,
         )
 
+    def blocks(self, K: int) -> int:
+        """Blocks of channels that K has."""
+        return -(-K // self.BK)
+
     @property
     def tl_dtype(self):
         return tl.float32 if self.dtype == torch.float32 else tl.bfloat16
@@ -88,14 +91,18 @@ class Chunks:
     sequence: Tensor | None = None
     first: Tensor | None = None
 
+    @staticmethod
+    def count(B: int, T: int, N: int | None, C: int) -> int:
+        """Chunks of B rows, or of N sequences packed in one."""
+        return B * -(-T // C) if N is None else T // C + N
+
     @classmethod
     def of(cls, q: Tensor, cu_seqlens: Tensor | None, C: int) -> "Chunks":
         B, T = q.shape[:2]
         if cu_seqlens is None:
-            per_row = triton.cdiv(T, C)
-            return cls(B, B * per_row, T, per_row)
+            return cls(B, cls.count(B, T, None, C), T, triton.cdiv(T, C))
         N = cu_seqlens.numel() - 1
-        NC = triton.cdiv(T, C) + N
+        NC = cls.count(B, T, N, C)
         counts = (cu_seqlens.diff() + C - 1) // C
         first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         place = torch.arange(NC, dtype=torch.int32, device=q.device)
@@ -103,32 +110,45 @@ class Chunks:
         return cls(N, NC, T, 0, cu_seqlens, sequence, first)
 
 
-class TritonChunkHGRN2(torch.autograd.Function):
-    """chunk_hgrn2 on a GPU as one autograd node that keeps its inputs only."""
+def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
+    """Output of the chunk kernels and what a backward may want to keep.
 
-    @staticmethod
-    def forward(ctx, q, f, v, lower_bound, initial_state, scale, cu_seqlens):
-        """Arguments as in `chunk_hgrn2`. Returns o and the final state."""
-        q, f, v = (_unit_stride(x) for x in (q, f, v))
-        ctx.save_for_backward(q, f, v, lower_bound, initial_state, cu_seqlens)
-        ctx.scale = scale
-        with torch.cuda.device_of(q):
-            run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
-            states, final = run.states(v, initial_state)
-            return run.output(v, states), final
+    Args:
+        q, f, v, lower_bound, initial_state, cu_seqlens, scale: as in `chunk_hgrn2`, on one device.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dfinal):
-        q, f, v, lower_bound, initial_state, cu_seqlens = ctx.saved_tensors
-        with torch.cuda.device_of(q):
-            run = Launches(q, f, v, lower_bound, ctx.scale, cu_seqlens)
-            do = _unit_stride(do)
+    Returns:
+        o: [B, T, H, V] dtype of v.
+        final_state: [N, H, K, V] fp32.
+        states: [chunks, H, K, V] `Config.dtype`, that entering each chunk, decayed towards the chunk's middle.
+        slow: [chunks, H, blocks of K] int8, whether the exact form took the chunk.
+    """
+    q, f, v = (_unit_stride(x) for x in (q, f, v))
+    with torch.cuda.device_of(q):
+        run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
+        states, final_state = run.states(v, initial_state)
+        return run.output(v, states), final_state, states, run.slow
+
+
+def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=None):
+    """Gradients of q, f, v, lower_bound (None without one) and the initial state.
+
+    Args:
+        do: [B, T, H, V] dtype of v, gradient of o.
+        dfinal_state: [N, H, K, V] fp32, or None.
+        q, f, v, lower_bound, initial_state, cu_seqlens, scale: of the forward.
+        saved: (states, slow) of the forward, recomputed when None.
+    """
+    q, f, v, do = (_unit_stride(x) for x in (q, f, v, do))
+    with torch.cuda.device_of(q):
+        run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
+        if saved is None:
             states, _ = run.states(v, initial_state)
-            dstates, dinitial = run.states(do, dfinal, reverse=True)
-            dv = run.output(do, dstates, reverse=True)
-            dq, df, dbound = run.gradients(v, do, states, dstates)
-        return dq, df, dv, dbound, None if initial_state is None else dinitial, None, None
+        else:
+            states, run.slow = saved
+        dstates, dinitial = run.states(do, dfinal_state, reverse=True)
+        dv = run.output(do, dstates, reverse=True)
+        dq, df, dbound = run.gradients(v, do, states, dstates)
+    return dq, df, dv, dbound, dinitial
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -147,7 +167,7 @@ class Launches:
         self.H, self.K, self.V = q.shape[2], q.shape[3], v.shape[3]
         self.config = Config.of(q.dtype, self.K, self.V)
         self.chunks = Chunks.of(q, cu_seqlens, self.config.C)
-        self.NK = triton.cdiv(self.K, self.config.BK)
+        self.NK = self.config.blocks(self.K)
         self.segments, self.segment_length = self._segments()
         self.slow = torch.zeros(self.chunks.NC, self.H, self.NK, dtype=torch.int8, device=q.device)
         # pointers that a kernel does not read still need a tensor

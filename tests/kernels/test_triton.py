@@ -1,11 +1,12 @@
 """The Triton kernels of the operator: in the interpreter where there is no GPU (fp32), on the GPU in every dtype."""
 
+from functools import partial
+
 import pytest
 import torch
 from operator_cases import CEILING, GATES, assert_equal, bounds, make_inputs, relative_error, run
 
-from hgrn2_kernels import chunk_triton, recurrent_hgrn2
-from hgrn2_kernels.chunk_triton import TritonChunkHGRN2
+from hgrn2_kernels import chunk_triton, library, recurrent_hgrn2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -13,9 +14,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_CEILING = {"o": 3e-3, "final_state": 3e-3, "dv": 3e-3, "dq": 4e-3, "df": 4e-3, "dlower_bound": 4e-3}
 
 
-def triton_op(q, f, v, lower_bound, *, initial_state=None, output_final_state=True, cu_seqlens=None):
+def triton_op(
+    q, f, v, lower_bound, *, initial_state=None, output_final_state=True, cu_seqlens=None, save_states=False
+):
     """The kernels behind chunk_hgrn2's call, which on a CPU would choose PyTorch."""
-    return TritonChunkHGRN2.apply(q, f, v, lower_bound, initial_state, q.shape[-1] ** -0.5, cu_seqlens)
+    scale = q.shape[-1] ** -0.5
+    return library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)[:2]
 
 
 def on_device(inputs, dtype=torch.float32):
@@ -85,6 +89,27 @@ def test_no_state_in_or_out():
     o.sum().backward()
     gold = recurrent_hgrn2(*(x.double() for x in (q, f, v, b)))[0]
     assert relative_error(o, gold) <= CEILING[torch.float32] and q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("save_states", [False, True])
+@pytest.mark.parametrize("options", ["bare", "everything", "packed"])
+def test_registered_with_torch(options, save_states):
+    """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
+    q, f, v, b, h0 = on_device(make_inputs((1, 34, 1, 16, 16), dtype=torch.float32))
+    # lengths that need as many chunks as can be: states of unused chunks hold anything, which would compare unequal
+    cu_seqlens = torch.tensor([0, 1, 34], dtype=torch.int32, device=DEVICE) if options == "packed" else None
+    if options == "bare":
+        b = h0 = None
+    if options == "packed":
+        h0 = None
+    leaves = [x if x is None else x.requires_grad_() for x in (q, f, v, b, h0)]
+    torch.library.opcheck(library.chunk, (*leaves, cu_seqlens, 0.25, save_states))
+
+
+def test_saved_states_give_the_same_gradients():
+    inputs = on_device(make_inputs((1, 70, 1, 16, 16), "mixed", dtype=torch.float32))
+    kept, again = run(partial(triton_op, save_states=True), inputs), run(triton_op, inputs)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,92 @@
+"""The Triton form of the operator in torch.library: what autograd, torch.compile and fake tensors know of it.
+
+An optional tensor that is not there is one without elements, because an operator's results may not be None.
+"""
+
+import torch
+from torch import Tensor
+
+from hgrn2_kernels.chunk_triton import Chunks, Config, chunk_backward, chunk_forward
+
+_library = torch.library.Library("hgrn2", "DEF")
+_library.define(
+    "chunk(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? cu_seqlens, float scale,"
+    " bool save_states) -> (Tensor o, Tensor final_state, Tensor states, Tensor slow)"
+)
+_library.define(
+    "chunk_backward(Tensor do, Tensor dfinal_state, Tensor q, Tensor f, Tensor v, Tensor? lower_bound,"
+    " Tensor? initial_state, Tensor? cu_seqlens, Tensor states, Tensor slow, float scale)"
+    " -> (Tensor dq, Tensor df, Tensor dv, Tensor dlower_bound, Tensor dinitial_state)"
+)
+
+
+def _chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
+    o, final_state, states, slow = chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
+    if not save_states:
+        states, slow = states.new_empty(0), slow.new_empty(0)
+    return o, final_state, states, slow
+
+
+def _chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, slow, scale):
+    saved = (states, slow) if states.numel() else None
+    dq, df, dv, dbound, dinitial = chunk_backward(
+        do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved
+    )
+    return dq, df, dv, _or_empty(dbound, q), dinitial if initial_state is not None else _or_empty(None, q)
+
+
+def _or_empty(x, like):
+    return like.new_empty(0, dtype=torch.float32) if x is None else x
+
+
+for _name, _function in (("chunk", _chunk), ("chunk_backward", _chunk_backward)):
+    # the CPU's is Triton's interpreter
+    _library.impl(_name, _function, "CUDA")
+    _library.impl(_name, _function, "CPU")
+
+
+@torch.library.register_fake("hgrn2::chunk", lib=_library)
+def _chunk_fake(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
+    H, K, V = q.shape[2], q.shape[3], v.shape[3]
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = Config.of(q.dtype, K, V)
+    final_state = v.new_empty((N, H, K, V), dtype=torch.float32)
+    states, slow = [0], [0]
+    if save_states:
+        NC = Chunks.count(q.shape[0], q.shape[1], None if cu_seqlens is None else N, config.C)
+        states, slow = [NC, H, K, V], [NC, H, config.blocks(K)]
+    return (
+        v.new_empty(v.shape),
+        final_state,
+        v.new_empty(states, dtype=config.dtype),
+        v.new_empty(slow, dtype=torch.int8),
+    )
+
+
+@torch.library.register_fake("hgrn2::chunk_backward", lib=_library)
+def _chunk_backward_fake(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, slow, scale):
+    dbound = _or_empty(None if lower_bound is None else torch.empty_like(lower_bound), q)
+    dinitial = _or_empty(None if initial_state is None else initial_state.new_empty(initial_state.shape), q)
+    return q.new_empty(q.shape), f.new_empty(f.shape), v.new_empty(v.shape), dbound, dinitial
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.scale = scale
+
+
+def _backward(ctx, do, dfinal_state, _states, _slow):
+    *tensors, states, slow = ctx.saved_tensors
+    q, lower_bound, initial_state = tensors[0], tensors[3], tensors[4]
+    dq, df, dv, dbound, dinitial = torch.ops.hgrn2.chunk_backward(
+        do, dfinal_state, *tensors, states, slow, ctx.scale
+    )
+    dbound = None if lower_bound is None else dbound
+    dinitial = None if initial_state is None else dinitial
+    return dq, df, dv, dbound, dinitial, None, None, None
+
+
+torch.library.register_autograd("hgrn2::chunk", _backward, setup_context=_setup_context, lib=_library)
+
+chunk = torch.ops.hgrn2.chunk.default
