@@ -1,4 +1,4 @@
-"""Compile every chunk kernel for an architecture without a GPU, as chunk_triton would launch it.
+"""Compile every kernel for an architecture without a GPU, exactly as it would be launched.
 
 python tests/compile_kernels.py ARCH DTYPE K        prints one JSON line a kernel: registers, stack, shared memory
 """
@@ -15,74 +15,69 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
-from hgrn2_kernels.chunk_output import chunk_output_kernel
-from hgrn2_kernels.chunk_state import chunk_state_kernel
-from hgrn2_kernels.chunk_triton import Config
+from hgrn2_kernels import chunk_triton
+from hgrn2_kernels.launch import Kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FP32 = {"bound", "first", "last", "decays", "dbound"}
+# what tells the forms of one kernel apart
+FORM = ("REVERSE", "EXACT", "STATES", "DECAYS", "HAS_FIRST")
 
 
-def pointer_type(name: str, config: Config, dtype: str) -> str:
-    if name in FP32:
-        return "*fp32"
-    if name == "slow":
-        return "*i8"
-    if name in ("cu_seqlens", "chunk_sequence", "chunk_first"):
-        return "*i32"
-    if name in ("states", "dstates"):
-        return "*fp32" if config.dtype == torch.float32 else "*bf16"
-    return f"*{dtype}"
+def recorded_launches(dtype: torch.dtype, K: int, T: int, H: int) -> list[tuple[Kernel, int, dict]]:
+    """(kernel, warps, arguments) of a forward and backward, as they are launched but for the launching."""
+    launches = []
+
+    def record(kernel, grid, num_warps, **arguments):
+        launches.append((kernel, num_warps, arguments))
+
+    q, f, v = torch.empty(1, T, H, 3, K, dtype=dtype).unbind(3)
+    bound, state = torch.empty(H, K), torch.empty(1, H, K, K)
+    launch, Kernel.launch = Kernel.launch, record
+    try:
+        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, None, 1.0)
+        chunk_triton.chunk_backward(o, state, q, f, v, bound, state, None, 1.0)
+    finally:
+        Kernel.launch = launch
+    return launches
 
 
-def compile_kernel(kernel, constexprs: dict, config: Config, dtype: str, arch: int) -> dict:
-    names = kernel.arg_names
-    signature, aligned = {}, {}
-    for i, name in enumerate(names):
-        if name in constexprs:
-            signature[name] = "constexpr"
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name in ("T", "NT", "NC", "SEGMENTS", "LENGTH"):
-            signature[name] = "i32"
+def compile_kernel(kernel: Kernel, num_warps: int, arguments: dict, arch: int):
+    """The compiled form, and what its machine code uses."""
+    signature, constants, attributes = {}, {}, {}
+    for n, name in enumerate(kernel.names):
+        value = arguments[name]
+        if name in kernel.constant:
+            signature[name], constants[(n,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(n,)] = [["tt.divisibility", 16]]
         else:
-            # strides and pointers are multiples of 16 in a model, and Triton specialises on it
-            signature[name] = "i32" if name.startswith("stride") else pointer_type(name, config, dtype)
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    constants = {(names.index(name),): value for name, value in constexprs.items()}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps},
-    )
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if name not in kernel.loose and isinstance(value, int) and value % 16 == 0:
+                attributes[(n,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel.jitted, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True).stdout
     registers, stack = re.search(r"REG:(\d+).*STACK:(\d+)", usage).groups()
-    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
+    return compiled, {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
 
 
 def main(arch: int, dtype: str, K: int):
-    config = Config.of(DTYPES[dtype], K, K)
-    common = dict(H=16, K=K, V=K, C=config.C, BK=config.BK, DT=config.tl_dtype, BOUNDED=True, PACKED=False, FULL=True)
-    levels = config.C.bit_length() - 1
-    state = common | dict(BV=config.state_BV, HAS_FIRST=False, STORE=True, STAGES=config.stages)
-    output = common | dict(BV=config.BV, LEVELS=levels)
-    cases = [(chunk_state_kernel, state | dict(REVERSE=reverse)) for reverse in (False, True)]
-    for exact in (False, True):
-        form = dict(EXACT=exact, GROUP=config.group if exact else 1)
-        cases += [
-            (chunk_output_kernel, output | form | dict(REVERSE=False)),
-            (chunk_output_kernel, output | form | dict(REVERSE=True)),
-            (chunk_gradient_kernel, output | form),
-        ]
-    for kernel, constexprs in cases:
-        form = {name: constexprs[name] for name in ("REVERSE", "EXACT") if name in constexprs}
-        usage = compile_kernel(kernel, constexprs, config, dtype, arch)
-        print(json.dumps({"kernel": kernel.__name__, **form, **usage}), flush=True)
+    seen = set()
+    # a length that is cut into segments, and a batch that is not
+    for T, H in ((8192, 1), (64, 256)):
+        for kernel, num_warps, arguments in recorded_launches(DTYPES[dtype], K, T, H):
+            form = {name: arguments[name] for name in FORM if name in arguments}
+            key = (kernel.jitted.__name__, *form.items())
+            if key not in seen:
+                seen.add(key)
+                _, usage = compile_kernel(kernel, num_warps, arguments, arch)
+                print(json.dumps({"kernel": kernel.jitted.__name__, **form, **usage}), flush=True)
 
 
 if __name__ == "__main__":

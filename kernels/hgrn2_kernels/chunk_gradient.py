@@ -12,11 +12,11 @@ from hgrn2_kernels.triton_math import (
     LOG2E,
     block_decay_matrix,
     channels,
+    column,
     dot,
     exp2,
     frame,
     gate,
-    halves_matrix,
     identity,
     opaque_identity,
     load_tokens,
@@ -27,7 +27,6 @@ from hgrn2_kernels.triton_math import (
     span,
     store_tokens,
     sum_gates,
-    sum_halves,
     sum_tokens,
 )
 
@@ -41,7 +40,7 @@ def chunk_gradient_kernel(
     bound,  # [H, K] fp32, read where BOUNDED
     states,  # [chunks, H, K, V], entering each chunk
     dstates,  # [chunks, H, K, V], gradient of the state leaving each chunk
-    slow,  # [chunks, H, K / BK] int8
+    slow,  # [chunks, H, K / BF] int8
     dq,  # [B, T, H, K], out
     df,  # [B, T, H, K], out
     dbound,  # [chunks, H, K] fp32, out where BOUNDED
@@ -76,6 +75,7 @@ def chunk_gradient_kernel(
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     BK: tl.constexpr,
+    BF: tl.constexpr,  # channels that share a flag, a multiple of BK
     BV: tl.constexpr,
     DT: tl.constexpr,
     EXACT: tl.constexpr,
@@ -85,30 +85,31 @@ def chunk_gradient_kernel(
     FULL: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
+    NF: tl.constexpr = (K + BF - 1) // BF
     pid = tl.program_id(0)
     i_k = pid % NK
     i_h = (pid // NK) % H
     first = pid // (NK * H) * GROUP
 
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
     o_k = i_k * BK + tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
-    eye = identity(C, q.dtype.element_ty)
-    zero = tl.zeros([BK, C], tl.float32)
-    square = tl.zeros([C, C], tl.float32)
     b = tl.zeros([BK], tl.float32)
     if BOUNDED:
         b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
     for n in tl.range(0, GROUP, num_stages=1):
+        i = tl.arange(0, C)[:, None]
+        j = tl.arange(0, C)[None, :]
+        eye = identity(C, q.dtype.element_ty)
+        zero = tl.zeros([BK, C], tl.float32)
+        square = tl.zeros([C, C], tl.float32)
         i_c = tl.minimum(first + n, NC - 1)
         place = i_c.to(tl.int64) * H + i_h
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
         taken = first + n < NC
         if EXACT:
-            taken = taken & (start < end) & (tl.load(slow + place * NK + i_k) != 0)
+            taken = taken & (start < end) & (tl.load(slow + place * NF + i_k * BK // BF) != 0)
         if taken:
             t = start.to(tl.int64)
             left = end - start
@@ -126,8 +127,12 @@ def chunk_gradient_kernel(
             # [i, j]: gradient of the score of query i and key j
             dscores = tl.where(i >= j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
             # gradient of the chunk's total decay, through the state that passes it
-            corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
-            passing = tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
+            if EXACT:
+                passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+            else:
+                # off shared memory, where the products below need them as well
+                corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
+                passing = tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
 
             x = padded(channels(b_f, eye), left, C, FULL)
             g, k = gate(x, b[:, None])
@@ -158,13 +163,13 @@ def chunk_gradient_kernel(
                 diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 0)[None, :]
                 dq_sum += diagonal * k
                 dk_sum += diagonal * a
-                first_half, second_half = sum_halves(g, halves_matrix(C), DT)
-                enters, leaves = frame(first_half), frame(second_half)
                 earlier = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT)
+                later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
+                first_half, second_half = column(earlier, C // 2 - 1), column(later, C // 2 - 1)
+                enters, leaves = frame(first_half), frame(second_half)
                 raw = exp2(earlier - enters[:, None]) * dot(b_h.to(DT), tl.trans(b_do), zero)
                 balance += a * raw
                 dq_sum += raw
-                later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
                 raw = exp2(later - leaves[:, None]) * dot(b_dh.to(DT), tl.trans(b_v), zero)
                 written = k * raw
                 dk_sum += raw

@@ -11,11 +11,11 @@ import triton.language as tl
 from hgrn2_kernels.triton_math import (
     block_decay_matrix,
     channels,
+    column,
     dot,
     exp2,
     frame,
     gate,
-    halves_matrix,
     identity,
     load_tokens,
     padded,
@@ -23,7 +23,6 @@ from hgrn2_kernels.triton_math import (
     span,
     store_tokens,
     sum_gates,
-    sum_halves,
 )
 
 
@@ -76,11 +75,11 @@ def chunk_output_kernel(
     i_h = pid % H
     first = pid // H * GROUP
 
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
     o_v = tl.arange(0, BV)
     eye = identity(C, q.dtype.element_ty)
     for n in tl.range(0, GROUP, num_stages=1):
+        i = tl.arange(0, C)[:, None]
+        j = tl.arange(0, C)[None, :]
         i_c = tl.minimum(first + n, NC - 1)
         place = i_c.to(tl.int64) * H + i_h
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
@@ -137,13 +136,13 @@ def chunk_output_kernel(
                 else:
                     scores += tl.where((i >= j) & same, dot(tl.trans(qd), kd, tl.zeros([C, C], tl.float32)), 0.0)
                 if EXACT:
-                    first_half, second_half = sum_halves(g, halves_matrix(C), DT)
+                    # to the border that the state is at, less the half it has been decayed by
                     if REVERSE:
-                        later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
-                        kd = (k * exp2(later - frame(second_half)[:, None])).to(DT)
+                        decay = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
+                        kd = (k * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
                     else:
-                        earlier = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT)
-                        qd = (a * exp2(earlier - frame(first_half)[:, None])).to(DT)
+                        decay = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT)
+                        qd = (a * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
                 if REVERSE:
                     out = dot(tl.trans(kd), b_h.to(DT), out)
                 else:

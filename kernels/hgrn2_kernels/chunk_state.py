@@ -30,20 +30,20 @@ from hgrn2_kernels.triton_math import (
 
 @triton.jit(do_not_specialize=["T", "NT", "SEGMENTS", "LENGTH"])
 def chunk_state_kernel(
-    x,  # [B, T, H, K] raw q where REVERSE, unused otherwise
+    q,  # [B, T, H, K] raw, read where REVERSE
     f,  # [B, T, H, K] raw gate
     y,  # [B, T, H, V] v, or do where REVERSE
     bound,  # [H, K] fp32, read where BOUNDED
     first,  # [segments, H, K, V] fp32: state before the segment (after it where REVERSE); read where HAS_FIRST
-    states,  # [chunks, H, K, V], out where STORE: the state entering each chunk (leaving it where REVERSE), framed
-    slow,  # [chunks, H, K / BK] int8, out where STORE and not REVERSE: the chunk exceeds the fast form's limit
-    last,  # [segments, H, K, V] fp32, out: state after the segment (before it where REVERSE)
-    decays,  # [segments, H, K] fp32, out where not STORE: log2 decay of a state that passes the segment
+    states,  # [chunks, H, K, V], out where STATES: the state entering each chunk (leaving it where REVERSE), framed
+    slow,  # [chunks, H, K / BK] int8, out where STATES and not REVERSE: the chunk exceeds the fast form's limit
+    last,  # [segments, H, K, V] fp32, out where LAST: state after the segment (before it where REVERSE)
+    decays,  # [segments, H, K] fp32, out where DECAYS: log2 decay of a state that passes the segment
     cu_seqlens,
     chunk_first,
-    stride_xb,
-    stride_xt,
-    stride_xh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
     stride_fb,
     stride_ft,
     stride_fh,
@@ -63,7 +63,9 @@ def chunk_state_kernel(
     BV: tl.constexpr,
     DT: tl.constexpr,
     REVERSE: tl.constexpr,
-    STORE: tl.constexpr,
+    STATES: tl.constexpr,
+    LAST: tl.constexpr,
+    DECAYS: tl.constexpr,
     BOUNDED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
@@ -110,7 +112,7 @@ def chunk_state_kernel(
     if BOUNDED:
         b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
 
-    p_x = x + i_b * stride_xb + i_h * stride_xh
+    p_q = q + i_b * stride_qb + i_h * stride_qh
     p_f = f + i_b * stride_fb + i_h * stride_fh
     p_y = y + i_b * stride_yb + i_h * stride_yh
     state = tl.zeros([BK, BV], tl.float32)
@@ -129,25 +131,26 @@ def chunk_state_kernel(
         first_half, second_half = sum_halves(g, halves, DT)
         whole = exp2(first_half + second_half)[:, None]
 
-        if STORE:
+        if STATES:
             place = (chunk + i_t) * H + i_h
             stored = state * exp2(frame(second_half if REVERSE else first_half))[:, None]
             tl.store(states + place * K * V + o_kv, stored.to(states.dtype.element_ty), mask=m_kv)
             if not REVERSE:
                 is_slow = tl.min(tl.minimum(first_half, second_half), 0) < -LIMIT
                 tl.store(slow + place * NK + i_k, is_slow.to(tl.int8))
-        else:
+        if DECAYS:
             passed += first_half + second_half
 
         if REVERSE:
-            b_x = load_tokens(p_x + t * stride_xt, stride_xt, o_k, left, K, BK, C, FULL)
-            operand = (silu(channels(b_x, eye), scale) * exp2(decay)).to(DT)
+            b_q = load_tokens(p_q + t * stride_qt, stride_qt, o_k, left, K, BK, C, FULL)
+            operand = (silu(channels(b_q, eye), scale) * exp2(decay)).to(DT)
         else:
             operand = (k * exp2(decay)).to(DT)
         state = dot(operand, b_y, state * whole)
 
-    tl.store(last + (i_s * H + i_h) * K * V + o_kv, state, mask=m_kv)
-    if not STORE:
+    if LAST:
+        tl.store(last + (i_s * H + i_h) * K * V + o_kv, state, mask=m_kv)
+    if DECAYS:
         tl.store(decays + (i_s * H + i_h) * K + o_k, passed, mask=o_k < K)
 
 

@@ -15,6 +15,10 @@ from torch import Tensor
 from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
+from hgrn2_kernels.launch import Kernel
+
+chunk_state, segment_scan = Kernel(chunk_state_kernel), Kernel(segment_scan_kernel)
+chunk_output, chunk_gradient = Kernel(chunk_output_kernel), Kernel(chunk_gradient_kernel)
 
 # programs of chunk_state that fill the largest GPU it is tuned for, two on each of 132 multiprocessors
 FILL = 256
@@ -26,41 +30,38 @@ class Config:
 
     Attributes:
         C: tokens a chunk.
-        BK: channels of K that share a tile, and a flag; the rows of a tensor core's product where it has them.
+        BK: channels of K that share a tile and a flag, the rows of a tensor core's product.
+        exact_BK: channels of K in the exact form of chunk_gradient, which has more to keep in registers.
         BV: channels of V, all of them.
         state_BV: channels of V in chunk_state.
         dtype: of the operands of matrix products and of the states between chunks.
-        stages: of chunk_state's pipeline.
-        warps: of every kernel.
-        group: chunks a program of the exact forms looks at, most of which it will leave alone.
+        state_stages, reverse_stages, output_stages: of the pipelines of chunk_state, forward and in reverse, and of
+            the fast form of chunk_output.
+        warps, exact_warps: of every kernel, but for the exact form of chunk_gradient.
+        group: chunks a program of the exact forms looks at, most of which it leaves alone.
     """
 
     C: int
     BK: int
+    exact_BK: int
     BV: int
     state_BV: int
     dtype: torch.dtype
-    stages: int
+    state_stages: int
+    reverse_stages: int
+    output_stages: int
     warps: int = 4
+    exact_warps: int = 8
     group: int = 8
-    output_stages: int = 1
-    output_group: int = 1
-    gradient_group: int = 1
 
     @classmethod
     def of(cls, dtype: torch.dtype, K: int, V: int) -> "Config":
-        wide = dtype == torch.float32
-        BK = min(32, max(16, triton.next_power_of_2(K))) if wide else 64
         BV = max(16, triton.next_power_of_2(V))
-        return cls(
-            C=32 if wide else 64,
-            BK=BK,
-            BV=BV,
-            state_BV=min(BV, 64 if wide else 128),
-            # the fast path's operands need the exponents of bf16, which fp16 lacks
-            dtype=torch.float32 if wide else torch.bfloat16,
-            stages=1 if wide else 2,
-        )
+        if dtype == torch.float32:
+            BK = min(32, max(16, triton.next_power_of_2(K)))
+            return cls(32, BK, BK, BV, min(BV, 64), torch.float32, 1, 1, 1)
+        # the fast path's operands need the exponents of bf16, which fp16 lacks
+        return cls(64, 64, 32, BV, min(BV, 128), torch.bfloat16, 3, 2, 2)
 
     def blocks(self, K: int) -> int:
         """Blocks of channels that K has."""
@@ -155,35 +156,47 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride()[:3]
+def _strides(letter: str, x: Tensor) -> dict[str, int]:
+    """Strides of x [B, T, H, D] under the names that the kernels give them."""
+    return dict(zip((f"stride_{letter}{axis}" for axis in "bth"), x.stride(), strict=False))
 
 
 class Launches:
     """The launches over one set of inputs."""
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens):
-        self.q, self.f, self.bound, self.scale = q, f, lower_bound, scale
+        self.q, self.f, self.bound = q, f, lower_bound
         self.H, self.K, self.V = q.shape[2], q.shape[3], v.shape[3]
-        self.config = Config.of(q.dtype, self.K, self.V)
-        self.chunks = Chunks.of(q, cu_seqlens, self.config.C)
-        self.NK = self.config.blocks(self.K)
+        self.config = config = Config.of(q.dtype, self.K, self.V)
+        self.chunks = chunks = Chunks.of(q, cu_seqlens, config.C)
+        self.NK = config.blocks(self.K)
         self.segments, self.segment_length = self._segments()
-        self.slow = torch.zeros(self.chunks.NC, self.H, self.NK, dtype=torch.int8, device=q.device)
-        # pointers that a kernel does not read still need a tensor
-        self.tables = [x if x is not None else q for x in (self.chunks.sequence, self.chunks.first)]
-        self.cu_seqlens = q if self.chunks.cu_seqlens is None else self.chunks.cu_seqlens
-        self.bound_or_any = q if lower_bound is None else lower_bound
+        # packed sequences may leave chunks over, whose flags nobody writes
+        flags = q.new_empty if cu_seqlens is None else q.new_zeros
+        self.slow = flags((chunks.NC, self.H, self.NK), dtype=torch.int8)
         self.common = dict(
+            q=q,
+            f=f,
+            # pointers that a kernel does not read still need a tensor
+            bound=q if lower_bound is None else lower_bound,
+            cu_seqlens=q if cu_seqlens is None else cu_seqlens,
+            chunk_sequence=q if cu_seqlens is None else chunks.sequence,
+            chunk_first=q if cu_seqlens is None else chunks.first,
+            **_strides("q", q),
+            **_strides("f", f),
+            scale=scale,
+            T=chunks.T,
+            NT=chunks.per_row,
+            NC=chunks.NC,
             H=self.H,
             K=self.K,
             V=self.V,
-            C=self.config.C,
-            DT=self.config.tl_dtype,
+            C=config.C,
+            LEVELS=config.C.bit_length() - 1,
+            DT=config.tl_dtype,
             BOUNDED=lower_bound is not None,
             PACKED=cu_seqlens is not None,
-            FULL=cu_seqlens is None and q.shape[1] % self.config.C == 0,
-            num_warps=self.config.warps,
+            FULL=cu_seqlens is None and q.shape[1] % config.C == 0,
         )
 
     def _segments(self) -> tuple[int, int]:
@@ -198,22 +211,24 @@ class Launches:
 
     def states(self, y: Tensor, first: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """States at the chunks' borders [NC, H, K, V], and the one at the end of each sequence [N, H, K, V] fp32."""
-        N, segments = self.chunks.N, self.segments
+        N, segments, shape = self.chunks.N, self.segments, (self.H, self.K, self.V)
         first = None if first is None else first.contiguous()
-        states = y.new_empty(self.chunks.NC, self.H, self.K, self.V, dtype=self.config.dtype)
-        last = y.new_empty(N * segments, self.H, self.K, self.V, dtype=torch.float32)
+        states = y.new_empty((self.chunks.NC, *shape), dtype=self.config.dtype)
+        last = y.new_empty((N, *shape), dtype=torch.float32)
         if segments == 1:
-            self._walk(y, first, states, last, reverse)
+            self._walk(y, reverse, first, states=states, last=last)
             return states, last
-        decays = y.new_empty(N * segments, self.H, self.K, dtype=torch.float32)
-        self._walk(y, None, None, last, reverse, decays)
-        entering, last = last, y.new_empty(N, self.H, self.K, self.V, dtype=torch.float32)
-        segment_scan_kernel[(N * self.H, triton.cdiv(self.K, 16))](
-            last if first is None else first,
-            entering,
-            decays,
-            last,
-            segments,
+        entering = y.new_empty((N * segments, *shape), dtype=torch.float32)
+        decays = y.new_empty((N * segments, self.H, self.K), dtype=torch.float32)
+        self._walk(y, reverse, None, last=entering, decays=decays)
+        segment_scan.launch(
+            (N * self.H, triton.cdiv(self.K, 16)),
+            num_warps=4,
+            first=last if first is None else first,
+            states=entering,
+            decays=decays,
+            last=last,
+            SEGMENTS=segments,
             H=self.H,
             K=self.K,
             V=self.V,
@@ -222,109 +237,90 @@ class Launches:
             REVERSE=reverse,
             HAS_FIRST=first is not None,
         )
-        self._walk(y, entering, states, torch.empty_like(entering), reverse)
+        self._walk(y, reverse, entering, states=states)
         return states, last
 
-    def _walk(self, y, first, states, last, reverse, decays=None):
-        """One pass of chunk_state over all segments; without `states` it finds `decays` too and stores no more."""
-        grid = (self.chunks.N * self.segments * self.H * self.NK * triton.cdiv(self.V, self.config.state_BV),)
-        chunk_state_kernel[grid](
-            self.q,
-            self.f,
-            y,
-            self.bound_or_any,
-            last if first is None else first,
-            last if states is None else states,
-            self.slow,
-            last,
-            last if decays is None else decays,
-            self.cu_seqlens,
-            self.tables[1],
-            *_strides(self.q),
-            *_strides(self.f),
-            *_strides(y),
-            self.scale,
-            self.chunks.T,
-            self.chunks.per_row,
-            self.segments,
-            self.segment_length,
-            BK=self.config.BK,
-            BV=self.config.state_BV,
+    def _walk(self, y, reverse, first, states=None, last=None, decays=None):
+        """One pass of chunk_state over all segments, for what is given to fill."""
+        config = self.config
+        anything = self.slow
+        chunk_state.launch(
+            (self.chunks.N * self.segments * self.H * self.NK * triton.cdiv(self.V, config.state_BV),),
+            num_warps=config.warps,
+            y=y,
+            first=anything if first is None else first,
+            states=anything if states is None else states,
+            slow=self.slow,
+            last=anything if last is None else last,
+            decays=anything if decays is None else decays,
+            **_strides("y", y),
+            SEGMENTS=self.segments,
+            LENGTH=self.segment_length,
+            BK=config.BK,
+            BV=config.state_BV,
             REVERSE=reverse,
-            STORE=states is not None,
+            STATES=states is not None,
+            LAST=last is not None,
+            DECAYS=decays is not None,
             HAS_FIRST=first is not None,
-            STAGES=self.config.stages,
+            STAGES=config.reverse_stages if reverse else config.state_stages,
             **self.common,
         )
 
     def output(self, y: Tensor, states: Tensor, reverse: bool = False) -> Tensor:
         """o from v and the entering states, or dv from do and the gradients of the leaving ones: [B, T, H, V]."""
+        config = self.config
         out = y.new_empty(y.shape)
         for exact in (False, True):
-            group = self.config.group if exact else self.config.output_group
-            chunk_output_kernel[(triton.cdiv(self.chunks.NC, group) * self.H,)](
-                self.q,
-                self.f,
-                y,
-                self.bound_or_any,
-                states,
-                self.slow,
-                out,
-                self.cu_seqlens,
-                *self.tables,
-                *_strides(self.q),
-                *_strides(self.f),
-                *_strides(y),
-                *_strides(out),
-                self.scale,
-                self.chunks.T,
-                self.chunks.per_row,
-                self.chunks.NC,
-                LEVELS=self.config.C.bit_length() - 1,
-                BK=self.config.BK,
-                BV=self.config.BV,
+            group = config.group if exact else 1
+            chunk_output.launch(
+                (triton.cdiv(self.chunks.NC, group) * self.H,),
+                num_warps=config.warps,
+                y=y,
+                states=states,
+                slow=self.slow,
+                o=out,
+                **_strides("y", y),
+                **_strides("o", out),
+                BK=config.BK,
+                BV=config.BV,
                 REVERSE=reverse,
                 EXACT=exact,
                 GROUP=group,
-                STAGES=1 if exact else self.config.output_stages,
+                STAGES=1 if exact else config.output_stages,
                 **self.common,
             )
         return out
 
     def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor):
         """dq, df [B, T, H, K] and the bound's gradient [H, K], None without a bound."""
+        config = self.config
         dq, df = self.q.new_empty(self.q.shape), self.f.new_empty(self.f.shape)
-        # chunks beyond the last one of packed sequences write nothing
-        dbound = None if self.bound is None else self.bound.new_zeros(self.chunks.NC, self.H, self.K)
+        dbound = None
+        if self.bound is not None:
+            # packed sequences may leave chunks over, which add nothing
+            parts = self.bound.new_zeros if self.common["PACKED"] else self.bound.new_empty
+            dbound = parts((self.chunks.NC, self.H, self.K))
         for exact in (False, True):
-            group = self.config.group if exact else self.config.gradient_group
-            chunk_gradient_kernel[(triton.cdiv(self.chunks.NC, group) * self.H * self.NK,)](
-                self.q,
-                self.f,
-                v,
-                do,
-                self.bound_or_any,
-                states,
-                dstates,
-                self.slow,
-                dq,
-                df,
-                dq if dbound is None else dbound,
-                self.cu_seqlens,
-                *self.tables,
-                *_strides(self.q),
-                *_strides(self.f),
-                *_strides(v),
-                *_strides(do),
-                *_strides(dq),
-                *_strides(df),
-                self.scale,
-                self.chunks.T,
-                self.chunks.per_row,
-                self.chunks.NC,
-                LEVELS=self.config.C.bit_length() - 1,
-                BK=self.config.BK,
-                BV=self.config.BV,
+            group, BK = (config.group, config.exact_BK) if exact else (1, config.BK)
+            chunk_gradient.launch(
+                (triton.cdiv(self.chunks.NC, group) * self.H * triton.cdiv(self.K, BK),),
+                num_warps=config.exact_warps if exact else config.warps,
+                v=v,
+                do=do,
+                states=states,
+                dstates=dstates,
+                slow=self.slow,
+                dq=dq,
+                df=df,
+                dbound=self.slow if dbound is None else dbound,
+                **_strides("v", v),
+                **_strides("o", do),
+                **_strides("dq", dq),
+                **_strides("df", df),
+                BK=BK,
+                BF=config.BK,
+                BV=config.BV,
                 EXACT=exact,
                 GROUP=group,
                 **self.common,

@@ -139,6 +139,12 @@ def sum_halves(g, halves, DT: tl.constexpr):
 
 
 @triton.jit
+def column(x, n: tl.constexpr):
+    """Column n of a tile [D, C]."""
+    return tl.sum(tl.where((tl.arange(0, x.shape[1]) == n)[None, :], x, 0.0), 1)
+
+
+@triton.jit
 def frame(half):
     """Decay of a stored state towards the middle of its chunk: through the half, as far as bf16 has exponents."""
     return tl.maximum(half, -LIMIT)

@@ -17,6 +17,6 @@ def test_kernels_compile_and_fit(arch, dtype, K):
     done = harness.python("tests/compile_kernels.py", str(arch), dtype, str(K))
     assert done.returncode == 0, done.stdout[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kernels) == 8
+    assert len(kernels) >= 14
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
