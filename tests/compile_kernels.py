@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hgrn2_kernels import chunk_triton
-from hgrn2_kernels.launch import Kernel
+from hgrn2_kernels.launch import LOOSE, Kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
@@ -29,8 +29,8 @@ def recorded_launches(dtype: torch.dtype, K: int, T: int, H: int) -> list[tuple[
     """(kernel, warps, arguments) of a forward and backward, as they are launched but for the launching."""
     launches = []
 
-    def record(kernel, grid, num_warps, **arguments):
-        launches.append((kernel, num_warps, arguments))
+    def record(kernel, grid, num_warps, shared, **own):
+        launches.append((kernel, num_warps, shared | own))
 
     q, f, v = torch.empty(1, T, H, 3, K, dtype=dtype).unbind(3)
     bound, state = torch.empty(H, K), torch.empty(1, H, K, K)
@@ -48,14 +48,14 @@ def compile_kernel(kernel: Kernel, num_warps: int, arguments: dict, arch: int):
     signature, constants, attributes = {}, {}, {}
     for n, name in enumerate(kernel.names):
         value = arguments[name]
-        if name in kernel.constant:
+        if name.isupper() and name not in LOOSE:
             signature[name], constants[(n,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(n,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if name not in kernel.loose and isinstance(value, int) and value % 16 == 0:
+            if name not in LOOSE and isinstance(value, int) and value % 16 == 0:
                 attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.jitted, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})

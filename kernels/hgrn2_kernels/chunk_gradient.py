@@ -107,10 +107,8 @@ def chunk_gradient_kernel(
         i_c = tl.minimum(first + n, NC - 1)
         place = i_c.to(tl.int64) * H + i_h
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        taken = first + n < NC
-        if EXACT:
-            taken = taken & (start < end) & (tl.load(slow + place * NF + i_k * BK // BF) != 0)
-        if taken:
+        is_slow = tl.load(slow + place * NF + i_k * BK // BF) != 0
+        if (first + n < NC) & (start < end) & (is_slow == EXACT):
             t = start.to(tl.int64)
             left = end - start
             p_f = f + i_b * stride_fb + t * stride_ft + i_h * stride_fh
@@ -138,7 +136,7 @@ def chunk_gradient_kernel(
             g, k = gate(x, b[:, None])
             x_q = channels(b_q, eye)
             a = silu(x_q, scale)
-            decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT)
+            decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT, EXACT)
             if EXACT:
                 dscores_t = tl.where(i <= j, dot(b_v, tl.trans(b_do), square), 0.0).to(DT)
                 dq_sum, dk_sum, balance = zero, zero, zero
@@ -158,13 +156,13 @@ def chunk_gradient_kernel(
                     dq_sum += tl.where(second_j, raw, 0.0)
                     dk_sum += tl.where(second_j, 0.0, raw)
                     shift -= 1
-                    decay = sum_gates(g, block_decay_matrix(i, j, shift), DT)
+                    decay = sum_gates(g, block_decay_matrix(i, j, shift), DT, EXACT)
                 # a token with itself: no gate in between
                 diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 0)[None, :]
                 dq_sum += diagonal * k
                 dk_sum += diagonal * a
-                earlier = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT)
-                later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
+                earlier = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT, EXACT)
+                later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT, EXACT)
                 first_half, second_half = column(earlier, C // 2 - 1), column(later, C // 2 - 1)
                 enters, leaves = frame(first_half), frame(second_half)
                 raw = exp2(earlier - enters[:, None]) * dot(b_h.to(DT), tl.trans(b_do), zero)

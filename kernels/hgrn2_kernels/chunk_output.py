@@ -83,13 +83,10 @@ def chunk_output_kernel(
         i_c = tl.minimum(first + n, NC - 1)
         place = i_c.to(tl.int64) * H + i_h
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        taken = first + n < NC
-        if EXACT:
-            any_slow = tl.load(slow + place * NK)
-            for other in tl.static_range(1, NK):
-                any_slow = any_slow | tl.load(slow + place * NK + other)
-            taken = taken & (start < end) & (any_slow != 0)
-        if taken:
+        any_slow = tl.load(slow + place * NK)
+        for other in tl.static_range(1, NK):
+            any_slow = any_slow | tl.load(slow + place * NK + other)
+        if (first + n < NC) & (start < end) & ((any_slow != 0) == EXACT):
             t = start.to(tl.int64)
             left = end - start
             p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
@@ -109,7 +106,7 @@ def chunk_output_kernel(
                 g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
                 a = silu(channels(b_q, eye), scale)
 
-                decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT)
+                decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT, EXACT)
                 if EXACT:
                     is_slow = tl.load(slow + place * NK + i_k) != 0
                     # halve the blocks until their operands fit: at the bottom a block is one token
@@ -124,7 +121,7 @@ def chunk_output_kernel(
                         product = dot(tl.trans(operand), operand, tl.zeros([C, C], tl.float32))
                         scores += tl.where(pair, product, 0.0)
                         shift -= 1
-                        decay = sum_gates(g, block_decay_matrix(i, j, shift), DT)
+                        decay = sum_gates(g, block_decay_matrix(i, j, shift), DT, EXACT)
                     same = (i >> shift) == (j >> shift)
                 else:
                     same = i >= 0
@@ -138,10 +135,10 @@ def chunk_output_kernel(
                 if EXACT:
                     # to the border that the state is at, less the half it has been decayed by
                     if REVERSE:
-                        decay = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT)
+                        decay = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT, EXACT)
                         kd = (k * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
                     else:
-                        decay = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT)
+                        decay = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT, EXACT)
                         qd = (a * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
                 if REVERSE:
                     out = dot(tl.trans(kd), b_h.to(DT), out)

@@ -127,7 +127,7 @@ def chunk_state_kernel(
         b_f = load_tokens(p_f + t * stride_ft, stride_ft, o_k, left, K, BK, C, FULL)
         b_y = load_tokens(p_y + t * stride_yt, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
         g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
-        decay = sum_gates(g, matrix, DT)
+        decay = sum_gates(g, matrix, DT, False)
         first_half, second_half = sum_halves(g, halves, DT)
         whole = exp2(first_half + second_half)[:, None]
 

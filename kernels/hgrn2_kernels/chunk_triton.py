@@ -15,7 +15,7 @@ from torch import Tensor
 from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
-from hgrn2_kernels.launch import Kernel
+from hgrn2_kernels.launch import Arguments, Kernel
 
 chunk_state, segment_scan = Kernel(chunk_state_kernel), Kernel(segment_scan_kernel)
 chunk_output, chunk_gradient = Kernel(chunk_output_kernel), Kernel(chunk_gradient_kernel)
@@ -174,7 +174,7 @@ class Launches:
         # packed sequences may leave chunks over, whose flags nobody writes
         flags = q.new_empty if cu_seqlens is None else q.new_zeros
         self.slow = flags((chunks.NC, self.H, self.NK), dtype=torch.int8)
-        self.common = dict(
+        self.shared = Arguments(
             q=q,
             f=f,
             # pointers that a kernel does not read still need a tensor
@@ -204,7 +204,8 @@ class Launches:
         NT = self.chunks.per_row
         programs = self.chunks.N * self.H * self.NK * triton.cdiv(self.V, self.config.state_BV)
         wanted = min(triton.cdiv(FILL, programs), NT // 8)
-        if wanted < 2:
+        # the pass over the segments that comes first costs as much as two segments gain
+        if wanted < 3:
             return 1, self.chunks.NC
         length = triton.cdiv(NT, wanted)
         return triton.cdiv(NT, length), length
@@ -223,15 +224,13 @@ class Launches:
         self._walk(y, reverse, None, last=entering, decays=decays)
         segment_scan.launch(
             (N * self.H, triton.cdiv(self.K, 16)),
-            num_warps=4,
+            4,
+            self.shared,
             first=last if first is None else first,
             states=entering,
             decays=decays,
             last=last,
             SEGMENTS=segments,
-            H=self.H,
-            K=self.K,
-            V=self.V,
             BK=16,
             BV=self.config.BV,
             REVERSE=reverse,
@@ -246,7 +245,8 @@ class Launches:
         anything = self.slow
         chunk_state.launch(
             (self.chunks.N * self.segments * self.H * self.NK * triton.cdiv(self.V, config.state_BV),),
-            num_warps=config.warps,
+            config.warps,
+            self.shared,
             y=y,
             first=anything if first is None else first,
             states=anything if states is None else states,
@@ -264,7 +264,6 @@ class Launches:
             DECAYS=decays is not None,
             HAS_FIRST=first is not None,
             STAGES=config.reverse_stages if reverse else config.state_stages,
-            **self.common,
         )
 
     def output(self, y: Tensor, states: Tensor, reverse: bool = False) -> Tensor:
@@ -275,7 +274,8 @@ class Launches:
             group = config.group if exact else 1
             chunk_output.launch(
                 (triton.cdiv(self.chunks.NC, group) * self.H,),
-                num_warps=config.warps,
+                config.warps,
+                self.shared,
                 y=y,
                 states=states,
                 slow=self.slow,
@@ -288,7 +288,6 @@ class Launches:
                 EXACT=exact,
                 GROUP=group,
                 STAGES=1 if exact else config.output_stages,
-                **self.common,
             )
         return out
 
@@ -299,13 +298,14 @@ class Launches:
         dbound = None
         if self.bound is not None:
             # packed sequences may leave chunks over, which add nothing
-            parts = self.bound.new_zeros if self.common["PACKED"] else self.bound.new_empty
+            parts = self.bound.new_zeros if self.shared["PACKED"] else self.bound.new_empty
             dbound = parts((self.chunks.NC, self.H, self.K))
         for exact in (False, True):
             group, BK = (config.group, config.exact_BK) if exact else (1, config.BK)
             chunk_gradient.launch(
                 (triton.cdiv(self.chunks.NC, group) * self.H * triton.cdiv(self.K, BK),),
-                num_warps=config.exact_warps if exact else config.warps,
+                config.exact_warps if exact else config.warps,
+                self.shared,
                 v=v,
                 do=do,
                 states=states,
@@ -323,6 +323,5 @@ class Launches:
                 BV=config.BV,
                 EXACT=exact,
                 GROUP=group,
-                **self.common,
             )
         return dq, df, None if dbound is None else dbound.sum(0)
