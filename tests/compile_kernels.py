@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hgrn2_kernels import chunk_triton
-from hgrn2_kernels.launch import LOOSE, Kernel
+from hgrn2_kernels.launch import CONSTANT, LOOSE, Kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
@@ -48,7 +48,7 @@ def compile_kernel(kernel: Kernel, num_warps: int, arguments: dict, arch: int):
     signature, constants, attributes = {}, {}, {}
     for n, name in enumerate(kernel.names):
         value = arguments[name]
-        if name.isupper() and name not in LOOSE:
+        if name in CONSTANT:
             signature[name], constants[(n,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]

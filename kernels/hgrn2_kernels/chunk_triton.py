@@ -156,9 +156,12 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(letter: str, x: Tensor) -> dict[str, int]:
-    """Strides of x [B, T, H, D] under the names that the kernels give them."""
-    return dict(zip((f"stride_{letter}{axis}" for axis in "bth"), x.stride(), strict=False))
+# of tensors [B, T, H, D], under the names that the kernels give them
+_STRIDES = {x: tuple(f"stride_{x}{axis}" for axis in "bth") for x in ("q", "f", "v", "y", "o", "dq", "df")}
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    return dict(zip(_STRIDES[name], x.stride(), strict=False))
 
 
 class Launches:

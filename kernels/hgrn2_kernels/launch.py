@@ -9,6 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+# tl.constexpr: a kernel is compiled for each value
+CONSTANT = frozenset(
+    "H K V C LEVELS BK BF BV DT REVERSE STATES LAST DECAYS EXACT GROUP BOUNDED HAS_FIRST PACKED FULL STAGES".split()
+)
 # numbers that change from call to call, on which no kernel is specialised
 LOOSE = frozenset(("T", "NT", "NC", "SEGMENTS", "LENGTH"))
 
@@ -22,7 +26,7 @@ class Arguments(dict):
 
 
 class Kernel:
-    """A jitted kernel and its compiled forms. Its constants, and they alone, have names in capitals, but for LOOSE."""
+    """A jitted kernel and its compiled forms."""
 
     def __init__(self, jitted):
         self.jitted = jitted
@@ -32,10 +36,8 @@ class Kernel:
         self.interpreted = not isinstance(jitted, triton.runtime.JITFunction)
         if not self.interpreted:
             for p in jitted.params:
-                if p.is_constexpr != (p.name.isupper() and p.name not in LOOSE):
-                    raise ValueError(f"{jitted.__name__}: {p.name} must be in capitals if it is a constant, else not")
-                if p.do_not_specialize != (p.name in LOOSE):
-                    raise ValueError(f"{jitted.__name__}: {p.name} must be in do_not_specialize if it is in LOOSE")
+                if p.is_constexpr != (p.name in CONSTANT) or p.do_not_specialize != (p.name in LOOSE):
+                    raise ValueError(f"{jitted.__name__}: add {p.name} to CONSTANT or LOOSE, or take it out")
 
     def launch(self, grid: tuple[int, ...], num_warps: int, shared: Arguments, **own):
         """Launch with arguments by name, of which the kernel takes those it has; its device must be the current one."""
@@ -54,16 +56,12 @@ class Kernel:
 
 def _kinds(arguments):
     """What of each argument decides the compiled form, and no less."""
-    kinds = []
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            kinds.append((value.dtype, value.data_ptr() % 16 == 0))
-        elif name in LOOSE:
-            kinds.append(value >= 2**31)
-        elif name.isupper():
-            kinds.append(value)
-        elif isinstance(value, int):
-            kinds.append((value >= 2**31, value == 1, value % 16 == 0))
-        else:
-            kinds.append(type(value))
-    return tuple(kinds)
+    return tuple([_kind(name, value) for name, value in arguments.items()])
+
+
+def _kind(name, value):
+    if type(value) is int and name not in CONSTANT:
+        return value >= 2**31 if name in LOOSE else (value >= 2**31, value == 1, value % 16 == 0)
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return type(value) if type(value) is float else value

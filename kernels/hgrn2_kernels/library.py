@@ -5,6 +5,7 @@ An optional tensor that is not there is one without elements, because an operato
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hgrn2_kernels.chunk_triton import Chunks, Config, chunk_backward, chunk_forward
 
@@ -70,6 +71,37 @@ def _chunk_backward_fake(do, dfinal_state, q, f, v, lower_bound, initial_state, 
     return q.new_empty(q.shape), f.new_empty(f.shape), v.new_empty(v.shape), dbound, dinitial
 
 
+class Chunk(torch.autograd.Function):
+    """`hgrn2::chunk` for eager tensors, which reach it in half the time that the dispatcher takes."""
+
+    @staticmethod
+    def forward(ctx, q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
+        """Arguments as in `chunk_hgrn2`; returns o and the final state."""
+        ctx.set_materialize_grads(False)
+        ctx.scale = scale
+        o, final_state, *saved = chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
+        ctx.save_for_backward(q, f, v, lower_bound, initial_state, cu_seqlens, *(saved if save_states else ()))
+        return o, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dfinal_state):
+        *tensors, states, slow = ctx.saved_tensors if len(ctx.saved_tensors) == 8 else (*ctx.saved_tensors, None, None)
+        if do is None:
+            do = torch.zeros_like(tensors[2])
+        saved = None if states is None else (states, slow)
+        *grads, dinitial = chunk_backward(do, dfinal_state, *tensors, ctx.scale, saved)
+        return *grads, None if tensors[4] is None else dinitial, None, None, None
+
+
+def chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
+    """o and the final state, by the kernels; see `chunk_hgrn2`."""
+    arguments = (q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return torch.ops.hgrn2.chunk(*arguments)[:2]
+    return Chunk.apply(*arguments)
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, scale, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
@@ -88,5 +120,3 @@ def _backward(ctx, do, dfinal_state, _states, _slow):
 
 
 torch.library.register_autograd("hgrn2::chunk", _backward, setup_context=_setup_context, lib=_library)
-
-chunk = torch.ops.hgrn2.chunk.default
