@@ -91,13 +91,16 @@ def _banner(config, hgrn2: HGRN2Config, warnings: list[str]) -> None:
     """One line that proves what was built, and the warnings, on rank 0."""
     import torch
 
+    from hgrn2_kernels import implementation
+
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
+    op = implementation("cuda" if torch.cuda.is_available() else "cpu", config.params_dtype)
     for warning in warnings:
         print(f"HGRN2 warning: {warning}", flush=True)
     print(
         f"HGRN2: {hgrn2.num_hgrn2_layers(config.num_layers)} of {config.num_layers} layers, "
-        f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op=pytorch",
+        f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op={op}",
         flush=True,
     )
 

@@ -1,5 +1,7 @@
 """What a caller of the operator can get wrong, said with what to do instead."""
 
+import functools
+
 import torch
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +22,28 @@ def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
     if initial_state is not None:
         N = B if cu_seqlens is None else len(cu_seqlens) - 1
         check_like_state("initial_state", initial_state, (N, H, K, v.shape[-1]), q)
+
+
+def check_kernels(q, v):
+    """What the Triton kernels ask beyond `check_chunk`.
+
+    Raises:
+        ValueError: wide heads, or a GPU that is too old; it names the way out.
+    """
+    K, V = q.shape[-1], v.shape[-1]
+    if max(K, V) > 256:
+        raise ValueError(f"the kernels take heads of up to 256, got K = {K}, V = {V}: use chunk_hgrn2_pytorch")
+    if capability(q.device) < (8, 0):
+        raise ValueError(
+            f"the kernels need a GPU of compute capability 8.0 or more, and {q.device} has "
+            f"{'.'.join(map(str, capability(q.device)))}: use chunk_hgrn2_pytorch"
+        )
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; that of a Hopper where there is none, as under the interpreter."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 def borders_on_host(cu_seqlens, T: int) -> list[int]:

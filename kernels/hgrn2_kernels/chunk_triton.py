@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hgrn2_kernels.checks import capability
 from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
@@ -26,24 +27,26 @@ FILL = 256
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tiles of the kernels, a pure function of dtype and head dimensions.
+    """Tiles of the kernels, a pure function of dtype, head dimensions and compute capability.
 
     Attributes:
         C: tokens a chunk.
         BK: channels of K that share a tile and a flag, the rows of a tensor core's product.
-        exact_BK: channels of K in the exact form of chunk_gradient, which has more to keep in registers.
+        gradient, exact_gradient: (channels of K, warps) of the two forms of chunk_gradient, which has the most to
+            keep in registers.
         BV: channels of V, all of them.
         state_BV: channels of V in chunk_state.
         dtype: of the operands of matrix products and of the states between chunks.
         state_stages, reverse_stages, output_stages: of the pipelines of chunk_state, forward and in reverse, and of
             the fast form of chunk_output.
-        warps, exact_warps: of every kernel, but for the exact form of chunk_gradient.
+        warps: of every kernel but chunk_gradient.
         group: chunks a program of the exact forms looks at, most of which it leaves alone.
     """
 
     C: int
     BK: int
-    exact_BK: int
+    gradient: tuple[int, int]
+    exact_gradient: tuple[int, int]
     BV: int
     state_BV: int
     dtype: torch.dtype
@@ -51,17 +54,18 @@ class Config:
     reverse_stages: int
     output_stages: int
     warps: int = 4
-    exact_warps: int = 8
     group: int = 8
 
     @classmethod
-    def of(cls, dtype: torch.dtype, K: int, V: int) -> "Config":
+    def of(cls, dtype: torch.dtype, K: int, V: int, capability: tuple[int, int] = (9, 0)) -> "Config":
         BV = max(16, triton.next_power_of_2(V))
         if dtype == torch.float32:
             BK = min(32, max(16, triton.next_power_of_2(K)))
-            return cls(32, BK, BK, BV, min(BV, 64), torch.float32, 1, 1, 1)
+            return cls(32, BK, (16, 8), (16, 8), BV, min(BV, 64), torch.float32, 1, 1, 1)
+        # Hopper and the large Blackwells multiply out of shared memory, the others out of registers
+        gradient = (64, 4) if capability[0] in (9, 10) else (32, 8)
         # the fast path's operands need the exponents of bf16, which fp16 lacks
-        return cls(64, 64, 32, BV, min(BV, 128), torch.bfloat16, 3, 2, 2)
+        return cls(64, 64, gradient, (32, 8), BV, min(BV, 128), torch.bfloat16, 3, 2, 2)
 
     def blocks(self, K: int) -> int:
         """Blocks of channels that K has."""
@@ -156,6 +160,12 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def dense_like(x: Tensor) -> Tensor:
+    """A new tensor like x [B, T, H, D], dense, with batch inside time where x has it so, as Megatron does."""
+    B, T, H, D = x.shape
+    return x.new_empty((T, B, H, D)).transpose(0, 1) if x.stride(0) < x.stride(1) else x.new_empty((B, T, H, D))
+
+
 # of tensors [B, T, H, D], under the names that the kernels give them
 _STRIDES = {x: tuple(f"stride_{x}{axis}" for axis in "bth") for x in ("q", "f", "v", "y", "o", "dq", "df")}
 
@@ -170,7 +180,7 @@ class Launches:
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens):
         self.q, self.f, self.bound = q, f, lower_bound
         self.H, self.K, self.V = q.shape[2], q.shape[3], v.shape[3]
-        self.config = config = Config.of(q.dtype, self.K, self.V)
+        self.config = config = Config.of(q.dtype, self.K, self.V, capability(q.device))
         self.chunks = chunks = Chunks.of(q, cu_seqlens, config.C)
         self.NK = config.blocks(self.K)
         self.segments, self.segment_length = self._segments()
@@ -272,7 +282,7 @@ class Launches:
     def output(self, y: Tensor, states: Tensor, reverse: bool = False) -> Tensor:
         """o from v and the entering states, or dv from do and the gradients of the leaving ones: [B, T, H, V]."""
         config = self.config
-        out = y.new_empty(y.shape)
+        out = dense_like(y)
         for exact in (False, True):
             group = config.group if exact else 1
             chunk_output.launch(
@@ -297,17 +307,18 @@ class Launches:
     def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor):
         """dq, df [B, T, H, K] and the bound's gradient [H, K], None without a bound."""
         config = self.config
-        dq, df = self.q.new_empty(self.q.shape), self.f.new_empty(self.f.shape)
+        dq, df = dense_like(self.q), dense_like(self.f)
         dbound = None
         if self.bound is not None:
             # packed sequences may leave chunks over, which add nothing
             parts = self.bound.new_zeros if self.shared["PACKED"] else self.bound.new_empty
             dbound = parts((self.chunks.NC, self.H, self.K))
         for exact in (False, True):
-            group, BK = (config.group, config.exact_BK) if exact else (1, config.BK)
+            group = config.group if exact else 1
+            BK, warps = config.exact_gradient if exact else config.gradient
             chunk_gradient.launch(
                 (triton.cdiv(self.chunks.NC, group) * self.H * triton.cdiv(self.K, BK),),
-                config.exact_warps if exact else config.warps,
+                warps,
                 self.shared,
                 v=v,
                 do=do,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hgrn2_kernels.chunk_triton import Chunks, Config, chunk_backward, chunk_forward
+from hgrn2_kernels.chunk_triton import Chunks, Config, chunk_backward, chunk_forward, dense_like
 
 _library = torch.library.Library("hgrn2", "DEF")
 _library.define(
@@ -57,7 +57,7 @@ def _chunk_fake(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_sta
         NC = Chunks.count(q.shape[0], q.shape[1], None if cu_seqlens is None else N, config.C)
         states, slow = [NC, H, K, V], [NC, H, config.blocks(K)]
     return (
-        v.new_empty(v.shape),
+        dense_like(v),
         final_state,
         v.new_empty(states, dtype=config.dtype),
         v.new_empty(slow, dtype=torch.int8),
@@ -68,7 +68,7 @@ def _chunk_fake(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_sta
 def _chunk_backward_fake(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, slow, scale):
     dbound = _or_empty(None if lower_bound is None else torch.empty_like(lower_bound), q)
     dinitial = _or_empty(None if initial_state is None else initial_state.new_empty(initial_state.shape), q)
-    return q.new_empty(q.shape), f.new_empty(f.shape), v.new_empty(v.shape), dbound, dinitial
+    return dense_like(q), dense_like(f), dense_like(do), dbound, dinitial
 
 
 class Chunk(torch.autograd.Function):
@@ -110,10 +110,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, do, dfinal_state, _states, _slow):
     *tensors, states, slow = ctx.saved_tensors
-    q, lower_bound, initial_state = tensors[0], tensors[3], tensors[4]
-    dq, df, dv, dbound, dinitial = torch.ops.hgrn2.chunk_backward(
-        do, dfinal_state, *tensors, states, slow, ctx.scale
-    )
+    _, _, _, lower_bound, initial_state, _ = tensors
+    dq, df, dv, dbound, dinitial = torch.ops.hgrn2.chunk_backward(do, dfinal_state, *tensors, states, slow, ctx.scale)
     dbound = None if lower_bound is None else dbound
     dinitial = None if initial_state is None else dinitial
     return dq, df, dv, dbound, dinitial, None, None, None

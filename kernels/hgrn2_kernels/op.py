@@ -1,9 +1,15 @@
-"""The public operator: checks what a caller can get wrong, then runs the chunkwise form."""
+"""The public operator: checks what a caller can get wrong, then runs the chunkwise form, on a GPU in Triton."""
 
+import torch
 from torch import Tensor
 
-from hgrn2_kernels.checks import borders_on_host, check_chunk
+from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels
 from hgrn2_kernels.chunkwise import ChunkHGRN2
+
+
+def implementation(device: torch.device | str, dtype: torch.dtype) -> str:
+    """What `chunk_hgrn2` runs for inputs of this device and dtype: "triton" or "pytorch"."""
+    return "triton" if torch.device(device).type == "cuda" and dtype != torch.float64 else "pytorch"
 
 
 def chunk_hgrn2(
@@ -16,6 +22,7 @@ def chunk_hgrn2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The HGRN2 token mixer between its projections, differentiable and exact for gates of any strength.
 
@@ -25,9 +32,13 @@ def chunk_hgrn2(
         h_t = diag(forget_t) h_{t-1} + (1 - forget_t) v_t^T
         o_t = scale * h_t^T silu(q_t)
 
-    Activations, gates, states and sums are fp32 whatever the inputs (fp64 if they are fp64), autocast or not.
-    Inputs may be strided views, such as the parts of one fused projection. Only the inputs are kept for the
-    backward, which recomputes the rest.
+    Gates, states and sums are fp32 whatever the inputs (fp64 if they are fp64), autocast or not. Inputs may be
+    strided views, such as the parts of one fused projection. Only the inputs are kept for the backward, which
+    recomputes the rest.
+
+    On CUDA this runs Triton kernels (fp64 aside), which never wait for the device and can be captured in a CUDA
+    graph once they have run: products there are of bf16 for 16-bit inputs and of fp32 for fp32 inputs, never of TF32.
+    On a CPU it runs plain PyTorch, as `chunk_hgrn2_pytorch` does anywhere.
 
     Args:
         q: [B, T, H, K] fp64, fp32, bf16 or fp16, raw query projection.
@@ -42,7 +53,10 @@ def chunk_hgrn2(
             sequence, N being B or the number of packed sequences; zeros when None.
         output_final_state: whether to return the state after the last token of each sequence.
         cu_seqlens: [N + 1] int32, borders of sequences packed along T: from 0 to T, not decreasing. B must
-            be 1; sequences may be empty. Its values are read on the host, which waits for the device.
+            be 1; sequences may be empty. Values are checked where PyTorch runs, and not by the kernels.
+        save_states: keep the states between chunks for the backward, which on a GPU is a little faster then: a bf16
+            number for each (token, head, channel of K, channel of V) / 64, fp32 and / 32 for fp32 inputs. Without
+            effect where PyTorch runs.
 
     Returns:
         o: [B, T, H, V] dtype of v.
@@ -50,13 +64,41 @@ def chunk_hgrn2(
             state; None unless asked for.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or borders other than these.
+        ValueError: on shapes, dtypes, devices or borders other than these, or where the kernels cannot run.
 
     Source:
         Qin et al., HGRN2, arXiv 2404.07904; raw projections and scale as in the published weights,
         fla-org/flash-linear-attention, fla/layers/hgrn2.py.
     """
     check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens)
+    if implementation(q.device, q.dtype) == "pytorch":
+        return _pytorch(q, f, v, lower_bound, scale, initial_state, output_final_state, cu_seqlens)
+    check_kernels(q, v)
+    # a CPU needs no triton
+    from hgrn2_kernels import library
+
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, final_state = library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
+    return o, final_state if output_final_state else None
+
+
+def chunk_hgrn2_pytorch(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    lower_bound: Tensor | None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_hgrn2` in plain PyTorch on any device, in fp32 (fp64) throughout. It reads cu_seqlens on the host."""
+    check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens)
+    return _pytorch(q, f, v, lower_bound, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def _pytorch(q, f, v, lower_bound, scale, initial_state, output_final_state, cu_seqlens):
     borders = None if cu_seqlens is None else borders_on_host(cu_seqlens, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, final_state = ChunkHGRN2.apply(q, f, v, lower_bound, initial_state, scale, borders)

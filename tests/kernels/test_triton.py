@@ -14,9 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_CEILING = {"o": 3e-3, "final_state": 3e-3, "dv": 3e-3, "dq": 4e-3, "df": 4e-3, "dlower_bound": 4e-3}
 
 
-def triton_op(
-    q, f, v, lower_bound, *, initial_state=None, output_final_state=True, cu_seqlens=None, save_states=False
-):
+def triton_op(q, f, v, lower_bound, *, initial_state=None, output_final_state=True, cu_seqlens=None, save_states=False):
     """The kernels behind chunk_hgrn2's call, which on a CPU would choose PyTorch."""
     scale = q.shape[-1] ** -0.5
     return library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
