@@ -95,7 +95,8 @@ def _banner(config, hgrn2: HGRN2Config, warnings: list[str]) -> None:
 
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    op = implementation("cuda" if torch.cuda.is_available() else "cpu", config.params_dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    op = implementation(device, config.params_dtype, hgrn2.expand_ratio, hgrn2.expand_ratio)
     for warning in warnings:
         print(f"HGRN2 warning: {warning}", flush=True)
     print(

@@ -58,10 +58,11 @@ class Config:
 
     @classmethod
     def of(cls, dtype: torch.dtype, K: int, V: int, capability: tuple[int, int] = (9, 0)) -> "Config":
-        BV = max(16, triton.next_power_of_2(V))
         if dtype == torch.float32:
-            BK = min(32, max(16, triton.next_power_of_2(K)))
+            BK, BV = min(32, max(16, triton.next_power_of_2(K))), max(16, triton.next_power_of_2(V))
             return cls(32, BK, (16, 8), (16, 8), BV, min(BV, 64), torch.float32, 1, 1, 1)
+        # Triton 3.6 miscompiles pipelined loads of narrower tiles on Hopper
+        BV = max(64, triton.next_power_of_2(V))
         # Hopper and the large Blackwells multiply out of shared memory, the others out of registers
         gradient = (64, 4) if capability[0] in (9, 10) else (32, 8)
         # the fast path's operands need the exponents of bf16, which fp16 lacks

@@ -86,11 +86,12 @@ class Chunk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal_state):
-        *tensors, states, slow = ctx.saved_tensors if len(ctx.saved_tensors) == 8 else (*ctx.saved_tensors, None, None)
+        # read once: activation checkpointing recomputes at the first reading and refuses a second
+        saved = ctx.saved_tensors
+        tensors, states = saved[:6], saved[6:]
         if do is None:
             do = torch.zeros_like(tensors[2])
-        saved = None if states is None else (states, slow)
-        *grads, dinitial = chunk_backward(do, dfinal_state, *tensors, ctx.scale, saved)
+        *grads, dinitial = chunk_backward(do, dfinal_state, *tensors, ctx.scale, states or None)
         return *grads, None if tensors[4] is None else dinitial, None, None, None
 
 

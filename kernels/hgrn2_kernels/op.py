@@ -7,9 +7,14 @@ from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels
 from hgrn2_kernels.chunkwise import ChunkHGRN2
 
 
-def implementation(device: torch.device | str, dtype: torch.dtype) -> str:
-    """What `chunk_hgrn2` runs for inputs of this device and dtype: "triton" or "pytorch"."""
-    return "triton" if torch.device(device).type == "cuda" and dtype != torch.float64 else "pytorch"
+# narrower heads wait for their check on a GPU
+NARROWEST = 64
+
+
+def implementation(device: torch.device | str, dtype: torch.dtype, K: int, V: int) -> str:
+    """What `chunk_hgrn2` runs for inputs of this device and dtype and heads of K and V: "triton" or "pytorch"."""
+    on_gpu = torch.device(device).type == "cuda" and dtype != torch.float64
+    return "triton" if on_gpu and min(K, V) >= NARROWEST else "pytorch"
 
 
 def chunk_hgrn2(
@@ -36,9 +41,9 @@ def chunk_hgrn2(
     strided views, such as the parts of one fused projection. Only the inputs are kept for the backward, which
     recomputes the rest.
 
-    On CUDA this runs Triton kernels (fp64 aside), which never wait for the device and can be captured in a CUDA
+    On CUDA, heads of 64 to 256 run Triton kernels (fp64 aside), which never wait for the device and can be captured in a CUDA
     graph once they have run: products there are of bf16 for 16-bit inputs and of fp32 for fp32 inputs, never of TF32.
-    On a CPU it runs plain PyTorch, as `chunk_hgrn2_pytorch` does anywhere.
+    Elsewhere, and for narrower heads, it runs plain PyTorch, as `chunk_hgrn2_pytorch` does anywhere.
 
     Args:
         q: [B, T, H, K] fp64, fp32, bf16 or fp16, raw query projection.
@@ -71,7 +76,7 @@ def chunk_hgrn2(
         fla-org/flash-linear-attention, fla/layers/hgrn2.py.
     """
     check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens)
-    if implementation(q.device, q.dtype) == "pytorch":
+    if implementation(q.device, q.dtype, q.shape[-1], v.shape[-1]) == "pytorch":
         return _pytorch(q, f, v, lower_bound, scale, initial_state, output_final_state, cu_seqlens)
     check_kernels(q, v)
     # a CPU needs no triton

@@ -5,7 +5,7 @@ import torch
 from operator_cases import CEILING, GATES, NAMES, assert_equal, bounds, make_inputs, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_hgrn2, recurrent_hgrn2
+from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch, implementation, recurrent_hgrn2
 
 
 def check_against_recurrence(inputs, cu_seqlens=None):
@@ -248,3 +248,23 @@ def test_rejects(changes, match):
     arguments = {"q": q, "f": f, "v": v, "lower_bound": b} | changes
     with pytest.raises(ValueError, match=match):
         chunk_hgrn2(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "K", "V", "want"),
+    [
+        ("cuda", torch.bfloat16, 128, 128, "triton"),
+        ("cuda:1", torch.float32, 64, 256, "triton"),
+        ("cuda", torch.float64, 128, 128, "pytorch"),
+        ("cuda", torch.bfloat16, 128, 32, "pytorch"),
+        ("cpu", torch.bfloat16, 128, 128, "pytorch"),
+    ],
+)
+def test_what_runs_where(device, dtype, K, V, want):
+    assert implementation(device, dtype, K, V) == want
+
+
+def test_the_pytorch_form_has_a_name_of_its_own():
+    q, f, v, b, h0 = make_inputs((1, 20, 1, 4, 4))
+    got, want = (op(q, f, v, b, initial_state=h0, output_final_state=True) for op in (chunk_hgrn2_pytorch, chunk_hgrn2))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))

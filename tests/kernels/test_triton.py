@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from operator_cases import CEILING, GATES, assert_equal, bounds, make_inputs, relative_error, run
+from torch.utils.checkpoint import checkpoint
 
 from hgrn2_kernels import chunk_triton, library, recurrent_hgrn2
 
@@ -87,6 +88,15 @@ def test_no_state_in_or_out():
     o.sum().backward()
     gold = recurrent_hgrn2(*(x.double() for x in (q, f, v, b)))[0]
     assert relative_error(o, gold) <= CEILING[torch.float32] and q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("save_states", [False, True])
+def test_activation_checkpointing(save_states):
+    inputs = on_device(make_inputs((1, 40, 1, 16, 16), dtype=torch.float32))
+    op = partial(triton_op, save_states=save_states)
+    want = run(op, inputs)
+    got = run(lambda *x, **options: checkpoint(op, *x, use_reentrant=False, **options), inputs)
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("save_states", [False, True])
