@@ -128,7 +128,7 @@ def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
         states: [chunks, H, K, V] `Config.dtype`, that entering each chunk, decayed towards the chunk's middle.
         slow: [chunks, H, blocks of K] int8, whether the exact form took the chunk.
     """
-    q, f, v = (_unit_stride(x) for x in (q, f, v))
+    q, f, v = (unit_stride(x) for x in (q, f, v))
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
         states, final_state = run.states(v, initial_state)
@@ -144,7 +144,7 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
         q, f, v, lower_bound, initial_state, cu_seqlens, scale: of the forward.
         saved: (states, slow) of the forward, recomputed when None.
     """
-    q, f, v, do = (_unit_stride(x) for x in (q, f, v, do))
+    q, f, v, do = (unit_stride(x) for x in (q, f, v, do))
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
         if saved is None:
@@ -157,7 +157,7 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
     return dq, df, dv, dbound, dinitial
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -226,32 +226,53 @@ class Launches:
 
     def states(self, y: Tensor, first: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """States at the chunks' borders [NC, H, K, V], and the one at the end of each sequence [N, H, K, V] fp32."""
-        N, segments, shape = self.chunks.N, self.segments, (self.H, self.K, self.V)
         first = None if first is None else first.contiguous()
-        states = y.new_empty((self.chunks.NC, *shape), dtype=self.config.dtype)
-        last = y.new_empty((N, *shape), dtype=torch.float32)
-        if segments == 1:
+        states = y.new_empty((self.chunks.NC, self.H, self.K, self.V), dtype=self.config.dtype)
+        if self.segments == 1:
+            last = self._per_segment(y, self.V)
             self._walk(y, reverse, first, states=states, last=last)
-            return states, last
-        entering = y.new_empty((N * segments, *shape), dtype=torch.float32)
-        decays = y.new_empty((N * segments, self.H, self.K), dtype=torch.float32)
-        self._walk(y, reverse, None, last=entering, decays=decays)
+        else:
+            added, decays = self._segment_totals(y, reverse)
+            entering, last = self._scan(added, decays, first, reverse)
+            self._walk(y, reverse, entering, states=states)
+        return states, last
+
+    def totals(self, y: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """State after each sequence from zeros before it [N, H, K, V], and its log2 decay [N, H, K]; fp32."""
+        added, decays = self._segment_totals(y, reverse)
+        if self.segments == 1:
+            return added, decays
+        _, last = self._scan(added, decays, None, reverse)
+        return last, decays.unflatten(0, (-1, self.segments)).sum(1)
+
+    def _per_segment(self, like, *more):
+        return like.new_empty((self.chunks.N * self.segments, self.H, self.K, *more), dtype=torch.float32)
+
+    def _segment_totals(self, y, reverse):
+        """What each segment adds to a state that passes it, and the log2 decay of that state."""
+        added, decays = self._per_segment(y, self.V), self._per_segment(y)
+        self._walk(y, reverse, None, last=added, decays=decays)
+        return added, decays
+
+    def _scan(self, added, decays, first, reverse):
+        """States that enter the segments, in the place of added, and the one that leaves the last."""
+        N = self.chunks.N
+        last = added.new_empty((N, *added.shape[1:]))
         segment_scan.launch(
             (N * self.H, triton.cdiv(self.K, 16)),
             4,
             self.shared,
             first=last if first is None else first,
-            states=entering,
+            states=added,
             decays=decays,
             last=last,
-            SEGMENTS=segments,
+            SEGMENTS=self.segments,
             BK=16,
             BV=self.config.BV,
             REVERSE=reverse,
             HAS_FIRST=first is not None,
         )
-        self._walk(y, reverse, entering, states=states)
-        return states, last
+        return added, last
 
     def _walk(self, y, reverse, first, states=None, last=None, decays=None):
         """One pass of chunk_state over all segments, for what is given to fill."""

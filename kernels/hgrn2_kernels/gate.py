@@ -1,9 +1,12 @@
 """The forget gate over its lower bound, and its gradient.
 
-The chunkwise form multiplies forget gates and never takes their logarithm, so a gate that closes
-completely is an ordinary zero, and the gradient of the gate needs no division.
+The chunkwise form in PyTorch multiplies forget gates and never takes their logarithm, so a gate that closes
+completely is an ordinary zero, and the gradient of the gate needs no division. What shards of a sequence hand each
+other is a logarithm: a product over so many tokens would underflow.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,3 +50,31 @@ def forget_gate_backward(
         return df, None
     db = s_neg.mul_(t).mul_(lower_bound > 0)
     return df.mul_(1 - lower_bound), db
+
+
+def log_forget(f: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log of the forget gate, nats, and the key, for f and bound as in `forget_gate`; finite where f is."""
+    forget, k = forget_gate(f, bound)
+    if bound is None:
+        return F.logsigmoid(f), k
+    # of a gate near 1 only its distance from 1 has digits, of a gate near 0 without a bound only f has
+    g = torch.where(k < 0.5, torch.log1p(-k), forget.log())
+    return torch.where(bound > 0, g, F.logsigmoid(f)), k
+
+
+def log_forget_backward(
+    f: Tensor, bound: Tensor | None, dg: Tensor, dk: Tensor | float
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `log_forget` with respect to f, and to bound before any sum over tokens.
+
+    With s = sigmoid(f): d log forget = (1 - b) (1 - s) (s / forget) df. The ratio lies in (0, 1] and is the sigmoid
+    of f - log b, which divides by nothing and is 1 without a bound.
+    """
+    s, s_neg = f.sigmoid(), f.neg().sigmoid_()
+    if bound is None:
+        return s_neg * (dg - s * dk), None
+    df = s_neg * (1 - bound) * ((f - bound.log()).sigmoid_() * dg - s * dk)
+    forget, _ = forget_gate(f, bound)
+    # chosen, not multiplied: without a bound the gate may be 0
+    db = torch.where(bound > 0, s_neg * (dg / forget - dk), 0.0)
+    return df, db

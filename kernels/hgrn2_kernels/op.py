@@ -6,7 +6,6 @@ from torch import Tensor
 from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels
 from hgrn2_kernels.chunkwise import ChunkHGRN2
 
-
 # narrower heads wait for their check on a GPU
 NARROWEST = 64
 
@@ -41,9 +40,9 @@ def chunk_hgrn2(
     strided views, such as the parts of one fused projection. Only the inputs are kept for the backward, which
     recomputes the rest.
 
-    On CUDA, heads of 64 to 256 run Triton kernels (fp64 aside), which never wait for the device and can be captured in a CUDA
-    graph once they have run: products there are of bf16 for 16-bit inputs and of fp32 for fp32 inputs, never of TF32.
-    Elsewhere, and for narrower heads, it runs plain PyTorch, as `chunk_hgrn2_pytorch` does anywhere.
+    On CUDA, heads of 64 to 256 run Triton kernels (fp64 aside), which never wait for the device and can be captured
+    in a CUDA graph once they have run: products there are of bf16 for 16-bit inputs and of fp32 for fp32 inputs,
+    never of TF32. Elsewhere, and for narrower heads, it runs plain PyTorch, as `chunk_hgrn2_pytorch` does anywhere.
 
     Args:
         q: [B, T, H, K] fp64, fp32, bf16 or fp16, raw query projection.

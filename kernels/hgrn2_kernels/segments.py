@@ -13,9 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hgrn2_kernels.checks import borders_on_host, check_cu_seqlens, check_inputs, check_like_state, shape_of
+from hgrn2_kernels.checks import (
+    borders_on_host,
+    check_cu_seqlens,
+    check_inputs,
+    check_kernels,
+    check_like_state,
+    shape_of,
+)
 from hgrn2_kernels.chunkwise import ChunkLayout
-from hgrn2_kernels.gate import forget_gate
+from hgrn2_kernels.gate import log_forget, log_forget_backward
+from hgrn2_kernels.op import implementation
 
 
 def segment_states(
@@ -28,13 +36,13 @@ def segment_states(
         v: [B, T, H, V] dtype of f, values.
         lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1); None for a bound of 0. Its gradient is zero
             on channels where it is exactly 0, as in `chunk_hgrn2`.
-        cu_seqlens: [N + 1] int32, borders of sequences packed along T, as in `chunk_hgrn2`. Its values are read on
-            the host, which waits for the device.
+        cu_seqlens: [N + 1] int32, borders of sequences packed along T, as in `chunk_hgrn2`.
 
     Returns:
         state: [N, H, K, V] fp32 (fp64 with fp64 inputs), state after the last token, from zeros before the first.
         log_decay: [N, H, K] dtype of state, sum over tokens of log forget, nats, at most 0 and finite: 0 for an
-            empty sequence, and no less than the most negative number.
+            empty sequence, and no less than the most negative number. The kernels' log of one gate is at least
+            -125 log 2.
 
     Raises:
         ValueError: on shapes, dtypes, devices or borders other than these.
@@ -45,10 +53,15 @@ def segment_states(
     check_inputs(f, f, v)
     if lower_bound is not None:
         check_like_state("lower_bound", lower_bound, f.shape[2:], f)
-    borders = None
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, f)
-        borders = borders_on_host(cu_seqlens, f.shape[1])
+    if implementation(f.device, f.dtype, f.shape[-1], v.shape[-1]) == "triton":
+        check_kernels(f, v)
+        # a CPU needs no triton
+        from hgrn2_kernels.segments_triton import SegmentStates
+
+        return SegmentStates.apply(f, v, lower_bound, cu_seqlens)
+    borders = None if cu_seqlens is None else borders_on_host(cu_seqlens, f.shape[1])
     return _SegmentStates.apply(f, v, lower_bound, borders)
 
 
@@ -132,7 +145,7 @@ class _SegmentStates(torch.autograd.Function):
             for active, rows in chunks.steps:
                 dg[rows] += before[:active]
                 before[:active] += total[rows]
-            df, db = _gate_backward(f, bound, dg, dk.mul_(weight))
+            df, db = log_forget_backward(f, bound, dg, dk.mul_(weight))
             db = None if db is None else db.sum(1).unflatten(0, (-1, chunks.H)).sum(0)
             return chunks.join(df, dtypes[0]), chunks.join(dv, dtypes[1]), db, None
 
@@ -155,7 +168,7 @@ def _decays(chunks, f, bound):
         weight: [M, C, K], product of the gates of the later tokens, those of later chunks included.
         log_decay: [N * H, K], in the order of the steps.
     """
-    g, k = _log_forget(f, bound)
+    g, k = log_forget(f, bound)
     # summed backwards: before is after
     after, total = _sum_before(g.flip(1))
     after = after.flip(1)
@@ -172,29 +185,3 @@ def _sum_before(x):
     # not the sum with the token minus the token, which would cancel
     total = x.cumsum(1)
     return F.pad(total[:, :-1], (0, 0, 1, 0)), total[:, -1:]
-
-
-def _log_forget(f, bound):
-    """Log of the forget gate, nats, and the key, for f and bound as in `forget_gate`; finite where f is."""
-    forget, k = forget_gate(f, bound)
-    if bound is None:
-        return F.logsigmoid(f), k
-    # of a gate near 1 only its distance from 1 has digits, of a gate near 0 without a bound only f has
-    g = torch.where(k < 0.5, torch.log1p(-k), forget.log())
-    return torch.where(bound > 0, g, F.logsigmoid(f)), k
-
-
-def _gate_backward(f, bound, dg, dk):
-    """Gradients of `_log_forget` with respect to f, and to bound before any sum over tokens.
-
-    With s = sigmoid(f): d log forget = (1 - b) (1 - s) (s / forget) df. The ratio lies in (0, 1] and is the sigmoid
-    of f - log b, which divides by nothing and is 1 without a bound.
-    """
-    s, s_neg = f.sigmoid(), f.neg().sigmoid_()
-    if bound is None:
-        return s_neg * (dg - s * dk), None
-    df = s_neg * (1 - bound) * ((f - bound.log()).sigmoid_() * dg - s * dk)
-    forget, _ = forget_gate(f, bound)
-    # chosen, not multiplied: without a bound the gate may be 0
-    db = torch.where(bound > 0, s_neg * (dg / forget - dk), 0.0)
-    return df, db
