@@ -1,65 +1,105 @@
-"""Times of the operator's Triton kernels on one GPU, beside cuDNN attention, on inputs it has checked first.
+"""Time and memory of chunk_hgrn2 on one GPU, beside fla's HGRN2 path and cuDNN attention, on inputs it has checked.
 
-    python benchmarks/operator.py [--shapes 8x4096x16 1x32768x16 ...]
+    python benchmarks/operator.py [--shapes 8x4096x16 ...] [--sweeps] [--json FILE]
+    python benchmarks/operator.py --plot FILE PICTURE        no GPU needed
 
-Shapes are batch x length x heads, heads of 128, bf16, inputs as strided views of one fused projection. A shape is
-timed only after its outputs and gradients agree with the PyTorch form in fp32 on the very same inputs. Medians of CUDA
-events, in ms; then each kernel on its own.
+Shapes are batch x length x heads, heads of 128, bf16, inputs as strided views of one fused projection, bounds in
+[0.04, 0.94]. A shape is timed only after its output and every gradient agree with the PyTorch form in fp32 on the very
+same numbers. Times are medians of CUDA events, in ms. fla is timed where it can be imported (fla-core); its autotuning
+takes minutes. --sweeps adds time against length and against heads, and --plot draws them.
 """
 
 import argparse
+import json
+import sys
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench
 
-from hgrn2_kernels.chunk_triton import Launches, TritonChunkHGRN2
-from hgrn2_kernels.chunkwise import ChunkHGRN2
+from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch
 
 D = 128
-CEILING = {"o": 3e-3, "dv": 3e-3, "dq": 4e-3, "df": 4e-3}
-# what is done to the raw gate, N(0, 1)
-GATES = {"ordinary": (1, 0), "x16": (16, 0), "all closed": (1, -30), "open": (1, 6)}
+CEILING = {"o": 3e-3, "dq": 4e-3, "df": 4e-3, "dv": 3e-3, "dlower_bound": 4e-3}
+SHAPES = ["8x4096x16", "1x32768x16", "1x32768x4", "8x2048x8"]
+SWEEPS = {
+    "length, at 32768 tokens of 16 heads": [f"{32768 // T}x{T}x16" for T in (1024, 2048, 4096, 8192, 16384, 32768)],
+    "heads, at one sequence of 32768": [f"1x32768x{H}" for H in (2, 4, 8, 16, 32)],
+}
+# what is done to the raw gate, N(0, 1), and whether half the bounds are 0
+GATES = {"ordinary": (1, 0, False), "x16, half the bounds 0": (16, 0, True), "all closed": (1, -30, True)}
 
 
 def time(function) -> float:
+    from triton.testing import do_bench
+
     return do_bench(function, warmup=20, rep=100, return_mode="median")
 
 
-def inputs(B: int, T: int, H: int, gate: str = "ordinary") -> list[Tensor]:
-    """q, f, v as leaves that are views of one projection [B, T, H, 3, D], and do."""
-    scale, shift = GATES[gate]
+def make_inputs(B: int, T: int, H: int, gate: str = "ordinary") -> tuple[list[Tensor], Tensor]:
+    """q, f, v as leaves that are views of one projection [B, T, H, 3, D], the bound, and do."""
+    torch.manual_seed(0)
+    scale, shift, half_zero = GATES[gate]
     fused = torch.randn(B, T, H, 3, D, device="cuda", dtype=torch.bfloat16)
     fused[..., 1, :].mul_(scale).add_(shift)
-    leaves = [x.detach().requires_grad_() for x in fused.unbind(3)]
-    return [*leaves, torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16)]
+    bound = torch.rand(H, D, device="cuda") * 0.9 + 0.04
+    if half_zero:
+        bound[:, ::2] = 0
+    leaves = [x.detach().requires_grad_() for x in (*fused.unbind(3), bound)]
+    return leaves, torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16)
 
 
-def kernels(q: Tensor, f: Tensor, v: Tensor) -> Tensor:
-    return TritonChunkHGRN2.apply(q, f, v, None, None, D**-0.5, None)[0]
+def hgrn2(q: Tensor, f: Tensor, v: Tensor, bound: Tensor, save_states: bool = False) -> Tensor:
+    return chunk_hgrn2(q, f, v, bound, save_states=save_states)[0]
 
 
-def pytorch(q: Tensor, f: Tensor, v: Tensor) -> Tensor:
-    return ChunkHGRN2.apply(q, f, v, None, None, D**-0.5, None)[0]
+def hgrn2_saved(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> Tensor:
+    return hgrn2(q, f, v, bound, save_states=True)
+
+
+def fla_hgrn2(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> Tensor:
+    """The operator as fla's HGRN2Attention runs it (fla-core 0.6.0, fla/layers/hgrn2.py)."""
+    from fla.modules.activations import swish
+    from fla.ops.gla import chunk_gla
+
+    g = torch.logaddexp(bound.log(), torch.log1p(-bound) + F.logsigmoid(f))
+    k = 1 - g.exp()
+    return chunk_gla(q=swish(q), k=k.to(v), v=v, g=g, state_v_first=True)[0]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def check(leaves: list[Tensor], do: Tensor):
-    """Stop unless o, dq, df and dv are those of the PyTorch form in fp32."""
-    results = []
-    for op, dtype in ((kernels, torch.bfloat16), (pytorch, torch.float32)):
-        own = [x.detach().to(dtype).requires_grad_() for x in leaves]
-        o = op(*own)
-        o.backward(do.to(dtype))
-        results.append((o.detach(), *(x.grad for x in own)))
-    for name, got, want in zip(("o", "dq", "df", "dv"), *results, strict=True):
-        error = ((got.float() - want).norm() / want.norm()).item()
-        if not error <= CEILING[name]:
+    """Stop unless the output and every gradient are those of the PyTorch form in fp32, a few rows at a time."""
+    own = [x.detach().requires_grad_() for x in leaves]
+    o = hgrn2(*own)
+    o.backward(do)
+    got = dict(zip(CEILING, (o.detach(), *(x.grad for x in own)), strict=True))
+    *wide, bound = leaves
+    parts, dbound = [], torch.zeros_like(bound)
+    heads = max(1, 2**17 // wide[0].shape[1])
+    for b in range(len(do)):
+        for h in range(0, do.shape[2], heads):
+            rows = (slice(b, b + 1), slice(None), slice(h, h + heads))
+            some = [x.detach()[rows].float().requires_grad_() for x in wide]
+            some_bound = bound.detach()[h : h + heads].requires_grad_()
+            o = chunk_hgrn2_pytorch(*some, some_bound)[0]
+            o.backward(do[rows].float())
+            dbound[h : h + heads] += some_bound.grad
+            want = (o.detach(), *(x.grad for x in some))
+            parts.append([(y, got[name][rows]) for name, y in zip(CEILING, want, strict=False)])
+    pairs = {name: [p[n] for p in parts] for n, name in enumerate(list(CEILING)[:4])}
+    keep = bound.detach() >= 1e-3
+    pairs["dlower_bound"] = [(dbound[keep], got["dlower_bound"][keep])]
+    for name, ceiling in CEILING.items():
+        off = sum(((y - x.float()) ** 2).sum().double() for y, x in pairs[name])
+        error = (off / sum((y**2).sum().double() for y, _ in pairs[name])).sqrt().item()
+        if not error <= ceiling:
             raise SystemExit(f"{name} is wrong, relative error {error:.1e}: not timed")
 
 
@@ -76,42 +116,138 @@ def forward_and_both(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float
     return forward, time(both)
 
 
-def each_kernel(leaves: list[Tensor], do: Tensor) -> str:
-    q, f, v = (x.detach() for x in leaves)
-    run = Launches(q, f, v, None, D**-0.5, None)
-    states, _ = run.states(v, None)
-    dstates, _ = run.states(do, None, reverse=True)
-    times = {
-        "state": time(lambda: run.states(v, None)),
-        "state reversed": time(lambda: run.states(do, None, reverse=True)),
-        "o": time(lambda: run.output(v, states)),
-        "dv": time(lambda: run.output(do, dstates, reverse=True)),
-        "dq, df": time(lambda: run.gradients(v, do, states, dstates)),
-    }
-    exact = run.slow.float().mean().item()
-    return ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()) + f"; {exact:.0%} of the chunks exact"
+def memory(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
+    """MiB kept for the backward beyond the output, and the peak of forward and backward beyond the inputs."""
+    for x in leaves:
+        x.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o = op(*leaves)
+    kept = torch.cuda.memory_allocated() - before - o.untyped_storage().nbytes()
+    o.backward(do)
+    return kept / 2**20, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def ceilings() -> tuple[float, float]:
+    """Measured here and now: copy in TB/s, bf16 matrix products in TFLOP/s."""
+    a = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    copy = 2 * a.nbytes / time(lambda: b.copy_(a)) / 1e9
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return copy, 2 * 8192**3 / time(lambda: x @ y) / 1e9
+
+
+def least(B: int, T: int, H: int) -> tuple[float, float]:
+    """GB that forward and backward must move at least, and GFLOP of the chunkwise form's products at chunks of 64."""
+    tokens = B * T * H
+    # q, f, v, o; then q, f, v, do, dq, df, dv
+    gigabytes = tokens * D * 2 * (4 + 7) / 1e9
+    # forward: scores, scores v, q h, k v; backward twice as many, and the states again
+    forward = 2 * tokens * (2 * 64 * D + 2 * D * D)
+    return gigabytes, (3 * forward + 2 * tokens * D * D) / 1e9
+
+
+def measure(shape: str, gate: str, peers: dict) -> dict:
+    B, T, H = map(int, shape.split("x"))
+    leaves, do = make_inputs(B, T, H, gate)
+    check(leaves, do)
+    row = {"shape": shape, "gate": gate}
+    for name, op in ({"hgrn2": hgrn2, "saved": hgrn2_saved} | peers).items():
+        if name == "attention":
+            leaves = [torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+            do = torch.randn_like(leaves[0])
+        op(*leaves).backward(do)
+        row[name] = [*forward_and_both(op, leaves, do), *memory(op, leaves, do)]
+    row["exact"] = exact_share(*make_inputs(B, T, H, gate)[0])
+    return row
+
+
+def exact_share(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> float:
+    """Share of (chunk, block of channels) that takes the exact form."""
+    *_, slow = torch.ops.hgrn2.chunk(*(x.detach() for x in (q, f, v, bound)), None, None, 1.0, True)
+    return slow.float().mean().item()
+
+
+def table(rows: list[dict]) -> str:
+    names = [name for name in ("hgrn2", "saved", "fla", "attention") if name in rows[0]]
+    lines = [
+        "| shape | gates | exact | " + " | ".join(f"{name} fwd | fwd+bwd | kept / peak MiB" for name in names) + " |",
+        "|---|---|---|" + "---|---|---|" * len(names),
+    ]
+    for row in rows:
+        cells = ["{:.3f} | {:.3f} | {:.0f} / {:.0f}".format(*row[name]) if name in row else " | | " for name in names]
+        lines.append(f"| {row['shape']} | {row['gate']} | {row['exact']:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def run(args):
+    peers = {"attention": attention}
+    try:
+        import fla  # noqa: F401
+
+        peers = {"fla": fla_hgrn2, **peers}
+    except ImportError:
+        print("fla cannot be imported: not compared")
+    copy, products = ceilings()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy:.2f} TB/s, bf16 {products:.0f} TFLOP/s"
+    )
+    rows = [measure(shape, "ordinary", peers) for shape in args.shapes]
+    # the gates decide how many chunks take the exact form; peers do not look at them
+    rows += [measure(args.shapes[0], gate, {}) for gate in list(GATES)[1:]]
+    print(table(rows))
+    for shape in args.shapes:
+        gigabytes, gigaflops = least(*map(int, shape.split("x")))
+        print(
+            f"{shape}: at least {gigabytes:.2f} GB, {gigabytes / copy:.2f} ms at that copy; "
+            f"{gigaflops:.0f} GFLOP, {gigaflops / products:.2f} ms at that rate"
+        )
+    sweeps = {}
+    if args.sweeps:
+        peers = {"attention": attention}
+        sweeps = {name: [measure(shape, "ordinary", peers) for shape in shapes] for name, shapes in SWEEPS.items()}
+        for name, some in sweeps.items():
+            print(f"\nTime against {name}\n{table(some)}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"rows": rows, "sweeps": sweeps}, indent=1))
+
+
+def plot(data: str, picture: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sweeps = json.loads(Path(data).read_text())["sweeps"]
+    if not sweeps:
+        raise SystemExit(f"{data} has no sweeps: make it with --sweeps")
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(5.5 * len(sweeps), 4), squeeze=False)
+    for axis, (name, rows) in zip(axes[0], sweeps.items(), strict=True):
+        of = 1 if name.startswith("length") else 2
+        x = [int(row["shape"].split("x")[of]) for row in rows]
+        for label, key in (("HGRN2", "hgrn2"), ("attention (cuDNN)", "attention")):
+            axis.plot(x, [row[key][1] for row in rows], "o-", label=label)
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="forward + backward, ms", xticks=x)
+        axis.set_xticks(x, [str(n) for n in x])
+        axis.minorticks_off()
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=["8x4096x16", "1x32768x16", "1x32768x4", "8x2048x8"])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--sweeps", action="store_true", help="time against length and against heads")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--plot", nargs=2, metavar=("FILE", "PICTURE"), help="draw the sweeps of a --json file")
     args = parser.parse_args()
-    print(torch.cuda.get_device_name(), torch.__version__)
-    print("| batch x length x heads | gates | forward | fwd + bwd | attention forward | fwd + bwd |")
-    print("|---|---|---|---|---|---|")
-    details = []
-    for n, shape in enumerate(args.shapes):
-        B, T, H = map(int, shape.split("x"))
-        peer = [torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-        peers = "{:.3f} | {:.3f}".format(*forward_and_both(attention, peer, torch.randn_like(peer[0])))
-        # the gates matter at one shape: they decide how many chunks take the exact path
-        for gate in GATES if n == 0 else ["ordinary"]:
-            *leaves, do = inputs(B, T, H, gate)
-            check(leaves, do)
-            ours = "{:.3f} | {:.3f}".format(*forward_and_both(kernels, leaves, do))
-            print(f"| {shape} | {gate} | {ours} | {peers} |", flush=True)
-            details.append(f"{shape} {gate}: {each_kernel(leaves, do)}")
-    print("\n".join(details))
+    if args.plot:
+        return plot(*args.plot)
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/operator.py times kernels: run it on a machine with a GPU (--plot needs none)")
+    run(args)
 
 
 if __name__ == "__main__":

@@ -192,8 +192,8 @@ class Launches:
             q=q,
             f=f,
             # pointers that a kernel does not read still need a tensor
-            bound=q if lower_bound is None else lower_bound,
-            cu_seqlens=q if cu_seqlens is None else cu_seqlens,
+            bound=q if lower_bound is None else lower_bound.contiguous(),
+            cu_seqlens=q if cu_seqlens is None else cu_seqlens.contiguous(),
             chunk_sequence=q if cu_seqlens is None else chunks.sequence,
             chunk_first=q if cu_seqlens is None else chunks.first,
             **_strides("q", q),

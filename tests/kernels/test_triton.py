@@ -82,6 +82,13 @@ def test_parts_of_one_fused_projection_in_megatrons_layout():
     assert torch.equal(strided, contiguous)
 
 
+def test_bound_and_state_may_lie_apart_in_memory():
+    q, f, v, b, h0 = on_device(make_inputs((1, 40, 2, 16, 16), dtype=torch.float32))
+    together = triton_op(q, f, v, b, initial_state=h0)
+    apart = triton_op(q, f, v, b.T.contiguous().T, initial_state=h0.mT.contiguous().mT)
+    assert all(torch.equal(x, y) for x, y in zip(together, apart, strict=True))
+
+
 def test_no_state_in_or_out():
     q, f, v, b, _ = on_device(make_inputs((1, 50, 1, 16, 16), dtype=torch.float32))
     q.requires_grad_()
