@@ -8,7 +8,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from hgrn2_kernels import chunk_hgrn2
+from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
@@ -122,8 +122,8 @@ class HGRN2Mixer(MegatronModule):
             raise ValueError("HGRN2 layers do not take packed sequences yet: train on unpacked ones")
         qfi, _ = self.in_proj(hidden_states)
         s, b, _ = qfi.shape
-        # views of the fused projection, [b, s, H/tp, K] each
-        q, f, i = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1).unbind(3)
-        o, _ = chunk_hgrn2(q, f, i, self.lower_bound())
+        # [b, s, H/tp, 3, K]
+        qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
+        o, _ = chunk_hgrn2_fused(qfi, self.lower_bound())
         o = o.transpose(0, 1).reshape(s, b, -1)
         return self.out_proj(self.norm(o))

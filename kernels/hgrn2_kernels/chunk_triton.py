@@ -132,10 +132,12 @@ def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
         states, final_state = run.states(v, initial_state)
-        return run.output(v, states), final_state, states, run.slow
+        o = dense_like(v)
+        run.output(v, states, o)
+    return o, final_state, states, run.slow
 
 
-def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=None):
+def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=None, into=None):
     """Gradients of q, f, v, lower_bound (None without one) and the initial state.
 
     Args:
@@ -143,7 +145,9 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
         dfinal_state: [N, H, K, V] fp32, or None.
         q, f, v, lower_bound, initial_state, cu_seqlens, scale: of the forward.
         saved: (states, slow) of the forward, recomputed when None.
+        into: tensors that take the gradients of q, f and v, the last dimension contiguous; new ones when None.
     """
+    dq, df, dv = (dense_like(x) for x in (q, f, v)) if into is None else into
     q, f, v, do = (unit_stride(x) for x in (q, f, v, do))
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
@@ -152,8 +156,8 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
         else:
             states, run.slow = saved
         dstates, dinitial = run.states(do, dfinal_state, reverse=True)
-        dv = run.output(do, dstates, reverse=True)
-        dq, df, dbound = run.gradients(v, do, states, dstates)
+        run.output(do, dstates, dv, reverse=True)
+        dbound = run.gradients(v, do, states, dstates, dq, df)
     return dq, df, dv, dbound, dinitial
 
 
@@ -301,10 +305,9 @@ class Launches:
             STAGES=config.reverse_stages if reverse else config.state_stages,
         )
 
-    def output(self, y: Tensor, states: Tensor, reverse: bool = False) -> Tensor:
-        """o from v and the entering states, or dv from do and the gradients of the leaving ones: [B, T, H, V]."""
+    def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
+        """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the gradients of the leaving."""
         config = self.config
-        out = dense_like(y)
         for exact in (False, True):
             group = config.group if exact else 1
             chunk_output.launch(
@@ -324,12 +327,10 @@ class Launches:
                 GROUP=group,
                 STAGES=1 if exact else config.output_stages,
             )
-        return out
 
-    def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor):
-        """dq, df [B, T, H, K] and the bound's gradient [H, K], None without a bound."""
+    def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor, dq: Tensor, df: Tensor):
+        """Fill dq and df [B, T, H, K]; returns the bound's gradient [H, K], None without a bound."""
         config = self.config
-        dq, df = dense_like(self.q), dense_like(self.f)
         dbound = None
         if self.bound is not None:
             # packed sequences may leave chunks over, which add nothing
@@ -360,4 +361,4 @@ class Launches:
                 EXACT=exact,
                 GROUP=group,
             )
-        return dq, df, None if dbound is None else dbound.sum(0)
+        return None if dbound is None else dbound.sum(0)

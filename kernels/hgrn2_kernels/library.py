@@ -68,19 +68,24 @@ def _chunk_fake(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_sta
 def _chunk_backward_fake(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, slow, scale):
     dbound = _or_empty(None if lower_bound is None else torch.empty_like(lower_bound), q)
     dinitial = _or_empty(None if initial_state is None else initial_state.new_empty(initial_state.shape), q)
-    return dense_like(q), dense_like(f), dense_like(do), dbound, dinitial
+    return dense_like(q), dense_like(f), dense_like(v), dbound, dinitial
 
 
 class Chunk(torch.autograd.Function):
-    """`hgrn2::chunk` for eager tensors, which reach it in half the time that the dispatcher takes."""
+    """`hgrn2::chunk` for eager tensors, which reach it in half the time that the dispatcher takes.
+
+    It takes q, f and v in one tensor or apart, and gives their gradients likewise.
+    """
 
     @staticmethod
-    def forward(ctx, q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
-        """Arguments as in `chunk_hgrn2`; returns o and the final state."""
+    def forward(ctx, scale, save_states, lower_bound, initial_state, cu_seqlens, *qfv):
+        """Returns o and the final state, of q, f and v or of one [B, T, H, 3, K] that holds them."""
         ctx.set_materialize_grads(False)
         ctx.scale = scale
-        o, final_state, *saved = chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
-        ctx.save_for_backward(q, f, v, lower_bound, initial_state, cu_seqlens, *(saved if save_states else ()))
+        others = lower_bound, initial_state, cu_seqlens
+        o, final_state, *saved = chunk_forward(*_apart(qfv), *others, scale)
+        ctx.save_for_backward(*qfv, *others, *(saved if save_states else ()))
+        ctx.count = len(qfv)
         return o, final_state
 
     @staticmethod
@@ -88,19 +93,41 @@ class Chunk(torch.autograd.Function):
     def backward(ctx, do, dfinal_state):
         # read once: activation checkpointing recomputes at the first reading and refuses a second
         saved = ctx.saved_tensors
-        tensors, states = saved[:6], saved[6:]
-        if do is None:
-            do = torch.zeros_like(tensors[2])
-        *grads, dinitial = chunk_backward(do, dfinal_state, *tensors, ctx.scale, states or None)
-        return *grads, None if tensors[4] is None else dinitial, None, None, None
+        qfv, others, states = saved[: ctx.count], saved[ctx.count : ctx.count + 3], saved[ctx.count + 3 :]
+        q, f, v = _apart(qfv)
+        dqfv = tuple(_dense(x) for x in qfv)
+        do = torch.zeros_like(v) if do is None else do
+        *_, dbound, dinitial = chunk_backward(
+            do, dfinal_state, q, f, v, *others, ctx.scale, saved=states or None, into=_apart(dqfv)
+        )
+        return None, None, dbound, None if others[1] is None else dinitial, None, *dqfv
+
+
+def _apart(qfv):
+    return qfv[0].unbind(-2) if len(qfv) == 1 else qfv
+
+
+def _dense(x):
+    """A new tensor like q, or like the projection that holds it."""
+    return dense_like(x) if x.dim() == 4 else dense_like(x.flatten(3)).unflatten(3, x.shape[3:])
+
+
+def _is_eager(x):
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
     """o and the final state, by the kernels; see `chunk_hgrn2`."""
-    arguments = (q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
-        return torch.ops.hgrn2.chunk(*arguments)[:2]
-    return Chunk.apply(*arguments)
+    if _is_eager(q):
+        return Chunk.apply(scale, save_states, lower_bound, initial_state, cu_seqlens, q, f, v)
+    return torch.ops.hgrn2.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)[:2]
+
+
+def chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, save_states):
+    """`chunk` of one projection [B, T, H, 3, K], whose gradient comes in one piece; traced, by way of three."""
+    if _is_eager(qfv):
+        return Chunk.apply(scale, save_states, lower_bound, initial_state, cu_seqlens, qfv)
+    return chunk(*qfv.unbind(-2), lower_bound, initial_state, cu_seqlens, scale, save_states)
 
 
 def _setup_context(ctx, inputs, output):

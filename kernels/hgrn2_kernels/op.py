@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels
+from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels, shape_of
 from hgrn2_kernels.chunkwise import ChunkHGRN2
 
 # narrower heads wait for their check on a GPU
@@ -83,6 +83,45 @@ def chunk_hgrn2(
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, final_state = library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
+    return o, final_state if output_final_state else None
+
+
+def chunk_hgrn2_fused(
+    qfv: Tensor,
+    lower_bound: Tensor | None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    save_states: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_hgrn2` of one projection, whose gradient the kernels write in one piece.
+
+    Autograd would put it together from those of q, f and v, which moves each of them twice more.
+
+    Args:
+        qfv: [B, T, H, 3, K] fp64, fp32, bf16 or fp16, q, f and v of each head, as one projection gives them.
+        lower_bound, scale, initial_state, output_final_state, cu_seqlens, save_states: as in `chunk_hgrn2`.
+
+    Returns:
+        o and final_state, as `chunk_hgrn2` of qfv.unbind(-2).
+
+    Raises:
+        ValueError: as `chunk_hgrn2`, and on another shape of qfv.
+    """
+    if qfv.dim() != 5 or qfv.shape[3] != 3:
+        raise ValueError(f"qfv must be [B, T, H, 3, K], got {shape_of(qfv)}: split it with unflatten(-1, (H, 3, K))")
+    q, f, v = qfv.unbind(-2)
+    options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    if implementation(q.device, q.dtype, q.shape[-1], v.shape[-1]) == "pytorch":
+        return chunk_hgrn2_pytorch(q, f, v, lower_bound, output_final_state=output_final_state, **options)
+    check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens)
+    check_kernels(q, v)
+    from hgrn2_kernels import library
+
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, final_state = library.chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, save_states)
     return o, final_state if output_final_state else None
 
 

@@ -5,7 +5,7 @@ import torch
 from operator_cases import CEILING, GATES, NAMES, assert_equal, bounds, make_inputs, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch, implementation, recurrent_hgrn2
+from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_fused, chunk_hgrn2_pytorch, implementation, recurrent_hgrn2
 
 
 def check_against_recurrence(inputs, cu_seqlens=None):
@@ -262,6 +262,16 @@ def test_rejects(changes, match):
 )
 def test_what_runs_where(device, dtype, K, V, want):
     assert implementation(device, dtype, K, V) == want
+
+
+def test_one_projection():
+    q, f, v, b, h0 = make_inputs((2, 20, 2, 4, 4))
+    want = chunk_hgrn2(q, f, v, b, initial_state=h0, output_final_state=True)
+    qfv = torch.stack((q, f, v), 3)
+    got = chunk_hgrn2_fused(qfv, b, initial_state=h0, output_final_state=True)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match=r"\[B, T, H, 3, K\]"):
+        chunk_hgrn2_fused(qfv.transpose(2, 3), b)
 
 
 def test_the_pytorch_form_has_a_name_of_its_own():

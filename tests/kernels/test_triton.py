@@ -82,6 +82,22 @@ def test_parts_of_one_fused_projection_in_megatrons_layout():
     assert torch.equal(strided, contiguous)
 
 
+@pytest.mark.parametrize("save_states", [False, True])
+def test_one_projection_and_its_gradient_in_one_piece(save_states):
+    T, B, H, K = 20, 2, 2, 16
+    torch.manual_seed(0)
+    qfv = torch.randn(T, B, H, 3, K, device=DEVICE)
+    b, do = bounds("learned", H, K).float().to(DEVICE), torch.randn(T, B, H, K, device=DEVICE).transpose(0, 1)
+    fused, apart = (qfv.clone().requires_grad_() for _ in range(2))
+    o, final_state = library.chunk_fused(fused.transpose(0, 1), b, None, None, 0.25, save_states)
+    want, want_state = library.chunk(*apart.transpose(0, 1).unbind(3), b, None, None, 0.25, save_states)
+    for x in (o, want):
+        x.backward(do)
+    assert torch.equal(o, want) and torch.equal(final_state, want_state) and torch.equal(fused.grad, apart.grad)
+    # as Megatron keeps activations: no copy on the way in or out
+    assert o.transpose(0, 1).is_contiguous() and fused.grad.is_contiguous()
+
+
 def test_bound_and_state_may_lie_apart_in_memory():
     q, f, v, b, h0 = on_device(make_inputs((1, 40, 2, 16, 16), dtype=torch.float32))
     together = triton_op(q, f, v, b, initial_state=h0)
