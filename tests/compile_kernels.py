@@ -23,10 +23,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # what tells the forms of one kernel apart
-FORM = ("REVERSE", "EXACT", "STATES", "LAST", "DECAYS", "HAS_FIRST")
+FORM = ("REVERSE", "EXACT", "STATES", "LAST", "DECAYS", "HAS_FIRST", "PACKED", "TABLED")
 
 
-def recorded_launches(dtype: torch.dtype, K: int, T: int, H: int, arch: int) -> list[tuple[Kernel, int, dict]]:
+def recorded_launches(
+    dtype: torch.dtype, K: int, T: int, H: int, arch: int, packed: bool = False
+) -> list[tuple[Kernel, int, dict]]:
     """(kernel, warps, arguments) of a forward and backward, as they are launched but for the launching."""
     launches = []
 
@@ -35,12 +37,13 @@ def recorded_launches(dtype: torch.dtype, K: int, T: int, H: int, arch: int) -> 
 
     q, f, v = torch.empty(1, T, H, 3, K, dtype=dtype).unbind(3)
     bound, state = torch.empty(H, K), torch.empty(1, H, K, K)
+    cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
     with (
         patch.object(Kernel, "launch", record),
         patch.object(chunk_triton, "capability", lambda device: divmod(arch, 10)),
     ):
-        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, None, 1.0)
-        chunk_triton.chunk_backward(o, state, q, f, v, bound, state, None, 1.0)
+        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0)
+        chunk_triton.chunk_backward(o, state, q, f, v, bound, state, cu_seqlens, 1.0)
     return launches
 
 
@@ -70,9 +73,9 @@ def compile_kernel(kernel: Kernel, num_warps: int, arguments: dict, arch: int):
 
 def main(arch: int, dtype: str, K: int):
     seen = set()
-    # a length that is cut into segments, and a batch that is not
-    for T, H in ((8192, 1), (64, 256)):
-        for kernel, num_warps, arguments in recorded_launches(DTYPES[dtype], K, T, H, arch):
+    # a length that is cut into segments, and heads enough that it is not
+    for T, H, packed in ((8192, 1, False), (64, 256, False), (8192, 1, True)):
+        for kernel, num_warps, arguments in recorded_launches(DTYPES[dtype], K, T, H, arch, packed):
             form = {name: arguments[name] for name in FORM if name in arguments}
             key = (kernel.jitted.__name__, *form.items())
             if key not in seen:

@@ -41,6 +41,8 @@ def chunk_state_kernel(
     decays,  # [segments, H, K] fp32, out where DECAYS: log2 decay of a state that passes the segment
     cu_seqlens,
     chunk_first,
+    segment_sequence,  # [segments] int32, read where TABLED
+    segment_first,  # [N + 1] int32, read where TABLED
     stride_qb,
     stride_qt,
     stride_qh,
@@ -53,7 +55,7 @@ def chunk_state_kernel(
     scale,
     T,
     NT,
-    SEGMENTS,  # of a sequence
+    SEGMENTS,  # of a sequence, where not TABLED
     LENGTH,  # chunks of a segment
     H: tl.constexpr,
     K: tl.constexpr,
@@ -69,6 +71,7 @@ def chunk_state_kernel(
     BOUNDED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
+    TABLED: tl.constexpr,  # packed sequences are cut
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -79,7 +82,12 @@ def chunk_state_kernel(
     i_k = (pid // NV) % NK
     i_h = (pid // (NV * NK)) % H
     i_s = (pid // (NV * NK * H)).to(tl.int64)
-    i_n = i_s // SEGMENTS
+    if TABLED:
+        i_n = tl.load(segment_sequence + i_s).to(tl.int64)
+        skipped = (i_s - tl.load(segment_first + i_n)).to(tl.int32) * LENGTH
+    else:
+        i_n = i_s // SEGMENTS
+        skipped = (i_s % SEGMENTS).to(tl.int32) * LENGTH
     if PACKED:
         i_b = i_n * 0
         start = tl.load(cu_seqlens + i_n)
@@ -93,7 +101,6 @@ def chunk_state_kernel(
         chunk = i_n * NT
         steps = NT
 
-    skipped = (i_s % SEGMENTS).to(tl.int32) * LENGTH
     steps = tl.maximum(tl.minimum(steps - skipped, LENGTH), 0)
     start += skipped * C
     chunk += skipped
@@ -157,9 +164,11 @@ def chunk_state_kernel(
 @triton.jit(do_not_specialize=["SEGMENTS"])
 def segment_scan_kernel(
     first,  # [N, H, K, V] fp32: state before the first segment (after the last where REVERSE); read where HAS_FIRST
-    states,  # [N, SEGMENTS, H, K, V] fp32: what each segment adds to a state; in place, the state that enters it
-    decays,  # [N, SEGMENTS, H, K] fp32, log2
+    states,  # [segments, H, K, V] fp32: what each segment adds to a state; in place, the state that enters it
+    decays,  # [segments, H, K] fp32, log2
     last,  # [N, H, K, V] fp32, out
+    total,  # [N, H, K] fp32, out: log2 decay of a sequence
+    segment_first,  # [N + 1] int32, read where TABLED
     SEGMENTS,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -168,6 +177,7 @@ def segment_scan_kernel(
     BV: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    TABLED: tl.constexpr,
 ):
     """One program a (sequence, head, tile) steps the state over the segments."""
     i_nh = tl.program_id(0).to(tl.int64)
@@ -179,11 +189,17 @@ def segment_scan_kernel(
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_FIRST:
         state = tl.load(first + i_nh * K * V + o_kv, mask=mask, other=0.0)
-    for step in range(SEGMENTS):
-        i_s = SEGMENTS - 1 - step if REVERSE else step
-        place = (i_n * SEGMENTS + i_s) * H + i_h
+    begin, end = i_n * SEGMENTS, (i_n + 1) * SEGMENTS
+    if TABLED:
+        begin = tl.load(segment_first + i_n).to(tl.int64)
+        end = tl.load(segment_first + i_n + 1).to(tl.int64)
+    passed = tl.zeros([BK], tl.float32)
+    for step in range(end - begin):
+        place = (end - 1 - step if REVERSE else begin + step) * H + i_h
         added = tl.load(states + place * K * V + o_kv, mask=mask, other=0.0)
         decay = tl.load(decays + place * K + o_k, mask=o_k < K, other=0.0)
         tl.store(states + place * K * V + o_kv, state, mask=mask)
         state = state * exp2(decay)[:, None] + added
+        passed += decay
     tl.store(last + i_nh * K * V + o_kv, state, mask=mask)
+    tl.store(total + i_nh * K + o_k, passed, mask=o_k < K)

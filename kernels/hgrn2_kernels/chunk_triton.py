@@ -109,11 +109,55 @@ class Chunks:
             return cls(B, cls.count(B, T, None, C), T, triton.cdiv(T, C))
         N = cu_seqlens.numel() - 1
         NC = cls.count(B, T, N, C)
-        counts = (cu_seqlens.diff() + C - 1) // C
-        first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        place = torch.arange(NC, dtype=torch.int32, device=q.device)
-        sequence = torch.searchsorted(first[1:], place, right=True).clamp_(max=N - 1).to(torch.int32)
-        return cls(N, NC, T, 0, cu_seqlens, sequence, first)
+        return cls(N, NC, T, 0, cu_seqlens, *_table(cu_seqlens, C, NC))
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """How chunk_state cuts sequences so that its programs fill a GPU: 8 chunks a segment at least.
+
+    Attributes:
+        count: segments of all sequences, an upper bound where sequences are packed.
+        length: chunks a segment.
+        per_sequence: segments of a sequence of a dense batch, 1 where sequences are whole; 0 where packed ones are cut.
+        sequence, first: [count] and [N + 1] int32, where packed sequences are cut.
+    """
+
+    count: int
+    length: int
+    per_sequence: int = 1
+    sequence: Tensor | None = None
+    first: Tensor | None = None
+
+    @classmethod
+    def of(cls, chunks: Chunks, C: int, programs: int) -> "Segments":
+        """Args: chunks of C tokens; programs a segment."""
+        wanted = triton.cdiv(FILL, chunks.N * programs)
+        if chunks.per_row:
+            wanted = min(wanted, chunks.per_row // 8)
+        # the pass over the segments that comes first costs as much as two segments gain
+        if wanted < 3:
+            return cls(chunks.N, chunks.NC)
+        if chunks.per_row:
+            length = triton.cdiv(chunks.per_row, wanted)
+            per_sequence = triton.cdiv(chunks.per_row, length)
+            return cls(chunks.N * per_sequence, length, per_sequence)
+        length = max(8, triton.cdiv(chunks.NC, chunks.N * wanted))
+        count = Chunks.count(1, chunks.T, chunks.N, C * length)
+        return cls(count, length, 0, *_table(chunks.cu_seqlens, C * length, count))
+
+    @property
+    def cut(self) -> bool:
+        return self.per_sequence != 1
+
+
+def _table(cu_seqlens, size, count):
+    """For pieces of `size` tokens: the sequence of each piece [count], and the first piece of each sequence [N + 1]."""
+    counts = (cu_seqlens.diff() + size - 1) // size
+    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    place = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
+    sequence = torch.searchsorted(first[1:], place, right=True).clamp_(max=len(counts) - 1).to(torch.int32)
+    return sequence, first
 
 
 def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
@@ -188,7 +232,8 @@ class Launches:
         self.config = config = Config.of(q.dtype, self.K, self.V, capability(q.device))
         self.chunks = chunks = Chunks.of(q, cu_seqlens, config.C)
         self.NK = config.blocks(self.K)
-        self.segments, self.segment_length = self._segments()
+        self.state_programs = self.H * self.NK * triton.cdiv(self.V, config.state_BV)
+        self.segments = Segments.of(chunks, config.C, self.state_programs)
         # packed sequences may leave chunks over, whose flags nobody writes
         flags = q.new_empty if cu_seqlens is None else q.new_zeros
         self.slow = flags((chunks.NC, self.H, self.NK), dtype=torch.int8)
@@ -217,40 +262,28 @@ class Launches:
             FULL=cu_seqlens is None and q.shape[1] % config.C == 0,
         )
 
-    def _segments(self) -> tuple[int, int]:
-        """Segments of a sequence and chunks of a segment: enough programs to fill a GPU, 8 chunks at least."""
-        NT = self.chunks.per_row
-        programs = self.chunks.N * self.H * self.NK * triton.cdiv(self.V, self.config.state_BV)
-        wanted = min(triton.cdiv(FILL, programs), NT // 8)
-        # the pass over the segments that comes first costs as much as two segments gain
-        if wanted < 3:
-            return 1, self.chunks.NC
-        length = triton.cdiv(NT, wanted)
-        return triton.cdiv(NT, length), length
-
     def states(self, y: Tensor, first: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """States at the chunks' borders [NC, H, K, V], and the one at the end of each sequence [N, H, K, V] fp32."""
         first = None if first is None else first.contiguous()
         states = y.new_empty((self.chunks.NC, self.H, self.K, self.V), dtype=self.config.dtype)
-        if self.segments == 1:
+        if not self.segments.cut:
             last = self._per_segment(y, self.V)
             self._walk(y, reverse, first, states=states, last=last)
         else:
             added, decays = self._segment_totals(y, reverse)
-            entering, last = self._scan(added, decays, first, reverse)
+            entering, last, _ = self._scan(added, decays, first, reverse)
             self._walk(y, reverse, entering, states=states)
         return states, last
 
     def totals(self, y: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """State after each sequence from zeros before it [N, H, K, V], and its log2 decay [N, H, K]; fp32."""
         added, decays = self._segment_totals(y, reverse)
-        if self.segments == 1:
+        if not self.segments.cut:
             return added, decays
-        _, last = self._scan(added, decays, None, reverse)
-        return last, decays.unflatten(0, (-1, self.segments)).sum(1)
+        return self._scan(added, decays, None, reverse)[1:]
 
     def _per_segment(self, like, *more):
-        return like.new_empty((self.chunks.N * self.segments, self.H, self.K, *more), dtype=torch.float32)
+        return like.new_empty((self.segments.count, self.H, self.K, *more), dtype=torch.float32)
 
     def _segment_totals(self, y, reverse):
         """What each segment adds to a state that passes it, and the log2 decay of that state."""
@@ -259,9 +292,9 @@ class Launches:
         return added, decays
 
     def _scan(self, added, decays, first, reverse):
-        """States that enter the segments, in the place of added, and the one that leaves the last."""
+        """States that enter the segments, in the place of added; of each sequence, state at the end and log2 decay."""
         N = self.chunks.N
-        last = added.new_empty((N, *added.shape[1:]))
+        last, total = (x.new_empty((N, *x.shape[1:])) for x in (added, decays))
         segment_scan.launch(
             (N * self.H, triton.cdiv(self.K, 16)),
             4,
@@ -270,20 +303,27 @@ class Launches:
             states=added,
             decays=decays,
             last=last,
-            SEGMENTS=self.segments,
+            total=total,
+            segment_first=self._segment_table("first"),
+            SEGMENTS=self.segments.per_sequence,
             BK=16,
             BV=self.config.BV,
             REVERSE=reverse,
             HAS_FIRST=first is not None,
+            TABLED=self.segments.first is not None,
         )
-        return added, last
+        return added, last, total
+
+    def _segment_table(self, name):
+        table = getattr(self.segments, name)
+        return self.slow if table is None else table
 
     def _walk(self, y, reverse, first, states=None, last=None, decays=None):
         """One pass of chunk_state over all segments, for what is given to fill."""
         config = self.config
         anything = self.slow
         chunk_state.launch(
-            (self.chunks.N * self.segments * self.H * self.NK * triton.cdiv(self.V, config.state_BV),),
+            (self.segments.count * self.state_programs,),
             config.warps,
             self.shared,
             y=y,
@@ -293,8 +333,11 @@ class Launches:
             last=anything if last is None else last,
             decays=anything if decays is None else decays,
             **_strides("y", y),
-            SEGMENTS=self.segments,
-            LENGTH=self.segment_length,
+            segment_sequence=self._segment_table("sequence"),
+            segment_first=self._segment_table("first"),
+            SEGMENTS=self.segments.per_sequence,
+            LENGTH=self.segments.length,
+            TABLED=self.segments.first is not None,
             BK=config.BK,
             BV=config.state_BV,
             REVERSE=reverse,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 # tl.constexpr: a kernel is compiled for each value
 CONSTANT = frozenset(
-    "H K V C LEVELS BK BF BV DT REVERSE STATES LAST DECAYS EXACT GROUP BOUNDED HAS_FIRST PACKED FULL STAGES".split()
+    "H K V C LEVELS BK BF BV DT REVERSE STATES LAST DECAYS EXACT GROUP BOUNDED HAS_FIRST PACKED TABLED FULL"
+    " STAGES".split()
 )
 # numbers that change from call to call, on which no kernel is specialised
 LOOSE = frozenset(("T", "NT", "NC", "SEGMENTS", "LENGTH"))

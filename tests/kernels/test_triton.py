@@ -66,8 +66,17 @@ def test_fp32_packed_sequences():
 def test_a_long_sequence_is_cut_into_segments(T, monkeypatch):
     monkeypatch.setattr(chunk_triton, "FILL", 3)
     inputs = on_device(make_inputs((1, T, 1, 16, 16), "over-16", dtype=torch.float32))
-    assert chunk_triton.Launches(*inputs[:4], 1.0, None).segments == 3
+    assert chunk_triton.Launches(*inputs[:4], 1.0, None).segments.per_sequence == 3
     check(inputs)
+
+
+@pytest.mark.parametrize("borders", [[0, 0, 800, 803, 1100], [0, 1100]], ids=str)
+def test_long_packed_sequences_are_cut_into_segments(borders, monkeypatch):
+    monkeypatch.setattr(chunk_triton, "FILL", 12)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=DEVICE)
+    inputs = on_device(make_inputs((1, 1100, 1, 16, 16), "over-16", N=len(borders) - 1, dtype=torch.float32))
+    assert chunk_triton.Launches(*inputs[:4], 1.0, cu_seqlens).segments.count > len(borders)
+    check(inputs, cu_seqlens)
 
 
 def test_parts_of_one_fused_projection_in_megatrons_layout():
@@ -145,14 +154,17 @@ def test_saved_states_give_the_same_gradients():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("gate", ["plain", "over-16", "closed-now-and-then"])
-def test_segment_states(gate, packed):
+# programs that ask for whole sequences, and for sequences in segments
+@pytest.mark.parametrize("fill", [1, 64])
+@pytest.mark.parametrize("gate", ["over-16", "closed-now-and-then"])
+def test_segment_states(gate, packed, fill, monkeypatch):
     """State and decay of whole sequences, and every gradient, against PyTorch in fp64."""
+    monkeypatch.setattr(chunk_triton, "FILL", fill)
     N = 4 if packed else 2
-    cu_seqlens = torch.tensor([0, 0, 30, 31, 100], dtype=torch.int32, device=DEVICE) if packed else None
-    _, f, v, b, _ = on_device(make_inputs((1 if packed else 2, 100, 2, 16, 16), gate, "half-zero", dtype=torch.float32))
+    cu_seqlens = torch.tensor([0, 0, 300, 301, 800], dtype=torch.int32, device=DEVICE) if packed else None
+    _, f, v, b, _ = on_device(make_inputs((1 if packed else 2, 800, 1, 16, 16), gate, "half-zero", dtype=torch.float32))
     torch.manual_seed(1)
-    weights = torch.randn(N, 2, 16, 16, device=DEVICE), torch.randn(N, 2, 16, device=DEVICE)
+    weights = torch.randn(N, 1, 16, 16, device=DEVICE), torch.randn(N, 1, 16, device=DEVICE)
     results = []
     for op, dtype in ((SegmentStates.apply, torch.float32), (segments_in_pytorch, torch.float64)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (f, v, b)]
