@@ -39,7 +39,8 @@ class Config:
         dtype: of the operands of matrix products and of the states between chunks.
         state_stages, reverse_stages, output_stages: of the pipelines of chunk_state, forward and in reverse, and of
             the fast form of chunk_output.
-        warps: of every kernel but chunk_gradient.
+        warps: of chunk_state and the fast form of chunk_output.
+        exact_warps: of the exact form of chunk_output.
         group: chunks a program of the exact forms looks at, most of which it leaves alone.
     """
 
@@ -53,6 +54,7 @@ class Config:
     state_stages: int
     reverse_stages: int
     output_stages: int
+    exact_warps: int = 4
     warps: int = 4
     group: int = 8
 
@@ -64,9 +66,9 @@ class Config:
         # Triton 3.6 miscompiles pipelined loads of narrower tiles on Hopper
         BV = max(64, triton.next_power_of_2(V))
         # Hopper and the large Blackwells multiply out of shared memory, the others out of registers
-        gradient = (64, 4) if capability[0] in (9, 10) else (32, 8)
+        gradient, exact_warps = ((64, 4), 4) if capability[0] in (9, 10) else ((32, 8), 8)
         # the fast path's operands need the exponents of bf16, which fp16 lacks
-        return cls(64, 64, gradient, (32, 8), BV, min(BV, 128), torch.bfloat16, 3, 2, 2)
+        return cls(64, 64, gradient, (32, 8), BV, min(BV, 128), torch.bfloat16, 3, 2, 2, exact_warps)
 
     def blocks(self, K: int) -> int:
         """Blocks of channels that K has."""
@@ -355,7 +357,7 @@ class Launches:
             group = config.group if exact else 1
             chunk_output.launch(
                 (triton.cdiv(self.chunks.NC, group) * self.H,),
-                config.warps,
+                config.exact_warps if exact else config.warps,
                 self.shared,
                 y=y,
                 states=states,

@@ -21,4 +21,4 @@ def test_kernels_compile_and_fit(arch, dtype, K):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
         # bytes a thread spills: a kernel that does not fit at all takes many kilobytes
-        assert kernel["stack"] <= (400 if kernel.get("EXACT") is False else 1500), kernel
+        assert kernel["stack"] <= (400 if kernel.get("EXACT") is False else 2200), kernel
