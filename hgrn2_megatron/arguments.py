@@ -6,7 +6,7 @@ import importlib.util
 
 from megatron.core.transformer import TransformerConfig
 
-from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config
+from hgrn2_megatron.config import ATTENTION, HGRN2, LOWER_BOUNDS, HGRN2Config, UsageError
 
 MODULE, NAME = "hgrn2_megatron.spec", "hgrn2"
 
@@ -96,3 +96,34 @@ def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
     for name in CHECKPOINT_ARGS:
         if hasattr(checkpoint_args, name):
             setattr(args, name, getattr(checkpoint_args, name))
+
+
+def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
+    """Compare what decides the meaning and the names of the weights, before they are loaded.
+
+    Megatron would read a checkpoint of other heads without a word, as their projections have the same shapes, and
+    end in a list of weights that are missing where the depth or the pattern differs.
+
+    Raises:
+        UsageError: the checkpoint is of another model; it names the flag.
+    """
+    if not is_hgrn2_spec(getattr(checkpoint_args, "spec", None)):
+        return
+    ours, theirs = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
+    depth = args.num_layers
+
+    def pattern(config):
+        return "".join(HGRN2 if config.is_hgrn2_layer(layer) else ATTENTION for layer in range(depth))
+
+    pairs = {
+        "--num-layers": (depth, checkpoint_args.num_layers),
+        "--hgrn2-expand-ratio": (ours.expand_ratio, theirs.expand_ratio),
+        "--hgrn2-layer-pattern": (pattern(ours), pattern(theirs)),
+        "--hgrn2-lower-bounds": (ours.lower_bounds, theirs.lower_bounds),
+    }
+    for flag, (given, saved) in pairs.items():
+        if given != saved:
+            raise UsageError(
+                f"{flag} is {given} here and {saved} in the checkpoint to load: give what the checkpoint has, "
+                "take it over with --use-checkpoint-args, or train without --load"
+            )

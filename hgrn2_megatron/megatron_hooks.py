@@ -150,11 +150,28 @@ def install_arguments(defaults: dict) -> None:
 
         return wrapped
 
+    # --use-checkpoint-args reads a checkpoint whose args need not be those of the command line
+    restoring = []
+
     def make_restore(load_args_from_checkpoint):
         def wrapped(args, *rest, **kwargs):
-            result = load_args_from_checkpoint(args, *rest, **kwargs)
+            restoring.append(True)
+            try:
+                result = load_args_from_checkpoint(args, *rest, **kwargs)
+            finally:
+                restoring.pop()
             if isinstance(result, tuple) and ours.is_hgrn2_spec(args.spec):
                 ours.restore(args, result[1])
+            return result
+
+        return wrapped
+
+    def make_base_load(load_base_checkpoint):
+        def wrapped(load_dir, args, rank0=False, *rest, **kwargs):
+            result = load_base_checkpoint(load_dir, args, rank0, *rest, **kwargs)
+            # the first reading is of what the checkpoint says of itself, the second of its weights
+            if rank0 and not restoring and ours.is_hgrn2_spec(args.spec) and (result[0] or {}).get("args"):
+                ours.check_same_model(args, result[0]["args"])
             return result
 
         return wrapped
@@ -163,3 +180,4 @@ def install_arguments(defaults: dict) -> None:
     _wrap(arguments, "validate_args", ["args"], make_validation)
     _wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
     _wrap(checkpointing, "load_args_from_checkpoint", ["args"], make_restore)
+    _wrap(checkpointing, "_load_base_checkpoint", ["load_dir", "args", "rank0"], make_base_load)

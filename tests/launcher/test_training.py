@@ -58,6 +58,17 @@ def test_checkpoint_args_restore_the_model_and_tensor_parallelism_can_change(run
         assert abs(float(resumed[i]) - float(run[0][i])) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--hgrn2-expand-ratio", 16), ("--hgrn2-layer-pattern", "H*"), ("--num-layers", 4)],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_name(run, flag, value):
+    words = [*FLAGS, *HGRN2, "--load", run[2], flag, value]
+    done = harness.torchrun(1, "-m", "hgrn2_megatron", OURS, *map(str, words))
+    assert done.returncode != 0 and "iteration        5/" not in done.stdout
+    assert f"hgrn2_megatron: error: {flag} is " in done.stdout, done.stdout[-2000:]
+
+
 def test_attention_and_a_hybrid_train_by_the_same_command():
     block = "--normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope".split()
     attention, output = train(*block)
