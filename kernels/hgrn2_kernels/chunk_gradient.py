@@ -10,16 +10,14 @@ import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
     LOG2E,
-    block_decay_matrix,
     channels,
     column,
     dot,
     exp2,
     frame,
     gate,
-    identity,
+    load_matrix,
     load_tokens,
-    opaque_identity,
     padded,
     reciprocal,
     sigmoid_parts,
@@ -44,6 +42,8 @@ def chunk_gradient_kernel(
     dq,  # [B, T, H, K], out
     df,  # [B, T, H, K], out
     dbound,  # [chunks, H, K] fp32, out where BOUNDED
+    sums,
+    ones,
     cu_seqlens,
     chunk_sequence,
     chunk_first,
@@ -79,36 +79,43 @@ def chunk_gradient_kernel(
     BV: tl.constexpr,
     DT: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUP: tl.constexpr,  # chunks a program
+    SCAN: tl.constexpr,  # items that a program of the exact form looks through
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
     NF: tl.constexpr = (K + BF - 1) // BF
-    pid = tl.program_id(0)
-    i_k = pid % NK
-    i_h = (pid // NK) % H
-    first = pid // (NK * H) * GROUP
-
-    o_k = i_k * BK + tl.arange(0, BK)
+    PER_FLAG: tl.constexpr = BF // BK
     o_v = tl.arange(0, BV)
-    m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
-    o_kv = o_k[:, None] * V + o_v[None, :]
-    b = tl.zeros([BK], tl.float32)
-    if BOUNDED:
-        b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
-    for n in tl.range(0, GROUP, num_stages=1):
+    # one item a (chunk, head, block of channels)
+    pid = tl.program_id(0)
+    if EXACT:
+        seen = pid + tl.arange(0, SCAN) * tl.num_programs(0)
+        flag = slow + seen // NK * NF + seen % NK // PER_FLAG
+        waiting = tl.load(flag, mask=seen < NC * H * NK, other=0) != 0
+        todo = tl.sum(waiting.to(tl.int32))
+    else:
+        todo = (tl.load(slow + pid // NK * NF + pid % NK // PER_FLAG) == 0).to(tl.int32)
+    for _ in tl.range(0, todo, num_stages=1):
+        item = pid
+        if EXACT:
+            item = tl.min(tl.where(waiting, seen, NC * H * NK))
+            waiting = waiting & (seen != item)
         i = tl.arange(0, C)[:, None]
         j = tl.arange(0, C)[None, :]
-        eye = identity(C, q.dtype.element_ty)
         zero = tl.zeros([BK, C], tl.float32)
         square = tl.zeros([C, C], tl.float32)
-        i_c = tl.minimum(first + n, NC - 1)
-        place = i_c.to(tl.int64) * H + i_h
+        i_k, i_h, i_c = item % NK, item // NK % H, item // (NK * H)
+        place = (item // NK).to(tl.int64)
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
+        o_kv = o_k[:, None] * V + o_v[None, :]
+        b = tl.zeros([BK], tl.float32)
+        if BOUNDED:
+            b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        is_slow = tl.load(slow + place * NF + i_k * BK // BF) != 0
-        if (first + n < NC) & (start < end) & (is_slow == EXACT):
+        if start < end:
             t = start.to(tl.int64)
             left = end - start
             p_f = f + i_b * stride_fb + t * stride_ft + i_h * stride_fh
@@ -132,37 +139,36 @@ def chunk_gradient_kernel(
                 corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
                 passing = tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
 
+            eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
             x = padded(channels(b_f, eye), left, C, FULL)
             g, k = gate(x, b[:, None])
             x_q = channels(b_q, eye)
             a = silu(x_q, scale)
-            decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT, EXACT)
             if EXACT:
-                dscores_t = tl.where(i <= j, dot(b_v, tl.trans(b_do), square), 0.0).to(DT)
+                # gradients of the scores of pairs, whichever of the two is the query
+                dscores_t = tl.where(i < j, dot(b_v, tl.trans(b_do), square), 0.0)
+                dpairs = tl.where(i > j, dscores.to(tl.float32), dscores_t).to(DT)
                 dq_sum, dk_sum, balance = zero, zero, zero
                 shift = LEVELS
                 for _ in tl.range(0, LEVELS, num_stages=1):
-                    half = (1 << shift) >> 1
-                    second_i = (i & ((1 << shift) - 1)) >= half
-                    second_j = (j & ((1 << shift) - 1)) >= half
-                    factor = exp2(-tl.abs(decay))
-                    operand = (tl.where(second_j, a, k) * factor).to(DT)
-                    pair = ((i >> shift) == (j >> shift)) & (second_i != second_j)
-                    dpair = tl.where(pair, tl.where(second_i, dscores, dscores_t), 0.0).to(DT)
-                    raw = dot(operand, dpair, zero)
-                    signed = operand.to(tl.float32) * raw
-                    balance += tl.where(second_j, signed, -signed)
-                    raw *= factor
-                    dq_sum += tl.where(second_j, raw, 0.0)
-                    dk_sum += tl.where(second_j, 0.0, raw)
+                    decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
                     shift -= 1
-                    decay = sum_gates(g, block_decay_matrix(i, j, shift), DT, EXACT)
+                    second = ((j >> shift) & 1) != 0
+                    factor = exp2(-tl.abs(decay))
+                    operand = (tl.where(second, a, k) * factor).to(DT)
+                    # the highest bit in which two tokens differ says at which level they meet
+                    raw = dot(operand, tl.where(((i ^ j) >> shift) == 1, dpairs, 0.0), zero)
+                    signed = operand.to(tl.float32) * raw
+                    balance += tl.where(second, signed, -signed)
+                    raw *= factor
+                    dq_sum += tl.where(second, raw, 0.0)
+                    dk_sum += tl.where(second, 0.0, raw)
                 # a token with itself: no gate in between
                 diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 0)[None, :]
                 dq_sum += diagonal * k
                 dk_sum += diagonal * a
-                earlier = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT, EXACT)
-                later = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT, EXACT)
+                earlier = sum_gates(g, load_matrix(sums, LEVELS + 1, C), EXACT)
+                later = sum_gates(g, load_matrix(sums, LEVELS + 2, C), EXACT)
                 first_half, second_half = column(earlier, C // 2 - 1), column(later, C // 2 - 1)
                 enters, leaves = frame(first_half), frame(second_half)
                 raw = exp2(earlier - enters[:, None]) * dot(b_h.to(DT), tl.trans(b_do), zero)
@@ -174,9 +180,10 @@ def chunk_gradient_kernel(
                 passing *= exp2((first_half - enters) + (second_half - leaves))
                 # a closed gate leaves of each sum what is far below its largest term: no term may enter and be
                 # taken out
-                dg = sum_tokens(balance, tl.where(i >= j, 1.0, 0.0), DT)
-                dg += sum_tokens(written, tl.where(i < j, 1.0, 0.0), DT) + passing[:, None]
+                dg = sum_tokens(balance, load_matrix(ones, 2, C))
+                dg += sum_tokens(written, load_matrix(ones, 3, C)) + passing[:, None]
             else:
+                decay = sum_gates(g, load_matrix(sums, LEVELS, C), EXACT)
                 factor = exp2(decay)
                 inverse = exp2(-decay)
                 qd = (a * factor).to(DT)
@@ -190,14 +197,14 @@ def chunk_gradient_kernel(
                 balance -= kd.to(tl.float32) * raw
                 dk_sum = (raw + raw_state) * inverse
                 # queries from t on carry gate t, and so do keys written before t and the state that passes
-                dg = sum_tokens(balance - written, tl.where(i >= j, 1.0, 0.0), DT)
+                dg = sum_tokens(balance - written, load_matrix(ones, 2, C))
                 dg += (tl.sum(written, 1) + passing)[:, None]
 
-            # the same products again, which the compiler cannot know: to keep their results would cost more
-            again = opaque_identity(C, q.dtype.element_ty, T)
+            # the same products by another identity, lest the compiler keep their results, which costs more
+            again = load_matrix(ones, 1, C).to(q.dtype.element_ty)
             x = padded(channels(b_f, again), left, C, FULL)
             x_q = channels(b_q, again)
-            _, k = gate(x, b[:, None])
+            g, k = gate(x, b[:, None])
             s = reciprocal(1.0 + exp2(-x_q * LOG2E))
             b_dq = dq_sum * scale * s * (1.0 + x_q * (1.0 - s))
             p_dq = dq + i_b * stride_dqb + t * stride_dqt + i_h * stride_dqh

@@ -9,14 +9,13 @@ import triton
 import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
-    block_decay_matrix,
     channels,
     column,
     dot,
     exp2,
     frame,
     gate,
-    identity,
+    load_matrix,
     load_tokens,
     padded,
     silu,
@@ -35,6 +34,8 @@ def chunk_output_kernel(
     states,  # [chunks, H, K, V], of chunk_state_kernel
     slow,  # [chunks, H, K / BK] int8
     o,  # [B, T, H, V], out: o, or dv where REVERSE
+    sums,
+    ones,
     cu_seqlens,
     chunk_sequence,
     chunk_first,
@@ -64,29 +65,39 @@ def chunk_output_kernel(
     DT: tl.constexpr,
     REVERSE: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUP: tl.constexpr,  # chunks a program
+    SCAN: tl.constexpr,  # items that a program of the exact form looks through
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_h = pid % H
-    first = pid // H * GROUP
-
     o_v = tl.arange(0, BV)
-    eye = identity(C, q.dtype.element_ty)
-    for n in tl.range(0, GROUP, num_stages=1):
+    eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
+    # one item a (chunk, head)
+    pid = tl.program_id(0)
+    if EXACT:
+        seen = pid + tl.arange(0, SCAN) * tl.num_programs(0)
+        waiting = seen < 0
+        for n in tl.static_range(0, NK):
+            waiting = waiting | (tl.load(slow + seen * NK + n, mask=seen < NC * H, other=0) != 0)
+        todo = tl.sum(waiting.to(tl.int32))
+    else:
+        any_slow = tl.load(slow + pid * NK)
+        for n in tl.static_range(1, NK):
+            any_slow = any_slow | tl.load(slow + pid * NK + n)
+        todo = (any_slow == 0).to(tl.int32)
+    for _ in tl.range(0, todo, num_stages=1):
+        item = pid
+        if EXACT:
+            item = tl.min(tl.where(waiting, seen, NC * H))
+            waiting = waiting & (seen != item)
         i = tl.arange(0, C)[:, None]
         j = tl.arange(0, C)[None, :]
-        i_c = tl.minimum(first + n, NC - 1)
-        place = i_c.to(tl.int64) * H + i_h
+        i_c, i_h = item // H, item % H
+        place = item.to(tl.int64)
         i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        any_slow = tl.load(slow + place * NK)
-        for other in tl.static_range(1, NK):
-            any_slow = any_slow | tl.load(slow + place * NK + other)
-        if (first + n < NC) & (start < end) & ((any_slow != 0) == EXACT):
+        if start < end:
             t = start.to(tl.int64)
             left = end - start
             p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
@@ -94,6 +105,8 @@ def chunk_output_kernel(
             p_y = y + i_b * stride_yb + t * stride_yt + i_h * stride_yh
             scores = tl.zeros([C, C], tl.float32)
             out = tl.zeros([C, BV], tl.float32)
+            if EXACT:
+                apart = tl.where((i < j) if REVERSE else (i > j), i ^ j, 0)
             for i_k in tl.range(0, NK, num_stages=STAGES):
                 o_k = i_k * BK + tl.arange(0, BK)
                 b = tl.zeros([BK], tl.float32)
@@ -106,25 +119,20 @@ def chunk_output_kernel(
                 g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
                 a = silu(channels(b_q, eye), scale)
 
-                decay = sum_gates(g, block_decay_matrix(i, j, LEVELS), DT, EXACT)
+                shift = LEVELS
+                same = i >= 0
                 if EXACT:
-                    is_slow = tl.load(slow + place * NK + i_k) != 0
                     # halve the blocks until their operands fit: at the bottom a block is one token
-                    shift = LEVELS
-                    for _ in tl.range(0, tl.where(is_slow, LEVELS, 0), num_stages=1):
-                        half = (1 << shift) >> 1
-                        second_i = (i & ((1 << shift) - 1)) >= half
-                        second_j = (j & ((1 << shift) - 1)) >= half
-                        operand = (tl.where(second_j, a, k) * exp2(-tl.abs(decay))).to(DT)
-                        pair = ((i >> shift) == (j >> shift)) & (second_i != second_j)
-                        pair = pair & (second_j if REVERSE else second_i)
-                        product = dot(tl.trans(operand), operand, tl.zeros([C, C], tl.float32))
-                        scores += tl.where(pair, product, 0.0)
+                    for _ in tl.range(0, tl.where(tl.load(slow + place * NK + i_k) != 0, LEVELS, 0), num_stages=1):
+                        decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
                         shift -= 1
-                        decay = sum_gates(g, block_decay_matrix(i, j, shift), DT, EXACT)
+                        second = ((j >> shift) & 1) != 0
+                        operand = (tl.where(second, a, k) * exp2(-tl.abs(decay))).to(DT)
+                        product = dot(tl.trans(operand), operand, tl.zeros([C, C], tl.float32))
+                        # the highest bit in which two tokens differ says at which level they meet
+                        scores += tl.where((apart >> shift) == 1, product, 0.0)
                     same = (i >> shift) == (j >> shift)
-                else:
-                    same = i >= 0
+                decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
                 qd = (a * exp2(decay)).to(DT)
                 kd = (k * exp2(-decay)).to(DT)
                 # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
@@ -135,10 +143,10 @@ def chunk_output_kernel(
                 if EXACT:
                     # to the border that the state is at, less the half it has been decayed by
                     if REVERSE:
-                        decay = sum_gates(g, tl.where(i > j, 1.0, 0.0), DT, EXACT)
+                        decay = sum_gates(g, load_matrix(sums, LEVELS + 2, C), EXACT)
                         kd = (k * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
                     else:
-                        decay = sum_gates(g, tl.where(i <= j, 1.0, 0.0), DT, EXACT)
+                        decay = sum_gates(g, load_matrix(sums, LEVELS + 1, C), EXACT)
                         qd = (a * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
                 if REVERSE:
                     out = dot(tl.trans(kd), b_h.to(DT), out)

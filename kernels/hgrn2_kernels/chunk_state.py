@@ -19,7 +19,7 @@ from hgrn2_kernels.triton_math import (
     frame,
     gate,
     halves_matrix,
-    identity,
+    load_matrix,
     load_tokens,
     padded,
     silu,
@@ -39,6 +39,8 @@ def chunk_state_kernel(
     slow,  # [chunks, H, K / BK] int8, out where STATES and not REVERSE: the chunk exceeds the fast form's limit
     last,  # [segments, H, K, V] fp32, out where LAST: state after the segment (before it where REVERSE)
     decays,  # [segments, H, K] fp32, out where DECAYS: log2 decay of a state that passes the segment
+    sums,
+    ones,
     cu_seqlens,
     chunk_first,
     segment_sequence,  # [segments] int32, read where TABLED
@@ -61,6 +63,7 @@ def chunk_state_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
+    LEVELS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     DT: tl.constexpr,
@@ -109,12 +112,10 @@ def chunk_state_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    # gates between token j and the end of the chunk that its part of the state is written at
-    matrix = tl.where(i <= j if REVERSE else i > j, 1.0, 0.0)
-    halves = halves_matrix(C)
-    eye = identity(C, f.dtype.element_ty)
+    # gates between a token and the end of the chunk that its part of the state is written at
+    matrix = load_matrix(sums, LEVELS + 1 if REVERSE else LEVELS + 2, C)
+    halves = halves_matrix(C, DT)
+    eye = load_matrix(ones, 0, C).to(f.dtype.element_ty)
     b = tl.zeros([BK], tl.float32)
     if BOUNDED:
         b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
@@ -134,8 +135,8 @@ def chunk_state_kernel(
         b_f = load_tokens(p_f + t * stride_ft, stride_ft, o_k, left, K, BK, C, FULL)
         b_y = load_tokens(p_y + t * stride_yt, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
         g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
-        decay = sum_gates(g, matrix, DT, False)
-        first_half, second_half = sum_halves(g, halves, DT)
+        decay = sum_gates(g, matrix, False)
+        first_half, second_half = sum_halves(g, halves)
         whole = exp2(first_half + second_half)[:, None]
 
         if STATES:

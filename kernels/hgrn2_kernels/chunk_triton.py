@@ -17,12 +17,15 @@ from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
 from hgrn2_kernels.launch import Arguments, Kernel
+from hgrn2_kernels.matrices import matrices
 
 chunk_state, segment_scan = Kernel(chunk_state_kernel), Kernel(segment_scan_kernel)
 chunk_output, chunk_gradient = Kernel(chunk_output_kernel), Kernel(chunk_gradient_kernel)
 
 # programs of chunk_state that fill the largest GPU it is tuned for, two on each of 132 multiprocessors
 FILL = 256
+# what a program of an exact form looks through, most of which it leaves alone
+SCAN = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,6 @@ class Config:
             the fast form of chunk_output.
         warps: of chunk_state and the fast form of chunk_output.
         exact_warps: of the exact form of chunk_output.
-        group: chunks a program of the exact forms looks at, most of which it leaves alone.
     """
 
     C: int
@@ -56,7 +58,6 @@ class Config:
     output_stages: int
     exact_warps: int = 4
     warps: int = 4
-    group: int = 8
 
     @classmethod
     def of(cls, dtype: torch.dtype, K: int, V: int, capability: tuple[int, int] = (9, 0)) -> "Config":
@@ -217,6 +218,11 @@ def dense_like(x: Tensor) -> Tensor:
     return x.new_empty((T, B, H, D)).transpose(0, 1) if x.stride(0) < x.stride(1) else x.new_empty((B, T, H, D))
 
 
+def _grid(items, exact):
+    """One program an item, or enough to look through all items where few are expected to be taken."""
+    return (min(items, max(FILL, triton.cdiv(items, SCAN))) if exact else items,)
+
+
 # of tensors [B, T, H, D], under the names that the kernels give them
 _STRIDES = {x: tuple(f"stride_{x}{axis}" for axis in "bth") for x in ("q", "f", "v", "y", "o", "dq", "df")}
 
@@ -239,9 +245,12 @@ class Launches:
         # packed sequences may leave chunks over, whose flags nobody writes
         flags = q.new_empty if cu_seqlens is None else q.new_zeros
         self.slow = flags((chunks.NC, self.H, self.NK), dtype=torch.int8)
+        sums, ones = matrices(q.device, config.C, config.dtype)
         self.shared = Arguments(
             q=q,
             f=f,
+            sums=sums,
+            ones=ones,
             # pointers that a kernel does not read still need a tensor
             bound=q if lower_bound is None else lower_bound.contiguous(),
             cu_seqlens=q if cu_seqlens is None else cu_seqlens.contiguous(),
@@ -354,9 +363,8 @@ class Launches:
         """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the gradients of the leaving."""
         config = self.config
         for exact in (False, True):
-            group = config.group if exact else 1
             chunk_output.launch(
-                (triton.cdiv(self.chunks.NC, group) * self.H,),
+                _grid(self.chunks.NC * self.H, exact),
                 config.exact_warps if exact else config.warps,
                 self.shared,
                 y=y,
@@ -369,7 +377,7 @@ class Launches:
                 BV=config.BV,
                 REVERSE=reverse,
                 EXACT=exact,
-                GROUP=group,
+                SCAN=SCAN,
                 STAGES=1 if exact else config.output_stages,
             )
 
@@ -382,10 +390,9 @@ class Launches:
             parts = self.bound.new_zeros if self.shared["PACKED"] else self.bound.new_empty
             dbound = parts((self.chunks.NC, self.H, self.K))
         for exact in (False, True):
-            group = config.group if exact else 1
             BK, warps = config.exact_gradient if exact else config.gradient
             chunk_gradient.launch(
-                (triton.cdiv(self.chunks.NC, group) * self.H * triton.cdiv(self.K, BK),),
+                _grid(self.chunks.NC * self.H * triton.cdiv(self.K, BK), exact),
                 warps,
                 self.shared,
                 v=v,
@@ -404,6 +411,6 @@ class Launches:
                 BF=config.BK,
                 BV=config.BV,
                 EXACT=exact,
-                GROUP=group,
+                SCAN=SCAN,
             )
         return None if dbound is None else dbound.sum(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # tl.constexpr: a kernel is compiled for each value
 CONSTANT = frozenset(
-    "H K V C LEVELS BK BF BV DT REVERSE STATES LAST DECAYS EXACT GROUP BOUNDED HAS_FIRST PACKED TABLED FULL"
+    "H K V C LEVELS BK BF BV DT REVERSE STATES LAST DECAYS EXACT SCAN BOUNDED HAS_FIRST PACKED TABLED FULL"
     " STAGES".split()
 )
 # numbers that change from call to call, on which no kernel is specialised

@@ -83,62 +83,59 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def sum_gates(g, matrix, DT: tl.constexpr, EXACT: tl.constexpr):
-    """g matrix, for log gates g [D, C] and a matrix [C, N] of -1, 0, 1: the decay between tokens.
+def load_matrix(matrices, n, C: tl.constexpr):
+    """Matrix n of a stack [_, C, C], see matrices.py."""
+    o_c = tl.arange(0, C)
+    return tl.load(matrices + n * C * C + o_c[:, None] * C + o_c[None, :])
 
-    For 16-bit operands g is rounded to 11 bits, or to 22 where EXACT. Eleven are more than the raw gate had in bf16,
-    but of a decay of 2^-40, all that is left where every gate is closed, they would leave an error of a percent.
+
+@triton.jit
+def sum_gates(g, matrix, EXACT: tl.constexpr):
+    """g matrix, for log gates g [D, C] and a matrix [C, N] of 0 and plus or minus one unit: the decay between tokens.
+
+    For 16-bit operands a unit is 1 / UNIT in fp16, and g is rounded to 11 bits, or to 22 where EXACT. Eleven are more
+    than the raw gate had in bf16, but of a decay of 2^-40, all that is left where every gate is closed, they would
+    leave an error of a percent.
     """
     zero = tl.zeros([g.shape[0], matrix.shape[1]], tl.float32)
-    if DT == tl.float32:
+    if matrix.dtype == tl.float32:
         return dot(g, matrix, zero)
     else:
         units = g * UNIT
         hi = units.to(tl.float16)
-        matrix = (matrix * (1.0 / UNIT)).to(tl.float16)
         if EXACT:
             zero = dot((units - hi.to(tl.float32)).to(tl.float16), matrix, zero)
         return dot(hi, matrix, zero)
 
 
 @triton.jit
-def sum_tokens(x, matrix, DT: tl.constexpr):
+def sum_tokens(x, matrix):
     """x matrix, for fp32 x [D, C] and a matrix [C, N] of 0 and 1, to (nearly) the precision of fp32."""
     zero = tl.zeros([x.shape[0], matrix.shape[1]], tl.float32)
-    if DT == tl.float32:
+    if matrix.dtype == tl.float32:
         return dot(x, matrix, zero)
     else:
-        hi = x.to(DT)
-        lo = (x - hi.to(tl.float32)).to(DT)
-        matrix = matrix.to(DT)
+        hi = x.to(matrix.dtype)
+        lo = (x - hi.to(tl.float32)).to(matrix.dtype)
         return dot(lo, matrix, dot(hi, matrix, zero))
 
 
 @triton.jit
-def block_decay_matrix(i, j, shift):
-    """[C, C] signed: (g matrix)_j = G_j - G_ref, ref the last token of the first half of j's block of 2^shift.
-
-    At shift 0 a block is one token and the matrix zero.
-    """
-    block = (j >> shift) << shift
-    ref = block + tl.maximum((1 << shift) >> 1, 1) - 1
-    up = (i > ref) & (i <= j)
-    down = (i > j) & (i <= ref)
-    return tl.where(up, 1.0, tl.where(down, -1.0, 0.0))
-
-
-@triton.jit
-def halves_matrix(C: tl.constexpr):
+def halves_matrix(C: tl.constexpr, DT: tl.constexpr):
     """[C, 16]: (g matrix) has the decay of a chunk's first half in column 0 and of its second in column 1."""
     i = tl.arange(0, C)[:, None]
     half = tl.arange(0, 16)[None, :]
-    return tl.where(((half == 0) & (i < C // 2)) | ((half == 1) & (i >= C // 2)), 1.0, 0.0)
+    ones = ((half == 0) & (i < C // 2)) | ((half == 1) & (i >= C // 2))
+    if DT == tl.float32:
+        return tl.where(ones, 1.0, 0.0)
+    else:
+        return tl.where(ones, 1.0 / UNIT, 0.0).to(tl.float16)
 
 
 @triton.jit
-def sum_halves(g, halves, DT: tl.constexpr):
+def sum_halves(g, halves):
     """Decay of the first and of the second half of a chunk, [D] each, summed from what sum_gates sums."""
-    both = sum_gates(g, halves, DT, False)
+    both = sum_gates(g, halves, False)
     half = tl.arange(0, 16)[None, :]
     return tl.sum(tl.where(half == 0, both, 0.0), 1), tl.sum(tl.where(half == 1, both, 0.0), 1)
 
@@ -164,18 +161,6 @@ def span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C: tl.constexpr, P
         return (n * 0).to(tl.int64), start, tl.load(cu_seqlens + n + 1)
     else:
         return (i_c // NT).to(tl.int64), (i_c % NT) * C, T
-
-
-@triton.jit
-def identity(C: tl.constexpr, dtype: tl.constexpr):
-    o_c = tl.arange(0, C)
-    return tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0).to(dtype)
-
-
-@triton.jit
-def opaque_identity(C: tl.constexpr, dtype: tl.constexpr, T):
-    o_c = tl.arange(0, C)
-    return tl.where(o_c[:, None] == o_c[None, :] + (T >> 31), 1.0, 0.0).to(dtype)
 
 
 @triton.jit
