@@ -96,7 +96,7 @@ def _banner(config, hgrn2: HGRN2Config, warnings: list[str]) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    op = implementation(device, config.params_dtype, hgrn2.expand_ratio, hgrn2.expand_ratio)
+    op = implementation(device, config.params_dtype)
     for warning in warnings:
         print(f"HGRN2 warning: {warning}", flush=True)
     print(

@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hgrn2_kernels import chunk_triton
-from hgrn2_kernels.launch import CONSTANT, LOOSE, Kernel
+from hgrn2_kernels import chunk_plan, chunk_triton
+from hgrn2_kernels.launch import Kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
@@ -32,15 +32,15 @@ def recorded_launches(
     """(kernel, warps, arguments) of a forward and backward, as they are launched but for the launching."""
     launches = []
 
-    def record(kernel, grid, num_warps, shared, **own):
-        launches.append((kernel, num_warps, shared | own))
+    def record(kernel, grid, num_warps, shared, own, tensors):
+        launches.append((kernel, num_warps, {**shared, **own, **tensors}))
 
     q, f, v = torch.empty(1, T, H, 3, K, dtype=dtype).unbind(3)
     bound, state = torch.empty(H, K), torch.empty(1, H, K, K)
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
     with (
         patch.object(Kernel, "launch", record),
-        patch.object(chunk_triton, "capability", lambda device: divmod(arch, 10)),
+        patch.object(chunk_plan, "capability", lambda device: divmod(arch, 10)),
     ):
         o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0)
         chunk_triton.chunk_backward(o, state, q, f, v, bound, state, cu_seqlens, 1.0)
@@ -50,16 +50,16 @@ def recorded_launches(
 def compile_kernel(kernel: Kernel, num_warps: int, arguments: dict, arch: int):
     """The compiled form, and what its machine code uses."""
     signature, constants, attributes = {}, {}, {}
-    for n, name in enumerate(kernel.names):
+    for n, (name, parameter) in enumerate(zip(kernel.names, kernel.jitted.params, strict=True)):
         value = arguments[name]
-        if name in CONSTANT:
+        if parameter.is_constexpr:
             signature[name], constants[(n,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(n,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if name not in LOOSE and isinstance(value, int) and value % 16 == 0:
+            if not parameter.do_not_specialize and isinstance(value, int) and value % 16 == 0:
                 attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.jitted, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})

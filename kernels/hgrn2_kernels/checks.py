@@ -24,13 +24,15 @@ def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
         check_like_state("initial_state", initial_state, (N, H, K, v.shape[-1]), q)
 
 
-def check_kernels(q, v):
+def check_kernels(q, v, scale=1.0):
     """What the Triton kernels ask beyond `check_chunk`.
 
     Raises:
-        ValueError: wide heads, or a GPU that is too old; it names the way out.
+        ValueError: wide heads, a scale of 0, or a GPU that is too old; it names the way out.
     """
     K, V = q.shape[-1], v.shape[-1]
+    if scale == 0:
+        raise ValueError("the kernels divide by the scale, got 0: use chunk_hgrn2_pytorch")
     if max(K, V) > 256:
         raise ValueError(f"the kernels take heads of up to 256, got K = {K}, V = {V}: use chunk_hgrn2_pytorch")
     if capability(q.device) < (8, 0):

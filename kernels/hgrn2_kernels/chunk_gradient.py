@@ -65,7 +65,7 @@ def chunk_gradient_kernel(
     stride_dfb,
     stride_dft,
     stride_dfh,
-    scale,
+    inverse_scale,
     T,
     NT,
     NC,
@@ -141,9 +141,9 @@ def chunk_gradient_kernel(
 
             eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
             x = padded(channels(b_f, eye), left, C, FULL)
-            g, k = gate(x, b[:, None])
+            g, k = gate(x, b[:, None], DT)
             x_q = channels(b_q, eye)
-            a = silu(x_q, scale)
+            a = silu(x_q, inverse_scale)
             if EXACT:
                 # gradients of the scores of pairs, whichever of the two is the query
                 dscores_t = tl.where(i < j, dot(b_v, tl.trans(b_do), square), 0.0)
@@ -178,38 +178,38 @@ def chunk_gradient_kernel(
                 written = k * raw
                 dk_sum += raw
                 passing *= exp2((first_half - enters) + (second_half - leaves))
-                # a closed gate leaves of each sum what is far below its largest term: no term may enter and be
-                # taken out
-                dg = sum_tokens(balance, load_matrix(ones, 2, C))
-                dg += sum_tokens(written, load_matrix(ones, 3, C)) + passing[:, None]
             else:
                 decay = sum_gates(g, load_matrix(sums, LEVELS, C), EXACT)
                 factor = exp2(decay)
                 inverse = exp2(-decay)
                 qd = (a * factor).to(DT)
                 kd = (k * inverse).to(DT)
+                raw = dot(b_dh.to(DT), tl.trans(b_v), zero)
+                passing += tl.sum(kd.to(tl.float32) * raw, 1)
+                raw = dot(qd, dscores, raw)
+                dk_sum = raw * inverse
+                balance = -kd.to(tl.float32) * raw
                 raw = dot(kd, tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
-                balance = qd.to(tl.float32) * raw
                 dq_sum = raw * factor
-                raw_state = dot(b_dh.to(DT), tl.trans(b_v), zero)
-                written = kd.to(tl.float32) * raw_state
-                raw = dot(qd, dscores, zero)
-                balance -= kd.to(tl.float32) * raw
-                dk_sum = (raw + raw_state) * inverse
-                # queries from t on carry gate t, and so do keys written before t and the state that passes
-                dg = sum_tokens(balance - written, load_matrix(ones, 2, C))
-                dg += (tl.sum(written, 1) + passing)[:, None]
+                balance += qd.to(tl.float32) * raw
 
             # the same products by another identity, lest the compiler keep their results, which costs more
             again = load_matrix(ones, 1, C).to(q.dtype.element_ty)
-            x = padded(channels(b_f, again), left, C, FULL)
             x_q = channels(b_q, again)
-            g, k = gate(x, b[:, None])
-            s = reciprocal(1.0 + exp2(-x_q * LOG2E))
-            b_dq = dq_sum * scale * s * (1.0 + x_q * (1.0 - s))
+            s = reciprocal(inverse_scale + inverse_scale * exp2(-x_q * LOG2E))
+            b_dq = dq_sum * s * (1.0 + x_q * (1.0 - s * inverse_scale))
             p_dq = dq + i_b * stride_dqb + t * stride_dqt + i_h * stride_dqh
             store_tokens(p_dq, stride_dqt, o_k, left, tl.trans(b_dq.to(dq.dtype.element_ty)), K, BK, C, FULL)
+
+            # queries from t on carry gate t, and so do keys written before t and the state that passes
+            dg = sum_tokens(balance, load_matrix(ones, 2, C)) + passing[:, None]
+            if EXACT:
+                # a closed gate leaves of each sum what is far below its largest term: no term may enter and be
+                # taken out
+                dg += sum_tokens(written, load_matrix(ones, 3, C))
+            x = padded(channels(b_f, again), left, C, FULL)
             e, r = sigmoid_parts(x)
+            k = (1.0 - b[:, None]) * r
             share = reciprocal(b[:, None] + e)
             # dg / forget - dk by sigmoid(x): a gate without a bound closes to e, whose ratio to itself is 1
             b_df = k * (dg * (e * share) - dk_sum * (e * r))

@@ -51,7 +51,7 @@ def chunk_output_kernel(
     stride_ob,
     stride_ot,
     stride_oh,
-    scale,
+    inverse_scale,
     T,
     NT,
     NC,
@@ -116,8 +116,8 @@ def chunk_output_kernel(
                 b_q = load_tokens(p_q, stride_qt, o_k, left, K, BK, C, FULL)
                 m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
                 b_h = tl.load(states + place * K * V + o_k[:, None] * V + o_v[None, :], mask=m_kv, other=0.0)
-                g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
-                a = silu(channels(b_q, eye), scale)
+                g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None], DT)
+                a = silu(channels(b_q, eye), inverse_scale)
 
                 shift = LEVELS
                 same = i >= 0
@@ -153,6 +153,10 @@ def chunk_output_kernel(
                 else:
                     out = dot(tl.trans(qd), b_h.to(DT), out)
             b_y = load_tokens(p_y, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
-            out = dot(scores.to(DT), b_y, out)
+            rounded = scores.to(DT)
+            if K < 64 and DT != tl.float32:
+                # so few channels that the rounding of the scores shows
+                out = dot((scores - rounded.to(tl.float32)).to(DT), b_y, out)
+            out = dot(rounded, b_y, out)
             p_o = o + i_b * stride_ob + t * stride_ot + i_h * stride_oh
             store_tokens(p_o, stride_ot, o_v, left, out.to(o.dtype.element_ty), V, BV, C, FULL)

@@ -54,7 +54,7 @@ def chunk_state_kernel(
     stride_yb,
     stride_yt,
     stride_yh,
-    scale,
+    inverse_scale,
     T,
     NT,
     SEGMENTS,  # of a sequence, where not TABLED
@@ -134,7 +134,7 @@ def chunk_state_kernel(
         left = end - start - i_t * C
         b_f = load_tokens(p_f + t * stride_ft, stride_ft, o_k, left, K, BK, C, FULL)
         b_y = load_tokens(p_y + t * stride_yt, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
-        g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None])
+        g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None], DT)
         decay = sum_gates(g, matrix, False)
         first_half, second_half = sum_halves(g, halves)
         whole = exp2(first_half + second_half)[:, None]
@@ -151,7 +151,7 @@ def chunk_state_kernel(
 
         if REVERSE:
             b_q = load_tokens(p_q + t * stride_qt, stride_qt, o_k, left, K, BK, C, FULL)
-            operand = (silu(channels(b_q, eye), scale) * exp2(decay)).to(DT)
+            operand = (silu(channels(b_q, eye), inverse_scale) * exp2(decay)).to(DT)
         else:
             operand = (k * exp2(decay)).to(DT)
         state = dot(operand, b_y, state * whole)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hgrn2_kernels.chunk_triton import Chunks, Config, chunk_backward, chunk_forward, dense_like
+from hgrn2_kernels.chunk_plan import Chunks, Config
+from hgrn2_kernels.chunk_triton import chunk_backward, chunk_forward, dense_like
 
 _library = torch.library.Library("hgrn2", "DEF")
 _library.define(
@@ -54,7 +55,7 @@ def _chunk_fake(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_sta
     final_state = v.new_empty((N, H, K, V), dtype=torch.float32)
     states, slow = [0], [0]
     if save_states:
-        NC = Chunks.count(q.shape[0], q.shape[1], None if cu_seqlens is None else N, config.C)
+        NC = Chunks.of(q.shape[0], q.shape[1], None if cu_seqlens is None else N, config.C).NC
         states, slow = [NC, H, K, V], [NC, H, config.blocks(K)]
     return (
         dense_like(v),

@@ -6,14 +6,10 @@ from torch import Tensor
 from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels, shape_of
 from hgrn2_kernels.chunkwise import ChunkHGRN2
 
-# narrower heads wait for their check on a GPU
-NARROWEST = 64
 
-
-def implementation(device: torch.device | str, dtype: torch.dtype, K: int, V: int) -> str:
-    """What `chunk_hgrn2` runs for inputs of this device and dtype and heads of K and V: "triton" or "pytorch"."""
-    on_gpu = torch.device(device).type == "cuda" and dtype != torch.float64
-    return "triton" if on_gpu and min(K, V) >= NARROWEST else "pytorch"
+def implementation(device: torch.device | str, dtype: torch.dtype) -> str:
+    """What `chunk_hgrn2` runs for inputs of this device and dtype: "triton" or "pytorch"."""
+    return "triton" if torch.device(device).type == "cuda" and dtype != torch.float64 else "pytorch"
 
 
 def chunk_hgrn2(
@@ -40,9 +36,9 @@ def chunk_hgrn2(
     strided views, such as the parts of one fused projection. Only the inputs are kept for the backward, which
     recomputes the rest.
 
-    On CUDA, heads of 64 to 256 run Triton kernels (fp64 aside), which never wait for the device and can be captured
-    in a CUDA graph once they have run: products there are of bf16 for 16-bit inputs and of fp32 for fp32 inputs,
-    never of TF32. Elsewhere, and for narrower heads, it runs plain PyTorch, as `chunk_hgrn2_pytorch` does anywhere.
+    On CUDA, heads of up to 256 run Triton kernels (fp64 aside), which never wait for the device and can be captured in
+    a CUDA graph once they have run: products there are of bf16 for 16-bit inputs and of fp32 for fp32 inputs, never of
+    TF32. Elsewhere it runs plain PyTorch, as `chunk_hgrn2_pytorch` does anywhere.
 
     Args:
         q: [B, T, H, K] fp64, fp32, bf16 or fp16, raw query projection.
@@ -75,13 +71,13 @@ def chunk_hgrn2(
         fla-org/flash-linear-attention, fla/layers/hgrn2.py.
     """
     check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens)
-    if implementation(q.device, q.dtype, q.shape[-1], v.shape[-1]) == "pytorch":
+    if implementation(q.device, q.dtype) == "pytorch":
         return _pytorch(q, f, v, lower_bound, scale, initial_state, output_final_state, cu_seqlens)
-    check_kernels(q, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_kernels(q, v, scale)
     # a CPU needs no triton
     from hgrn2_kernels import library
 
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, final_state = library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
     return o, final_state if output_final_state else None
 
@@ -114,13 +110,13 @@ def chunk_hgrn2_fused(
         raise ValueError(f"qfv must be [B, T, H, 3, K], got {shape_of(qfv)}: split it with unflatten(-1, (H, 3, K))")
     q, f, v = qfv.unbind(-2)
     options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    if implementation(q.device, q.dtype, q.shape[-1], v.shape[-1]) == "pytorch":
+    if implementation(q.device, q.dtype) == "pytorch":
         return chunk_hgrn2_pytorch(q, f, v, lower_bound, output_final_state=output_final_state, **options)
     check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens)
-    check_kernels(q, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_kernels(q, v, scale)
     from hgrn2_kernels import library
 
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, final_state = library.chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, save_states)
     return o, final_state if output_final_state else None
 

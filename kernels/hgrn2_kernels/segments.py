@@ -55,7 +55,7 @@ def segment_states(
         check_like_state("lower_bound", lower_bound, f.shape[2:], f)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, f)
-    if implementation(f.device, f.dtype, f.shape[-1], v.shape[-1]) == "triton":
+    if implementation(f.device, f.dtype) == "triton":
         check_kernels(f, v)
         # a CPU needs no triton
         from hgrn2_kernels.segments_triton import SegmentStates

@@ -59,6 +59,20 @@ def test_thousands_of_packed_documents():
     check(cuda_inputs(1, int(cu_seqlens[-1]), 2, gate="mixed"), cu_seqlens=cu_seqlens)
 
 
+def test_tensors_that_lie_anywhere_in_memory():
+    """The same shapes and strides again, one number further: a kernel compiled for aligned tensors may not take them."""
+    q, f, v, b, do = cuda_inputs(1, 100, 2, 64)
+    room = q.new_empty(1, 100, 2 * 64 + 1)
+    apart = [room.new_empty(room.shape)[..., 1:].unflatten(-1, (2, 64)) for _ in range(3)]
+    near = [room.new_empty(room.shape)[..., :-1].unflatten(-1, (2, 64)) for _ in range(3)]
+    want = gradients(chunk_hgrn2, q, f, v, b, do)
+    for views in (near, apart, near):
+        for x, y in zip(views, (q, f, v), strict=True):
+            x.copy_(y)
+        got = gradients(chunk_hgrn2, *views, b, do)
+        assert all(torch.equal(got[name], want[name]) for name in NAMES)
+
+
 def test_torch_compile_traces_it_whole():
     inputs = cuda_inputs(1, 100, 2, 64)
     compiled = torch.compile(lambda *x: chunk_hgrn2(*x), fullgraph=True)

@@ -7,7 +7,7 @@ import torch
 from operator_cases import CEILING, GATES, assert_equal, bounds, make_inputs, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_triton, library, recurrent_hgrn2, segment_states
+from hgrn2_kernels import chunk_plan, chunk_triton, library, recurrent_hgrn2, segment_states
 from hgrn2_kernels.segments_triton import SegmentStates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +37,9 @@ def check(inputs, cu_seqlens=None):
     for name, ceiling in BF16_CEILING.items():
         if gold[name] is not None:
             keep = inputs[3] >= 1e-3 if name == "dlower_bound" else ...
-            assert relative_error(got[name][keep], gold[name][keep]) <= ceiling, name
+            # fp16 has no numbers for the gradients of closed gates
+            want = gold[name].to(got[name].dtype) if got[name].dtype == torch.float16 else gold[name]
+            assert relative_error(got[name][keep], want[keep]) <= ceiling, name
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -64,18 +66,18 @@ def test_fp32_packed_sequences():
 
 @pytest.mark.parametrize("T", [24 * 32, 25 * 32 + 5], ids=str)
 def test_a_long_sequence_is_cut_into_segments(T, monkeypatch):
-    monkeypatch.setattr(chunk_triton, "FILL", 3)
+    monkeypatch.setattr(chunk_plan, "FILL", 3)
     inputs = on_device(make_inputs((1, T, 1, 16, 16), "over-16", dtype=torch.float32))
-    assert chunk_triton.Launches(*inputs[:4], 1.0, None).segments.per_sequence == 3
+    assert chunk_triton.Launches(*inputs[:4], 1.0, None).plan.segments.per_sequence == 3
     check(inputs)
 
 
 @pytest.mark.parametrize("borders", [[0, 0, 800, 803, 1100], [0, 1100]], ids=str)
 def test_long_packed_sequences_are_cut_into_segments(borders, monkeypatch):
-    monkeypatch.setattr(chunk_triton, "FILL", 12)
+    monkeypatch.setattr(chunk_plan, "FILL", 12)
     cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=DEVICE)
     inputs = on_device(make_inputs((1, 1100, 1, 16, 16), "over-16", N=len(borders) - 1, dtype=torch.float32))
-    assert chunk_triton.Launches(*inputs[:4], 1.0, cu_seqlens).segments.count > len(borders)
+    assert chunk_triton.Launches(*inputs[:4], 1.0, cu_seqlens).plan.segments.count > len(borders)
     check(inputs, cu_seqlens)
 
 
@@ -159,7 +161,7 @@ def test_saved_states_give_the_same_gradients():
 @pytest.mark.parametrize("gate", ["over-16", "closed-now-and-then"])
 def test_segment_states(gate, packed, fill, monkeypatch):
     """State and decay of whole sequences, and every gradient, against PyTorch in fp64."""
-    monkeypatch.setattr(chunk_triton, "FILL", fill)
+    monkeypatch.setattr(chunk_plan, "FILL", fill)
     N = 4 if packed else 2
     cu_seqlens = torch.tensor([0, 0, 300, 301, 800], dtype=torch.int32, device=DEVICE) if packed else None
     _, f, v, b, _ = on_device(make_inputs((1 if packed else 2, 800, 1, 16, 16), gate, "half-zero", dtype=torch.float32))

@@ -1,0 +1,228 @@
+"""What the launches over one shape need to know: tiles, chunks, segments, and every argument that is not a tensor.
+
+All of it is a pure function of shapes, dtype and compute capability, found once for each.
+"""
+
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hgrn2_kernels.checks import capability
+from hgrn2_kernels.launch import Numbers
+
+# programs of chunk_state that fill the largest GPU it is tuned for, two on each of 132 multiprocessors
+FILL = 256
+# what a program of an exact form looks through, most of which it leaves alone
+SCAN = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiles of the kernels, a pure function of dtype, head dimensions and compute capability.
+
+    Attributes:
+        C: tokens a chunk.
+        BK: channels of K that share a tile and a flag, the rows of a tensor core's product.
+        gradient: (channels of K, warps) of chunk_gradient, which has the most to keep in registers.
+        BV: channels of V, all of them.
+        state_BV: channels of V in chunk_state.
+        dtype: of the operands of matrix products and of the states between chunks.
+        state_stages, reverse_stages, output_stages: of the pipelines of chunk_state, forward and in reverse, and of
+            the fast form of chunk_output.
+        warps: of the fast form of chunk_output.
+        state_warps: of chunk_state.
+        exact_warps: of the exact form of chunk_output.
+    """
+
+    C: int
+    BK: int
+    gradient: tuple[int, int]
+    BV: int
+    state_BV: int
+    dtype: torch.dtype
+    state_stages: int
+    reverse_stages: int
+    output_stages: int
+    exact_warps: int = 4
+    warps: int = 4
+    state_warps: int = 4
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, K: int, V: int, capability: tuple[int, int] = (9, 0)) -> "Config":
+        if dtype == torch.float32:
+            BK, BV = min(32, max(16, triton.next_power_of_2(K))), max(16, triton.next_power_of_2(V))
+            return cls(32, BK, (16, 8), BV, min(BV, 64), torch.float32, 1, 1, 1)
+        # Triton 3.6 miscompiles pipelined loads of narrower tiles on Hopper
+        BV = max(64, triton.next_power_of_2(V))
+        # Hopper and the large Blackwells multiply out of shared memory, the others out of registers
+        gradient, exact_warps = ((64, 4), 4) if capability[0] in (9, 10) else ((32, 8), 8)
+        # the fast path's operands need the exponents of bf16, which fp16 lacks
+        return cls(64, 64, gradient, BV, min(BV, 128), torch.bfloat16, 3, 2, 2, exact_warps)
+
+    def blocks(self, K: int) -> int:
+        """Blocks of channels that K has."""
+        return -(-K // self.BK)
+
+    @property
+    def tl_dtype(self):
+        return tl.float32 if self.dtype == torch.float32 else tl.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How many chunks there are.
+
+    Attributes:
+        N: sequences.
+        NC: chunks, an upper bound where sequences are packed.
+        T: tokens of a row.
+        per_row: chunks of a row of a dense batch; 0 for packed sequences.
+    """
+
+    N: int
+    NC: int
+    T: int
+    per_row: int
+
+    @classmethod
+    def of(cls, B: int, T: int, N: int | None, C: int) -> "Chunks":
+        """Chunks of C tokens of B rows, or of N sequences packed in one."""
+        return cls(B, B * -(-T // C), T, -(-T // C)) if N is None else cls(N, T // C + N, T, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """How chunk_state cuts sequences so that its programs fill a GPU: 8 chunks a segment at least.
+
+    Attributes:
+        count: segments of all sequences, an upper bound where sequences are packed.
+        length: chunks a segment.
+        per_sequence: segments of a sequence of a dense batch, 1 where sequences are whole; 0 where packed ones are cut.
+    """
+
+    count: int
+    length: int
+    per_sequence: int = 1
+
+    @classmethod
+    def of(cls, chunks: Chunks, C: int, programs: int, fill: int) -> "Segments":
+        """Args: chunks of C tokens; programs a segment, and those that fill a GPU."""
+        wanted = triton.cdiv(fill, chunks.N * programs)
+        if chunks.per_row:
+            wanted = min(wanted, chunks.per_row // 8)
+        # the pass over the segments that comes first costs as much as two segments gain
+        if wanted < 3:
+            return cls(chunks.N, chunks.NC)
+        if chunks.per_row:
+            length = triton.cdiv(chunks.per_row, wanted)
+            per_sequence = triton.cdiv(chunks.per_row, length)
+            return cls(chunks.N * per_sequence, length, per_sequence)
+        length = max(8, triton.cdiv(chunks.NC, chunks.N * wanted))
+        return cls(Chunks.of(1, chunks.T, chunks.N, C * length).NC, length, 0)
+
+    @property
+    def cut(self) -> bool:
+        return self.per_sequence != 1
+
+    @property
+    def tabled(self) -> bool:
+        return self.per_sequence == 0
+
+
+def table(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """For pieces of `size` tokens: the sequence of each piece [count], and the first piece of each sequence [N + 1].
+
+    int32, made on the device; pieces beyond the last belong to the last sequence, and start after its end.
+    """
+    counts = (cu_seqlens.diff() + size - 1) // size
+    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    place = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
+    sequence = torch.searchsorted(first[1:], place, right=True).clamp_(max=len(counts) - 1).to(torch.int32)
+    return sequence, first
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Attributes:
+    config, chunks, segments: of the shape.
+    blocks: of channels that share a flag.
+    state_programs, output_items, gradient_items: programs of chunk_state a segment, and what there is to do for the
+        other two.
+    H, K, V: heads and their dimensions.
+    numbers: arguments of all kernels.
+    """
+
+    config: Config
+    chunks: Chunks
+    segments: Segments
+    blocks: int
+    state_programs: int
+    output_items: int
+    gradient_items: int
+    H: int
+    K: int
+    V: int
+    numbers: Numbers
+
+    @classmethod
+    def of(cls, q: Tensor, f: Tensor, v: Tensor, bounded: bool, scale: float, N: int | None) -> "Plan":
+        """Args: the inputs; whether there is a bound; N packed sequences, or None."""
+        return _plan(q.device, q.dtype, q.shape, v.shape[3], q.stride(), f.stride(), bounded, scale, N, FILL)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
+    B, T, H, K = shape
+    config = Config.of(dtype, K, V, capability(device))
+    chunks = Chunks.of(B, T, N, config.C)
+    blocks = config.blocks(K)
+    state_programs = H * blocks * triton.cdiv(V, config.state_BV)
+    numbers = Numbers(
+        **strides("q", stride_q),
+        **strides("f", stride_f),
+        inverse_scale=1 / scale,
+        T=T,
+        NT=chunks.per_row,
+        NC=chunks.NC,
+        H=H,
+        K=K,
+        V=V,
+        C=config.C,
+        LEVELS=config.C.bit_length() - 1,
+        DT=config.tl_dtype,
+        BOUNDED=bounded,
+        PACKED=N is not None,
+        FULL=N is None and T % config.C == 0,
+        SCAN=SCAN,
+    )
+    return Plan(
+        config=config,
+        chunks=chunks,
+        segments=Segments.of(chunks, config.C, state_programs, fill),
+        blocks=blocks,
+        state_programs=state_programs,
+        output_items=chunks.NC * H,
+        gradient_items=chunks.NC * H * triton.cdiv(K, config.gradient[0]),
+        H=H,
+        K=K,
+        V=V,
+        numbers=numbers,
+    )
+
+
+def strides(name: str, stride: tuple[int, ...]) -> dict[str, int]:
+    """The arguments of a kernel for a tensor [B, T, H, D] of that name whose last stride is 1."""
+    b, t, h = _STRIDES[name]
+    return {b: stride[0], t: stride[1], h: stride[2]}
+
+
+_STRIDES = {x: tuple(f"stride_{x}{axis}" for axis in "bth") for x in ("q", "f", "v", "y", "o", "dq", "df")}
+
+
+def looked_through(items: int, exact: bool) -> tuple[int]:
+    """Grid of a form: one program an item, or few that look through all where few are expected to be taken."""
+    return (min(items, max(FILL, -(-items // SCAN))) if exact else items,)
