@@ -1,15 +1,17 @@
 """Time and memory of chunk_hgrn2 on one GPU, beside fla's HGRN2 path and cuDNN attention, on inputs it has checked.
 
-    python benchmarks/operator.py [--shapes 8x4096x16 ...] [--sweeps] [--json FILE]
+    python benchmarks/operator.py [--shapes 8x4096x16 ...] [--fla 8x4096x16 ...] [--sweeps] [--json FILE]
     python benchmarks/operator.py --plot FILE PICTURE        no GPU needed
 
 Shapes are batch x length x heads, heads of 128, bf16, inputs as strided views of one fused projection, bounds in
 [0.04, 0.94]. A shape is timed only after its output and every gradient agree with the PyTorch form in fp32 on the very
-same numbers. Times are medians of CUDA events, in ms. fla is timed where it can be imported (fla-core); its autotuning
-takes minutes. --sweeps adds time against length and against heads, and --plot draws them.
+same numbers. Times are medians of CUDA events, in ms; in those from a CUDA graph the host has no part. fla (fla-core)
+is timed where it can be imported, on the shapes of --fla alone: its autotuning takes minutes. --sweeps adds time
+against length and heads, and --plot draws them.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -103,8 +105,8 @@ def check(leaves: list[Tensor], do: Tensor):
             raise SystemExit(f"{name} is wrong, relative error {error:.1e}: not timed")
 
 
-def forward_and_both(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
-    """Median ms of the forward, and of forward and backward."""
+def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float]:
+    """Median ms of the forward, of forward and backward, and of these replayed from a CUDA graph."""
 
     def both():
         for x in leaves:
@@ -113,7 +115,16 @@ def forward_and_both(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float
 
     with torch.no_grad():
         forward = time(lambda: op(*leaves))
-    return forward, time(both)
+    eager = time(both)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both()
+    return forward, eager, time(graph.replay)
 
 
 def memory(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
@@ -152,14 +163,13 @@ def measure(shape: str, gate: str, peers: dict) -> dict:
     B, T, H = map(int, shape.split("x"))
     leaves, do = make_inputs(B, T, H, gate)
     check(leaves, do)
-    row = {"shape": shape, "gate": gate}
-    for name, op in ({"hgrn2": hgrn2, "saved": hgrn2_saved} | peers).items():
-        if name == "attention":
+    row = {"shape": shape, "gate": gate, "exact": exact_share(*leaves), "operators": {}}
+    for name, op in ({"HGRN2": hgrn2, "HGRN2, states kept": hgrn2_saved} | peers).items():
+        if op is attention:
             leaves = [torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
             do = torch.randn_like(leaves[0])
         op(*leaves).backward(do)
-        row[name] = [*forward_and_both(op, leaves, do), *memory(op, leaves, do)]
-    row["exact"] = exact_share(*make_inputs(B, T, H, gate)[0])
+        row["operators"][name] = [*times(op, leaves, do), *memory(op, leaves, do)]
     return row
 
 
@@ -169,34 +179,47 @@ def exact_share(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> float:
     return slow.float().mean().item()
 
 
-def table(rows: list[dict]) -> str:
-    names = [name for name in ("hgrn2", "saved", "fla", "attention") if name in rows[0]]
-    lines = [
-        "| shape | gates | exact | " + " | ".join(f"{name} fwd | fwd+bwd | kept / peak MiB" for name in names) + " |",
-        "|---|---|---|" + "---|---|---|" * len(names),
-    ]
-    for row in rows:
-        cells = ["{:.3f} | {:.3f} | {:.0f} / {:.0f}".format(*row[name]) if name in row else " | | " for name in names]
-        lines.append(f"| {row['shape']} | {row['gate']} | {row['exact']:.0%} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+HEAD = """\
+| shape | gates | exact | operator | fwd | fwd + bwd | in a graph | / HGRN2's | / HGRN2's | / HGRN2's | kept MiB | peak |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def lines(row: dict) -> str:
+    """The table's lines of one shape and gate."""
+    first = f"| {row['shape']} | {row['gate']} | {row['exact']:.1%} |"
+    own = row["operators"]["HGRN2"]
+    return "\n".join(
+        " | ".join(
+            [f"{first} {name}", *(f"{x:.3f}" for x in ms), *(f"{x / y:.2f}" for x, y in zip(ms, own, strict=False))]
+            + [f"{kept:.0f}", f"{peak:.0f} |"]
+        )
+        for name, (*ms, kept, peak) in row["operators"].items()
+    )
+
+
+def measure_all(cases) -> list[dict]:
+    """Rows of (shape, gate, peers), printed as they come."""
+    print(HEAD)
+    rows = []
+    for case in cases:
+        rows.append(measure(*case))
+        print(lines(rows[-1]), flush=True)
+    return rows
 
 
 def run(args):
     peers = {"attention": attention}
-    try:
-        import fla  # noqa: F401
-
-        peers = {"fla": fla_hgrn2, **peers}
-    except ImportError:
+    with_fla = {"fla": fla_hgrn2} if importlib.util.find_spec("fla") else {}
+    if not with_fla:
         print("fla cannot be imported: not compared")
     copy, products = ceilings()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy:.2f} TB/s, bf16 {products:.0f} TFLOP/s"
     )
-    rows = [measure(shape, "ordinary", peers) for shape in args.shapes]
+    cases = [(shape, "ordinary", (with_fla if shape in args.fla else {}) | peers) for shape in args.shapes]
     # the gates decide how many chunks take the exact form; peers do not look at them
-    rows += [measure(args.shapes[0], gate, {}) for gate in list(GATES)[1:]]
-    print(table(rows))
+    cases += [(args.shapes[0], gate, {}) for gate in list(GATES)[1:]]
+    rows = measure_all(cases)
     for shape in args.shapes:
         gigabytes, gigaflops = least(*map(int, shape.split("x")))
         print(
@@ -204,11 +227,9 @@ def run(args):
             f"{gigaflops:.0f} GFLOP, {gigaflops / products:.2f} ms at that rate"
         )
     sweeps = {}
-    if args.sweeps:
-        peers = {"attention": attention}
-        sweeps = {name: [measure(shape, "ordinary", peers) for shape in shapes] for name, shapes in SWEEPS.items()}
-        for name, some in sweeps.items():
-            print(f"\nTime against {name}\n{table(some)}")
+    for name, shapes in SWEEPS.items() if args.sweeps else ():
+        print(f"\nTime against {name}")
+        sweeps[name] = measure_all([(shape, "ordinary", peers) for shape in shapes])
     if args.json:
         Path(args.json).write_text(json.dumps({"rows": rows, "sweeps": sweeps}, indent=1))
 
@@ -226,8 +247,8 @@ def plot(data: str, picture: str):
     for axis, (name, rows) in zip(axes[0], sweeps.items(), strict=True):
         of = 1 if name.startswith("length") else 2
         x = [int(row["shape"].split("x")[of]) for row in rows]
-        for label, key in (("HGRN2", "hgrn2"), ("attention (cuDNN)", "attention")):
-            axis.plot(x, [row[key][1] for row in rows], "o-", label=label)
+        for operator, label in (("HGRN2", "HGRN2"), ("attention", "attention (cuDNN)")):
+            axis.plot(x, [row["operators"][operator][1] for row in rows], "o-", label=label)
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="forward + backward, ms", xticks=x)
         axis.set_xticks(x, [str(n) for n in x])
         axis.minorticks_off()
@@ -239,6 +260,7 @@ def plot(data: str, picture: str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--fla", nargs="*", default=SHAPES[:2], help="those of the shapes on which fla is timed")
     parser.add_argument("--sweeps", action="store_true", help="time against length and against heads")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--plot", nargs=2, metavar=("FILE", "PICTURE"), help="draw the sweeps of a --json file")

@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # what tells the forms of one kernel apart
-FORM = ("REVERSE", "EXACT", "STATES", "LAST", "DECAYS", "HAS_FIRST", "PACKED", "TABLED")
+FORM = ("REVERSE", "EXACT", "STATES", "LAST", "DECAYS", "HAS_FIRST", "PACKED", "TABLED", "STAGES")
 
 
 def recorded_launches(
@@ -42,7 +42,7 @@ def recorded_launches(
         patch.object(Kernel, "launch", record),
         patch.object(chunk_plan, "capability", lambda device: divmod(arch, 10)),
     ):
-        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0)
+        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0, False)
         chunk_triton.chunk_backward(o, state, q, f, v, bound, state, cu_seqlens, 1.0)
     return launches
 

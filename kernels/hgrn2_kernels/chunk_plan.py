@@ -18,6 +18,8 @@ from hgrn2_kernels.launch import Numbers
 FILL = 256
 # what a program of an exact form looks through, most of which it leaves alone
 SCAN = 128
+# bytes that the backward may ask to keep beyond the inputs, as a share of theirs
+KEPT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Config:
         dtype: of the operands of matrix products and of the states between chunks.
         state_stages, reverse_stages, output_stages: of the pipelines of chunk_state, forward and in reverse, and of
             the fast form of chunk_output.
-        warps: of the fast form of chunk_output.
+        alone_stages: of chunk_state in reverse where its programs have a multiprocessor each, and its shared memory.
+        output_warps: of the fast form of chunk_output, and of the exact.
         state_warps: of chunk_state.
-        exact_warps: of the exact form of chunk_output.
     """
 
     C: int
@@ -46,22 +48,23 @@ class Config:
     dtype: torch.dtype
     state_stages: int
     reverse_stages: int
+    alone_stages: int
     output_stages: int
-    exact_warps: int = 4
-    warps: int = 4
+    output_warps: tuple[int, int] = (4, 4)
     state_warps: int = 4
 
     @classmethod
     def of(cls, dtype: torch.dtype, K: int, V: int, capability: tuple[int, int] = (9, 0)) -> "Config":
         if dtype == torch.float32:
             BK, BV = min(32, max(16, triton.next_power_of_2(K))), max(16, triton.next_power_of_2(V))
-            return cls(32, BK, (16, 8), BV, min(BV, 64), torch.float32, 1, 1, 1)
+            return cls(32, BK, (16, 8), BV, min(BV, 64), torch.float32, 1, 1, 1, 1)
         # Triton 3.6 miscompiles pipelined loads of narrower tiles on Hopper
         BV = max(64, triton.next_power_of_2(V))
         # Hopper and the large Blackwells multiply out of shared memory, the others out of registers
         gradient, exact_warps = ((64, 4), 4) if capability[0] in (9, 10) else ((32, 8), 8)
+        fast_warps = 4 if BV <= 128 else 8
         # the fast path's operands need the exponents of bf16, which fp16 lacks
-        return cls(64, 64, gradient, BV, min(BV, 128), torch.bfloat16, 3, 2, 2, exact_warps)
+        return cls(64, 64, gradient, BV, min(BV, 128), torch.bfloat16, 3, 2, 3, 2, (fast_warps, exact_warps))
 
     def blocks(self, K: int) -> int:
         """Blocks of channels that K has."""
@@ -152,6 +155,8 @@ class Plan:
     blocks: of channels that share a flag.
     state_programs, output_items, gradient_items: programs of chunk_state a segment, and what there is to do for the
         other two.
+    state_stages, reverse_stages: of the pipelines of chunk_state, forward and in reverse.
+    keeps_entering: whether the states that enter the segments are small enough to be kept for the backward.
     H, K, V: heads and their dimensions.
     numbers: arguments of all kernels.
     """
@@ -163,6 +168,9 @@ class Plan:
     state_programs: int
     output_items: int
     gradient_items: int
+    state_stages: int
+    reverse_stages: int
+    keeps_entering: bool
     H: int
     K: int
     V: int
@@ -181,6 +189,8 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
     chunks = Chunks.of(B, T, N, config.C)
     blocks = config.blocks(K)
     state_programs = H * blocks * triton.cdiv(V, config.state_BV)
+    segments = Segments.of(chunks, config.C, state_programs, fill)
+    alone = segments.count * state_programs <= fill // 2
     numbers = Numbers(
         **strides("q", stride_q),
         **strides("f", stride_f),
@@ -202,11 +212,14 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
     return Plan(
         config=config,
         chunks=chunks,
-        segments=Segments.of(chunks, config.C, state_programs, fill),
+        segments=segments,
         blocks=blocks,
         state_programs=state_programs,
         output_items=chunks.NC * H,
         gradient_items=chunks.NC * H * triton.cdiv(K, config.gradient[0]),
+        state_stages=config.state_stages,
+        reverse_stages=config.alone_stages if alone else config.reverse_stages,
+        keeps_entering=segments.cut and segments.count * K * V * 4 <= KEPT * B * T * (2 * K + V) * dtype.itemsize,
         H=H,
         K=K,
         V=V,

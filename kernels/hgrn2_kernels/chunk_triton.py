@@ -1,8 +1,8 @@
 """The operator on a GPU: launches of the chunk kernels.
 
-Forward: chunk_state, chunk_output (fast, then exact). Backward: chunk_state again, since only the inputs are kept,
-chunk_state in reverse, chunk_output in reverse for dv, chunk_gradient. Nothing waits for the device: which chunks
-take the exact path is a flag that chunk_state leaves in memory.
+Forward: chunk_state, chunk_output (fast, then exact). Backward: chunk_state again unless states are kept, chunk_state
+in reverse, chunk_output in reverse for dv, chunk_gradient. Nothing waits for the device: which chunks take the exact
+path is a flag that chunk_state leaves in memory.
 """
 
 import torch
@@ -19,45 +19,48 @@ chunk_state, segment_scan = Kernel(chunk_state_kernel), Kernel(segment_scan_kern
 chunk_output, chunk_gradient = Kernel(chunk_output_kernel), Kernel(chunk_gradient_kernel)
 
 
-def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
+def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
     """Output of the chunk kernels and what a backward may want to keep.
 
     Args:
-        q, f, v, lower_bound, initial_state, cu_seqlens, scale: as in `chunk_hgrn2`, on one device.
+        q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states: as in `chunk_hgrn2`, on one device.
 
     Returns:
         o: [B, T, H, V] dtype of v.
         final_state: [N, H, K, V] fp32.
-        states: [chunks, H, K, V] `Config.dtype`, that entering each chunk, decayed towards the chunk's middle.
-        slow: [chunks, H, blocks of K] int8, whether the exact form took the chunk.
+        saved: what spares the backward some work. With save_states, the states [chunks, H, K, V] of `Config.dtype`
+            that enter the chunks, decayed towards their middle, and [chunks, H, blocks of K] int8, whether the exact
+            form took the chunk. Without, the states [segments, H, K, V] fp32 that enter the segments, or nothing.
     """
     q, f, v = (unit_stride(x) for x in (q, f, v))
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
-        states, final_state = run.states(v, initial_state)
+        states, final_state, entering = run.states(v, initial_state)
         o = dense_like(v)
         run.output(v, states, o)
-    return o, final_state, states, run.slow
+    if save_states:
+        return o, final_state, (states, run.slow)
+    return o, final_state, (entering,) if run.plan.keeps_entering else ()
 
 
-def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=None, into=None):
+def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=(), into=None):
     """Gradients of q, f, v, lower_bound (None without one) and the initial state.
 
     Args:
         do: [B, T, H, V] dtype of v, gradient of o.
         dfinal_state: [N, H, K, V] fp32, or None.
         q, f, v, lower_bound, initial_state, cu_seqlens, scale: of the forward.
-        saved: (states, slow) of the forward, recomputed when None.
+        saved: of the forward; what is not there is computed again.
         into: tensors that take the gradients of q, f and v, the last dimension contiguous; new ones when None.
     """
     dq, df, dv = (dense_like(x) for x in (q, f, v)) if into is None else into
     q, f, v, do = (unit_stride(x) for x in (q, f, v, do))
+    states, slow = saved if len(saved) == 2 else (None, None)
     with torch.cuda.device_of(q):
-        states, slow = saved or (None, None)
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens, slow)
-        if saved is None:
-            states, _ = run.states(v, initial_state)
-        dstates, dinitial = run.states(do, dfinal_state, reverse=True)
+        if states is None:
+            states, *_ = run.states(v, initial_state, entering=saved[0] if saved else None)
+        dstates, dinitial, _ = run.states(do, dfinal_state, reverse=True)
         run.output(do, dstates, dv, reverse=True)
         dbound = run.gradients(v, do, states, dstates, dq, df)
     return dq, df, dv, dbound, dinitial
@@ -108,19 +111,32 @@ class Launches:
             sequence, first = table(cu_seqlens, plan.config.C * plan.segments.length, plan.segments.count)
             self.tensors |= dict(segment_sequence=sequence, segment_first=first)
 
-    def states(self, y: Tensor, first: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
-        """States at the chunks' borders [NC, H, K, V], and the one at the end of each sequence [N, H, K, V] fp32."""
+    def states(self, y: Tensor, first: Tensor | None, reverse: bool = False, entering: Tensor | None = None):
+        """The states of one direction.
+
+        Args:
+            y: [B, T, H, V], v or do.
+            first: [N, H, K, V] fp32, states at the sequences' beginnings (ends where reverse); zeros when None.
+            entering: of an earlier call, which spares a pass over the segments.
+
+        Returns:
+            states: [NC, H, K, V], at the chunks' borders.
+            last: [N, H, K, V] fp32, at the other ends of the sequences; None where entering is given.
+            entering: [segments, H, K, V] fp32, at the segments' beginnings; None where sequences are whole.
+        """
         plan = self.plan
         first = None if first is None else first.contiguous()
+        last = None
         states = y.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V), dtype=plan.config.dtype)
         if not plan.segments.cut:
             last = self._per_segment(y, plan.V)
             self._walk(y, reverse, first, states=states, last=last)
         else:
-            added, decays = self._segment_totals(y, reverse)
-            entering, last, _ = self._scan(added, decays, first, reverse)
+            if entering is None:
+                added, decays = self._segment_totals(y, reverse)
+                entering, last, _ = self._scan(added, decays, first, reverse)
             self._walk(y, reverse, entering, states=states)
-        return states, last
+        return states, last, entering
 
     def totals(self, y: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """State after each sequence from zeros before it [N, H, K, V], and its log2 decay [N, H, K]; fp32."""
@@ -161,12 +177,12 @@ class Launches:
 
     def _walk(self, y, reverse, first, states=None, last=None, decays=None):
         """One pass of chunk_state over all segments, for what is given to fill."""
-        config, segments = self.plan.config, self.plan.segments
+        plan, config, segments = self.plan, self.plan.config, self.plan.segments
         outputs = dict(first=first, states=states, last=last, decays=decays)
         chunk_state.launch(
-            (segments.count * self.plan.state_programs,),
+            (segments.count * plan.state_programs,),
             config.state_warps,
-            self.plan.numbers,
+            plan.numbers,
             dict(
                 **strides("y", y.stride()),
                 SEGMENTS=segments.per_sequence,
@@ -179,7 +195,7 @@ class Launches:
                 LAST=last is not None,
                 DECAYS=decays is not None,
                 HAS_FIRST=first is not None,
-                STAGES=config.reverse_stages if reverse else config.state_stages,
+                STAGES=plan.reverse_stages if reverse else plan.state_stages,
             ),
             self.tensors | {name: self.slow if x is None else x for name, x in outputs.items()} | dict(y=y),
         )
@@ -191,7 +207,7 @@ class Launches:
         for exact in (False, True):
             chunk_output.launch(
                 looked_through(self.plan.output_items, exact),
-                config.exact_warps if exact else config.warps,
+                config.output_warps[exact],
                 self.plan.numbers,
                 dict(
                     **strides("y", y.stride()),

@@ -2,16 +2,19 @@
 
 A launch through triton's own front end costs the host tens of microseconds with the forty arguments of a chunk
 kernel, which is more than the kernel itself takes on a small shape. Here every argument but the tensors is looked up
-at once: `Numbers` says what many launches share, and the rest is part of the key.
+at once: `Numbers` says what many launches share, and the rest is part of the key. Triton's launch hooks are left out.
 """
 
 import itertools
 
+import torch
 import triton
 from torch import Tensor
 
 # forms kept a kernel: a program whose shapes change all the time starts over
 KEPT = 4096
+# place of the stream among the arguments of a compiled kernel
+STREAM = 3
 
 
 class Numbers(dict):
@@ -51,29 +54,33 @@ class Kernel:
     def _launch_by_triton(self, key, grid, num_warps, arguments):
         ordered = [arguments[name] for name in self.names]
         compiled = self.jitted[grid](*ordered, num_warps=num_warps)
-        if not self.interpreted and _aligned(x for x in ordered if isinstance(x, Tensor)):
-            if len(self.launchers) >= KEPT:
-                self.launchers.clear()
-            self.launchers[key] = _Launcher(compiled[(*grid, 1, 1)[:3]], self.names, ordered)
+        if self.interpreted or any(x.data_ptr() % 16 for x in ordered if isinstance(x, Tensor)):
+            return
+        if len(self.launchers) >= KEPT:
+            self.launchers.clear()
+        self.launchers[key] = _Launcher(compiled, grid, self.names, ordered)
 
 
 class _Launcher:
     """A compiled kernel on a grid with its numbers, for tensors that are aligned to 16 bytes as the first were."""
 
-    def __init__(self, run, names, ordered):
-        self.run = run
-        self.template = [None if isinstance(x, Tensor) else x for x in ordered]
-        self.tensors = [(n, name) for n, (name, x) in enumerate(zip(names, ordered, strict=True)) if isinstance(x, Tensor)]
+    def __init__(self, compiled, grid, names, ordered):
+        self.run = compiled.run
+        # grid, stream, function, metadata of the kernel and of the launch, hooks
+        head = [*(*grid, 1, 1)[:3], None, compiled.function, compiled.packed_metadata, None, None, None]
+        self.template = [*head, *(None if isinstance(x, Tensor) else x for x in ordered)]
+        self.tensors = [(len(head) + n, names[n]) for n, x in enumerate(ordered) if isinstance(x, Tensor)]
+        self.device = next(x.device.index for x in ordered if isinstance(x, Tensor))
 
     def launch(self, tensors) -> bool:
         arguments = self.template.copy()
+        bits = 0
         for n, name in self.tensors:
-            arguments[n] = tensors[name]
-        if not _aligned(tensors.values()):
+            # triton takes an address as well, and asks less of it
+            arguments[n] = address = tensors[name].data_ptr()
+            bits |= address
+        if bits % 16:
             return False
+        arguments[STREAM] = torch._C._cuda_getCurrentRawStream(self.device)
         self.run(*arguments)
         return True
-
-
-def _aligned(tensors):
-    return not any([x.data_ptr() % 16 for x in tensors])

@@ -23,14 +23,15 @@ _library.define(
 
 
 def _chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
-    o, final_state, states, slow = chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
-    if not save_states:
-        states, slow = states.new_empty(0), slow.new_empty(0)
+    inputs = q, f, v, lower_bound, initial_state, cu_seqlens
+    o, final_state, saved = chunk_forward(*inputs, scale, save_states)
+    # what enters the segments is not kept: its shape would tie traced code to one length
+    states, slow = saved if save_states else (o.new_empty(0), o.new_empty(0, dtype=torch.int8))
     return o, final_state, states, slow
 
 
 def _chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, slow, scale):
-    saved = (states, slow) if states.numel() else None
+    saved = (states, slow) if states.numel() else ()
     dq, df, dv, dbound, dinitial = chunk_backward(
         do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved
     )
@@ -84,8 +85,8 @@ class Chunk(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         others = lower_bound, initial_state, cu_seqlens
-        o, final_state, *saved = chunk_forward(*_apart(qfv), *others, scale)
-        ctx.save_for_backward(*qfv, *others, *(saved if save_states else ()))
+        o, final_state, saved = chunk_forward(*_apart(qfv), *others, scale, save_states)
+        ctx.save_for_backward(*qfv, *others, *saved)
         ctx.count = len(qfv)
         return o, final_state
 
@@ -94,12 +95,12 @@ class Chunk(torch.autograd.Function):
     def backward(ctx, do, dfinal_state):
         # read once: activation checkpointing recomputes at the first reading and refuses a second
         saved = ctx.saved_tensors
-        qfv, others, states = saved[: ctx.count], saved[ctx.count : ctx.count + 3], saved[ctx.count + 3 :]
+        qfv, others, saved = saved[: ctx.count], saved[ctx.count : ctx.count + 3], saved[ctx.count + 3 :]
         q, f, v = _apart(qfv)
         dqfv = tuple(_dense(x) for x in qfv)
         do = torch.zeros_like(v) if do is None else do
         *_, dbound, dinitial = chunk_backward(
-            do, dfinal_state, q, f, v, *others, ctx.scale, saved=states or None, into=_apart(dqfv)
+            do, dfinal_state, q, f, v, *others, ctx.scale, saved=saved, into=_apart(dqfv)
         )
         return None, None, dbound, None if others[1] is None else dinitial, None, *dqfv
 

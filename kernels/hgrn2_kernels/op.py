@@ -33,8 +33,8 @@ def chunk_hgrn2(
         o_t = scale * h_t^T silu(q_t)
 
     Gates, states and sums are fp32 whatever the inputs (fp64 if they are fp64), autocast or not. Inputs may be
-    strided views, such as the parts of one fused projection. Only the inputs are kept for the backward, which
-    recomputes the rest.
+    strided views, such as the parts of one fused projection. Only the inputs are kept for the backward, and at most
+    a tenth more where a long sequence is cut into segments; the rest is computed again.
 
     On CUDA, heads of up to 256 run Triton kernels (fp64 aside), which never wait for the device and can be captured in
     a CUDA graph once they have run: products there are of bf16 for 16-bit inputs and of fp32 for fp32 inputs, never of

@@ -60,7 +60,7 @@ def test_thousands_of_packed_documents():
 
 
 def test_tensors_that_lie_anywhere_in_memory():
-    """The same shapes and strides again, one number further: a kernel compiled for aligned tensors may not take them."""
+    """The same shapes and strides, one number further: a kernel compiled for aligned tensors may not take them."""
     q, f, v, b, do = cuda_inputs(1, 100, 2, 64)
     room = q.new_empty(1, 100, 2 * 64 + 1)
     apart = [room.new_empty(room.shape)[..., 1:].unflatten(-1, (2, 64)) for _ in range(3)]

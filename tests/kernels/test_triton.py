@@ -149,10 +149,39 @@ def test_registered_with_torch(options, save_states):
     torch.library.opcheck(torch.ops.hgrn2.chunk.default, (*leaves, cu_seqlens, 0.25, save_states))
 
 
-def test_saved_states_give_the_same_gradients():
-    inputs = on_device(make_inputs((1, 70, 1, 16, 16), "mixed", dtype=torch.float32))
-    kept, again = run(partial(triton_op, save_states=True), inputs), run(triton_op, inputs)
-    assert all(torch.equal(kept[name], again[name]) for name in kept)
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_is_kept_for_the_backward_changes_no_bit(cut, monkeypatch):
+    """All states; those that enter segments; nothing but the inputs."""
+    monkeypatch.setattr(chunk_plan, "FILL", 3 if cut else 1)
+    inputs = on_device(make_inputs((1, 800, 1, 16, 16), "mixed", dtype=torch.float32))
+    own = sum(x.nbytes for x in inputs)
+
+    def run_and_weigh(save_states):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            result = run(partial(triton_op, save_states=save_states), inputs)
+        return result, sum(x.nbytes for x in saved)
+
+    everything, most = run_and_weigh(True)
+    some, more = run_and_weigh(False)
+    assert own + 25 * 16 * 16 * 4 <= most
+    assert own < more <= 1.1 * own if cut else more == own
+    monkeypatch.setattr(chunk_plan, "KEPT", 0)
+    chunk_plan._plan.cache_clear()
+    nothing, least = run_and_weigh(False)
+    chunk_plan._plan.cache_clear()
+    assert least == own
+    for name in everything:
+        assert torch.equal(everything[name], some[name]) and torch.equal(everything[name], nothing[name])
+
+
+@pytest.mark.parametrize(("H", "kept"), [(16, True), (4, True), (1, False)])
+def test_little_is_kept_beyond_the_inputs(H, kept):
+    """At one sequence of 32768 tokens, which is cut into the more segments the fewer heads there are."""
+    x = torch.empty(1, 32768, H, 128, dtype=torch.bfloat16, device="meta")
+    plan = chunk_plan._plan(torch.device(DEVICE), x.dtype, x.shape, 128, x.stride(), x.stride(), True, 1.0, None, 256)
+    assert plan.segments.cut and plan.keeps_entering == kept
+    assert not kept or plan.segments.count * H * 128 * 128 * 4 <= 0.1 * 3 * x.nbytes
 
 
 @pytest.mark.parametrize("packed", [False, True])
