@@ -180,7 +180,7 @@ def exact_share(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> float:
 
 
 HEAD = """\
-| shape | gates | exact | operator | fwd | fwd + bwd | in a graph | / HGRN2's | / HGRN2's | / HGRN2's | kept MiB | peak |
+| shape | gates | exact | operator | fwd | fwd + bwd | in a graph | / HGRN2 | / HGRN2 | / HGRN2 | kept MiB | peak MiB |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hgrn2_kernels import chunk_plan, chunk_triton
-from hgrn2_kernels.launch import Kernel
+from hgrn2_kernels.launch import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
@@ -28,18 +28,18 @@ FORM = ("REVERSE", "EXACT", "STATES", "LAST", "DECAYS", "HAS_FIRST", "PACKED", "
 
 def recorded_launches(
     dtype: torch.dtype, K: int, T: int, H: int, arch: int, packed: bool = False
-) -> list[tuple[Kernel, int, dict]]:
-    """(kernel, warps, arguments) of a forward and backward, as they are launched but for the launching."""
+) -> list[tuple[Launch, dict]]:
+    """Launches of a forward and backward with all their arguments, but for the launching."""
     launches = []
 
-    def record(kernel, grid, num_warps, shared, own, tensors):
-        launches.append((kernel, num_warps, {**shared, **own, **tensors}))
+    def record(launch, tensors):
+        launches.append((launch, {**launch.numbers, **tensors}))
 
     q, f, v = torch.empty(1, T, H, 3, K, dtype=dtype).unbind(3)
     bound, state = torch.empty(H, K), torch.empty(1, H, K, K)
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
     with (
-        patch.object(Kernel, "launch", record),
+        patch.object(Launch, "__call__", record),
         patch.object(chunk_plan, "capability", lambda device: divmod(arch, 10)),
     ):
         o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0, False)
@@ -47,10 +47,10 @@ def recorded_launches(
     return launches
 
 
-def compile_kernel(kernel: Kernel, num_warps: int, arguments: dict, arch: int):
+def compile_kernel(launch: Launch, arguments: dict, arch: int):
     """The compiled form, and what its machine code uses."""
     signature, constants, attributes = {}, {}, {}
-    for n, (name, parameter) in enumerate(zip(kernel.names, kernel.jitted.params, strict=True)):
+    for n, (name, parameter) in enumerate(zip(launch.jitted.arg_names, launch.jitted.params, strict=True)):
         value = arguments[name]
         if parameter.is_constexpr:
             signature[name], constants[(n,)] = "constexpr", value
@@ -61,8 +61,8 @@ def compile_kernel(kernel: Kernel, num_warps: int, arguments: dict, arch: int):
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if not parameter.do_not_specialize and isinstance(value, int) and value % 16 == 0:
                 attributes[(n,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel.jitted, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    source = ASTSource(launch.jitted, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -75,13 +75,13 @@ def main(arch: int, dtype: str, K: int):
     seen = set()
     # a length that is cut into segments, and heads enough that it is not
     for T, H, packed in ((8192, 1, False), (64, 256, False), (8192, 1, True)):
-        for kernel, num_warps, arguments in recorded_launches(DTYPES[dtype], K, T, H, arch, packed):
+        for launch, arguments in recorded_launches(DTYPES[dtype], K, T, H, arch, packed):
             form = {name: arguments[name] for name in FORM if name in arguments}
-            key = (kernel.jitted.__name__, *form.items())
+            key = (launch.jitted.__name__, *form.items())
             if key not in seen:
                 seen.add(key)
-                _, usage = compile_kernel(kernel, num_warps, arguments, arch)
-                print(json.dumps({"kernel": kernel.jitted.__name__, **form, **usage}), flush=True)
+                _, usage = compile_kernel(launch, arguments, arch)
+                print(json.dumps({"kernel": launch.jitted.__name__, **form, **usage}), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hgrn2_kernels.checks import capability
-from hgrn2_kernels.launch import Numbers
 
 # programs of chunk_state that fill the largest GPU it is tuned for, two on each of 132 multiprocessors
 FILL = 256
@@ -158,6 +157,7 @@ class Plan:
     state_stages, reverse_stages: of the pipelines of chunk_state, forward and in reverse.
     keeps_entering: whether the states that enter the segments are small enough to be kept for the backward.
     H, K, V: heads and their dimensions.
+    packed: whether sequences are.
     numbers: arguments of all kernels.
     """
 
@@ -174,7 +174,8 @@ class Plan:
     H: int
     K: int
     V: int
-    numbers: Numbers
+    packed: bool
+    numbers: dict
 
     @classmethod
     def of(cls, q: Tensor, f: Tensor, v: Tensor, bounded: bool, scale: float, N: int | None) -> "Plan":
@@ -191,7 +192,7 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
     state_programs = H * blocks * triton.cdiv(V, config.state_BV)
     segments = Segments.of(chunks, config.C, state_programs, fill)
     alone = segments.count * state_programs <= fill // 2
-    numbers = Numbers(
+    numbers = dict(
         **strides("q", stride_q),
         **strides("f", stride_f),
         inverse_scale=1 / scale,
@@ -223,6 +224,7 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
         H=H,
         K=K,
         V=V,
+        packed=N is not None,
         numbers=numbers,
     )
 

@@ -5,6 +5,8 @@ in reverse, chunk_output in reverse for dv, chunk_gradient. Nothing waits for th
 path is a flag that chunk_state leaves in memory.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,11 @@ from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
 from hgrn2_kernels.chunk_plan import Plan, looked_through, strides, table
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
-from hgrn2_kernels.launch import Kernel
+from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.matrices import matrices
 
-chunk_state, segment_scan = Kernel(chunk_state_kernel), Kernel(segment_scan_kernel)
-chunk_output, chunk_gradient = Kernel(chunk_output_kernel), Kernel(chunk_gradient_kernel)
+# launches kept of each kernel: a program whose shapes change all the time makes new ones
+KEPT = 4096
 
 
 def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
@@ -156,97 +158,113 @@ class Launches:
 
     def _scan(self, added, decays, first, reverse):
         """States that enter the segments, in the place of added; of each sequence, state at the end and log2 decay."""
-        plan = self.plan
-        last, total = (x.new_empty((plan.chunks.N, *x.shape[1:])) for x in (added, decays))
-        segment_scan.launch(
-            (plan.chunks.N * plan.H, -(-plan.K // 16)),
-            4,
-            plan.numbers,
-            dict(
-                SEGMENTS=plan.segments.per_sequence,
-                BK=16,
-                BV=plan.config.BV,
-                REVERSE=reverse,
-                HAS_FIRST=first is not None,
-                TABLED=plan.segments.tabled,
-            ),
+        last, total = (x.new_empty((self.plan.chunks.N, *x.shape[1:])) for x in (added, decays))
+        _segment_scan(self.plan, reverse, first is not None)(
             self.tensors
-            | dict(first=last if first is None else first, states=added, decays=decays, last=last, total=total),
+            | dict(first=last if first is None else first, states=added, decays=decays, last=last, total=total)
         )
         return added, last, total
 
     def _walk(self, y, reverse, first, states=None, last=None, decays=None):
         """One pass of chunk_state over all segments, for what is given to fill."""
-        plan, config, segments = self.plan, self.plan.config, self.plan.segments
-        outputs = dict(first=first, states=states, last=last, decays=decays)
-        chunk_state.launch(
-            (segments.count * plan.state_programs,),
-            config.state_warps,
-            plan.numbers,
-            dict(
-                **strides("y", y.stride()),
-                SEGMENTS=segments.per_sequence,
-                LENGTH=segments.length,
-                TABLED=segments.tabled,
-                BK=config.BK,
-                BV=config.state_BV,
-                REVERSE=reverse,
-                STATES=states is not None,
-                LAST=last is not None,
-                DECAYS=decays is not None,
-                HAS_FIRST=first is not None,
-                STAGES=plan.reverse_stages if reverse else plan.state_stages,
-            ),
-            self.tensors | {name: self.slow if x is None else x for name, x in outputs.items()} | dict(y=y),
-        )
+        given = [x is not None for x in (first, states, last, decays)]
+        # pointers that a kernel does not read or write still need a tensor
+        rest = dict(first=first, states=states, last=last, decays=decays)
+        rest = {name: self.slow if x is None else x for name, x in rest.items()}
+        _chunk_state(self.plan, y.stride(), reverse, *given)(self.tensors | rest | dict(y=y))
 
     def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
         """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the gradients of the leaving."""
-        config = self.plan.config
         tensors = self.tensors | dict(y=y, states=states, o=out)
         for exact in (False, True):
-            chunk_output.launch(
-                looked_through(self.plan.output_items, exact),
-                config.output_warps[exact],
-                self.plan.numbers,
-                dict(
-                    **strides("y", y.stride()),
-                    **strides("o", out.stride()),
-                    BK=config.BK,
-                    BV=config.BV,
-                    REVERSE=reverse,
-                    EXACT=exact,
-                    STAGES=1 if exact else config.output_stages,
-                ),
-                tensors,
-            )
+            _chunk_output(self.plan, y.stride(), out.stride(), reverse, exact)(tensors)
 
     def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor, dq: Tensor, df: Tensor):
         """Fill dq and df [B, T, H, K]; returns the bound's gradient [H, K], None without a bound."""
-        plan, config = self.plan, self.plan.config
+        plan = self.plan
         dbound = None
         if self.bound is not None:
             # packed sequences may leave chunks over, which add nothing
-            parts = self.bound.new_zeros if plan.numbers["PACKED"] else self.bound.new_empty
+            parts = self.bound.new_zeros if plan.packed else self.bound.new_empty
             dbound = parts((plan.chunks.NC, plan.H, plan.K))
-        BK, warps = config.gradient
         tensors = dict(v=v, do=do, states=states, dstates=dstates, dq=dq, df=df)
         tensors |= self.tensors | dict(dbound=self.slow if dbound is None else dbound)
         for exact in (False, True):
-            chunk_gradient.launch(
-                looked_through(plan.gradient_items, exact),
-                warps,
-                plan.numbers,
-                dict(
-                    **strides("v", v.stride()),
-                    **strides("o", do.stride()),
-                    **strides("dq", dq.stride()),
-                    **strides("df", df.stride()),
-                    BK=BK,
-                    BF=config.BK,
-                    BV=config.BV,
-                    EXACT=exact,
-                ),
-                tensors,
-            )
+            _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride(), exact)(tensors)
         return None if dbound is None else dbound.sum(0)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _chunk_state(plan, stride_y, reverse, has_first, states, last, decays):
+    config, segments = plan.config, plan.segments
+    return Launch(
+        chunk_state_kernel,
+        (segments.count * plan.state_programs,),
+        config.state_warps,
+        **plan.numbers,
+        **strides("y", stride_y),
+        SEGMENTS=segments.per_sequence,
+        LENGTH=segments.length,
+        TABLED=segments.tabled,
+        BK=config.BK,
+        BV=config.state_BV,
+        REVERSE=reverse,
+        HAS_FIRST=has_first,
+        STATES=states,
+        LAST=last,
+        DECAYS=decays,
+        STAGES=plan.reverse_stages if reverse else plan.state_stages,
+    )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _segment_scan(plan, reverse, has_first):
+    return Launch(
+        segment_scan_kernel,
+        (plan.chunks.N * plan.H, -(-plan.K // 16)),
+        4,
+        **plan.numbers,
+        SEGMENTS=plan.segments.per_sequence,
+        TABLED=plan.segments.tabled,
+        BK=16,
+        BV=plan.config.BV,
+        REVERSE=reverse,
+        HAS_FIRST=has_first,
+    )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _chunk_output(plan, stride_y, stride_o, reverse, exact):
+    config = plan.config
+    return Launch(
+        chunk_output_kernel,
+        looked_through(plan.output_items, exact),
+        config.output_warps[exact],
+        **plan.numbers,
+        **strides("y", stride_y),
+        **strides("o", stride_o),
+        BK=config.BK,
+        BV=config.BV,
+        REVERSE=reverse,
+        EXACT=exact,
+        STAGES=1 if exact else config.output_stages,
+    )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _chunk_gradient(plan, stride_v, stride_do, stride_dq, stride_df, exact):
+    BK, warps = plan.config.gradient
+    return Launch(
+        chunk_gradient_kernel,
+        looked_through(plan.gradient_items, exact),
+        warps,
+        **plan.numbers,
+        **strides("v", stride_v),
+        **strides("o", stride_do),
+        **strides("dq", stride_dq),
+        **strides("df", stride_df),
+        BK=BK,
+        BF=plan.config.BK,
+        BV=plan.config.BV,
+        EXACT=exact,
+    )

@@ -1,67 +1,55 @@
 """Launching a Triton kernel without the search that triton makes at every call.
 
 A launch through triton's own front end costs the host tens of microseconds with the forty arguments of a chunk
-kernel, which is more than the kernel itself takes on a small shape. Here every argument but the tensors is looked up
-at once: `Numbers` says what many launches share, and the rest is part of the key. Triton's launch hooks are left out.
+kernel, which is more than the kernel itself takes on a small shape. Here all arguments but the tensors are bound once:
+a `Launch` is kept by who makes it, for each shape. Triton's launch hooks are left out.
 """
-
-import itertools
 
 import torch
 import triton
 from torch import Tensor
 
-# forms kept a kernel: a program whose shapes change all the time starts over
-KEPT = 4096
 # place of the stream among the arguments of a compiled kernel
 STREAM = 3
 
 
-class Numbers(dict):
-    """Arguments that are not tensors, by name, never changed; equal only to itself."""
+class Launch:
+    """A jitted kernel on a grid, with every argument that is not a tensor.
 
-    _count = itertools.count()
+    Args:
+        jitted: the kernel.
+        grid: up to three numbers of programs.
+        num_warps: of a program.
+        numbers: arguments by name, of which the kernel takes those it has.
+    """
 
-    def __init__(self, **numbers):
-        super().__init__(numbers)
-        self.token = next(self._count)
-
-
-class Kernel:
-    """A jitted kernel and how it has been launched."""
-
-    def __init__(self, jitted):
+    def __init__(self, jitted, grid: tuple[int, ...], num_warps: int, **numbers):
         self.jitted = jitted
-        self.names = jitted.arg_names
-        # in the interpreter nothing is compiled
-        self.interpreted = not isinstance(jitted, triton.runtime.JITFunction)
-        self.launchers = {}
+        self.grid = grid
+        self.num_warps = num_warps
+        self.numbers = numbers
+        self.bound = None
 
-    def launch(
-        self, grid: tuple[int, ...], num_warps: int, shared: Numbers, own: dict[str, int], tensors: dict[str, Tensor]
-    ):
-        """Launch on the current device with arguments by name, of which the kernel takes those it has.
+    def __call__(self, tensors: dict[str, Tensor]):
+        """Launch on the current device.
 
         Args:
-            own: numbers beyond the shared, under the same names in the same order at every call.
-            tensors: all on the current device, of the same dtypes whenever the numbers are the same.
+            tensors: by name, of which the kernel takes those it has; of the same dtypes and device at every call.
         """
-        key = (shared.token, grid, num_warps, *own.values())
-        launcher = self.launchers.get(key)
-        if launcher is None or not launcher.launch(tensors):
-            self._launch_by_triton(key, grid, num_warps, {**shared, **own, **tensors})
+        if self.bound is None or not self.bound.launch(tensors):
+            self._launch_by_triton({**self.numbers, **tensors})
 
-    def _launch_by_triton(self, key, grid, num_warps, arguments):
-        ordered = [arguments[name] for name in self.names]
-        compiled = self.jitted[grid](*ordered, num_warps=num_warps)
-        if self.interpreted or any(x.data_ptr() % 16 for x in ordered if isinstance(x, Tensor)):
-            return
-        if len(self.launchers) >= KEPT:
-            self.launchers.clear()
-        self.launchers[key] = _Launcher(compiled, grid, self.names, ordered)
+    def _launch_by_triton(self, arguments):
+        names = self.jitted.arg_names
+        ordered = [arguments[name] for name in names]
+        compiled = self.jitted[self.grid](*ordered, num_warps=self.num_warps)
+        # in the interpreter nothing is compiled
+        if isinstance(self.jitted, triton.runtime.JITFunction):
+            if not any(x.data_ptr() % 16 for x in ordered if isinstance(x, Tensor)):
+                self.bound = _Bound(compiled, self.grid, names, ordered)
 
 
-class _Launcher:
+class _Bound:
     """A compiled kernel on a grid with its numbers, for tensors that are aligned to 16 bytes as the first were."""
 
     def __init__(self, compiled, grid, names, ordered):
