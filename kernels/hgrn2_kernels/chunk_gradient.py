@@ -20,6 +20,7 @@ from hgrn2_kernels.triton_math import (
     load_tokens,
     padded,
     reciprocal,
+    rounded,
     sigmoid_parts,
     silu,
     span,
@@ -155,10 +156,10 @@ def chunk_gradient_kernel(
                     shift -= 1
                     second = ((j >> shift) & 1) != 0
                     factor = exp2(-tl.abs(decay))
-                    operand = (tl.where(second, a, k) * factor).to(DT)
+                    operand = rounded(tl.where(second, a, k) * factor, DT)
                     # the highest bit in which two tokens differ says at which level they meet
-                    raw = dot(operand, tl.where(((i ^ j) >> shift) == 1, dpairs, 0.0), zero)
-                    signed = operand.to(tl.float32) * raw
+                    raw = dot(operand.to(DT), tl.where(((i ^ j) >> shift) == 1, dpairs, 0.0), zero)
+                    signed = operand * raw
                     balance += tl.where(second, signed, -signed)
                     raw *= factor
                     dq_sum += tl.where(second, raw, 0.0)
@@ -182,16 +183,16 @@ def chunk_gradient_kernel(
                 decay = sum_gates(g, load_matrix(sums, LEVELS, C), EXACT)
                 factor = exp2(decay)
                 inverse = exp2(-decay)
-                qd = (a * factor).to(DT)
-                kd = (k * inverse).to(DT)
+                qd = rounded(a * factor, DT)
+                kd = rounded(k * inverse, DT)
                 raw = dot(b_dh.to(DT), tl.trans(b_v), zero)
-                passing += tl.sum(kd.to(tl.float32) * raw, 1)
-                raw = dot(qd, dscores, raw)
+                passing += tl.sum(kd * raw, 1)
+                raw = dot(qd.to(DT), dscores, raw)
                 dk_sum = raw * inverse
-                balance = -kd.to(tl.float32) * raw
-                raw = dot(kd, tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
+                balance = -kd * raw
+                raw = dot(kd.to(DT), tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
                 dq_sum = raw * factor
-                balance += qd.to(tl.float32) * raw
+                balance += qd * raw
 
             # the same products by another identity, lest the compiler keep their results, which costs more
             again = load_matrix(ones, 1, C).to(q.dtype.element_ty)
