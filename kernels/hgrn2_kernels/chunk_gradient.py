@@ -42,7 +42,7 @@ def chunk_gradient_kernel(
     slow,  # [chunks, H, K / BF] int8
     dq,  # [B, T, H, K], out
     df,  # [B, T, H, K], out
-    dbound,  # [chunks, H, K] fp32, out where BOUNDED
+    dbound,  # [H, K, chunks] fp32, out where BOUNDED
     sums,
     ones,
     cu_seqlens,
@@ -79,44 +79,31 @@ def chunk_gradient_kernel(
     BF: tl.constexpr,  # channels that share a flag, a multiple of BK
     BV: tl.constexpr,
     DT: tl.constexpr,
-    EXACT: tl.constexpr,
-    SCAN: tl.constexpr,  # items that a program of the exact form looks through
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
     NF: tl.constexpr = (K + BF - 1) // BF
-    PER_FLAG: tl.constexpr = BF // BK
+    item = tl.program_id(0)
+    i_k, i_h, i_c = item % NK, item // NK % H, item // (NK * H)
+    place = (item // NK).to(tl.int64)
+    is_slow = tl.load(slow + place * NF + i_k // (BF // BK))
     o_v = tl.arange(0, BV)
-    # one item a (chunk, head, block of channels)
-    pid = tl.program_id(0)
-    if EXACT:
-        seen = pid + tl.arange(0, SCAN) * tl.num_programs(0)
-        flag = slow + seen // NK * NF + seen % NK // PER_FLAG
-        waiting = tl.load(flag, mask=seen < NC * H * NK, other=0) != 0
-        todo = tl.sum(waiting.to(tl.int32))
-    else:
-        todo = (tl.load(slow + pid // NK * NF + pid % NK // PER_FLAG) == 0).to(tl.int32)
-    for _ in tl.range(0, todo, num_stages=1):
-        item = pid
-        if EXACT:
-            item = tl.min(tl.where(waiting, seen, NC * H * NK))
-            waiting = waiting & (seen != item)
-        i = tl.arange(0, C)[:, None]
-        j = tl.arange(0, C)[None, :]
-        zero = tl.zeros([BK, C], tl.float32)
-        square = tl.zeros([C, C], tl.float32)
-        i_k, i_h, i_c = item % NK, item // NK % H, item // (NK * H)
-        place = (item // NK).to(tl.int64)
-        o_k = i_k * BK + tl.arange(0, BK)
-        m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
-        o_kv = o_k[:, None] * V + o_v[None, :]
-        b = tl.zeros([BK], tl.float32)
-        if BOUNDED:
-            b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
-        i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        if start < end:
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    zero = tl.zeros([BK, C], tl.float32)
+    square = tl.zeros([C, C], tl.float32)
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_kv = o_k[:, None] * V + o_v[None, :]
+    b = tl.zeros([BK], tl.float32)
+    if BOUNDED:
+        b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
+    i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
+    # two pieces of code, as in chunk_output
+    for EXACT in tl.static_range(2):
+        if (start < end) & ((is_slow != 0) == (EXACT == 1)):
             t = start.to(tl.int64)
             left = end - start
             p_f = f + i_b * stride_fb + t * stride_ft + i_h * stride_fh
@@ -221,4 +208,5 @@ def chunk_gradient_kernel(
                 db = dg * share - dk_sum * r
                 if not FULL:
                     db = tl.where((tl.arange(0, C) < left)[None, :], db, 0.0)
-                tl.store(dbound + place * K + o_k, tl.where(b > 0, tl.sum(db, 1), 0.0), mask=o_k < K)
+                p_db = dbound + (i_h * K + o_k).to(tl.int64) * NC + i_c
+                tl.store(p_db, tl.where(b > 0, tl.sum(db, 1), 0.0), mask=o_k < K)

@@ -25,7 +25,7 @@ from hgrn2_kernels.triton_math import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "NT", "NC"])
+@triton.jit(do_not_specialize=["T", "NT"])
 def chunk_output_kernel(
     q,  # [B, T, H, K] raw
     f,  # [B, T, H, K] raw gate
@@ -54,7 +54,6 @@ def chunk_output_kernel(
     inverse_scale,
     T,
     NT,
-    NC,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -64,40 +63,26 @@ def chunk_output_kernel(
     BV: tl.constexpr,
     DT: tl.constexpr,
     REVERSE: tl.constexpr,
-    EXACT: tl.constexpr,
-    SCAN: tl.constexpr,  # items that a program of the exact form looks through
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
+    item = tl.program_id(0)
+    any_slow = tl.load(slow + item * NK)
+    for n in tl.static_range(1, NK):
+        any_slow = any_slow | tl.load(slow + item * NK + n)
     o_v = tl.arange(0, BV)
     eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
-    # one item a (chunk, head)
-    pid = tl.program_id(0)
-    if EXACT:
-        seen = pid + tl.arange(0, SCAN) * tl.num_programs(0)
-        waiting = seen < 0
-        for n in tl.static_range(0, NK):
-            waiting = waiting | (tl.load(slow + seen * NK + n, mask=seen < NC * H, other=0) != 0)
-        todo = tl.sum(waiting.to(tl.int32))
-    else:
-        any_slow = tl.load(slow + pid * NK)
-        for n in tl.static_range(1, NK):
-            any_slow = any_slow | tl.load(slow + pid * NK + n)
-        todo = (any_slow == 0).to(tl.int32)
-    for _ in tl.range(0, todo, num_stages=1):
-        item = pid
-        if EXACT:
-            item = tl.min(tl.where(waiting, seen, NC * H))
-            waiting = waiting & (seen != item)
-        i = tl.arange(0, C)[:, None]
-        j = tl.arange(0, C)[None, :]
-        i_c, i_h = item // H, item % H
-        place = item.to(tl.int64)
-        i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-        if start < end:
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    i_c, i_h = item // H, item % H
+    place = item.to(tl.int64)
+    i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
+    # two pieces of code, of which a chunk runs one: together they would need more registers than there are
+    for EXACT in tl.static_range(2):
+        if (start < end) & ((any_slow != 0) == (EXACT == 1)):
             t = start.to(tl.int64)
             left = end - start
             p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
@@ -107,7 +92,7 @@ def chunk_output_kernel(
             out = tl.zeros([C, BV], tl.float32)
             if EXACT:
                 apart = tl.where((i < j) if REVERSE else (i > j), i ^ j, 0)
-            for i_k in tl.range(0, NK, num_stages=STAGES):
+            for i_k in tl.range(0, NK, num_stages=1 if EXACT else STAGES):
                 o_k = i_k * BK + tl.arange(0, BK)
                 b = tl.zeros([BK], tl.float32)
                 if BOUNDED:

@@ -15,8 +15,6 @@ from hgrn2_kernels.checks import capability
 
 # programs of chunk_state that fill the largest GPU it is tuned for, two on each of 132 multiprocessors
 FILL = 256
-# what a program of an exact form looks through, most of which it leaves alone
-SCAN = 128
 # bytes that the backward may ask to keep beyond the inputs, as a share of theirs
 KEPT = 0.1
 
@@ -33,10 +31,9 @@ class Config:
         state_BV: channels of V in chunk_state.
         dtype: of the operands of matrix products and of the states between chunks.
         state_stages, reverse_stages, output_stages: of the pipelines of chunk_state, forward and in reverse, and of
-            the fast form of chunk_output.
+            chunk_output.
         alone_stages: of chunk_state in reverse where its programs have a multiprocessor each, and its shared memory.
-        output_warps: of the fast form of chunk_output, and of the exact.
-        state_warps: of chunk_state.
+        output_warps, state_warps: of chunk_output and chunk_state.
     """
 
     C: int
@@ -49,7 +46,7 @@ class Config:
     reverse_stages: int
     alone_stages: int
     output_stages: int
-    output_warps: tuple[int, int] = (4, 4)
+    output_warps: int = 4
     state_warps: int = 4
 
     @classmethod
@@ -60,10 +57,10 @@ class Config:
         # Triton 3.6 miscompiles pipelined loads of narrower tiles on Hopper
         BV = max(64, triton.next_power_of_2(V))
         # Hopper and the large Blackwells multiply out of shared memory, the others out of registers
-        gradient, exact_warps = ((64, 4), 4) if capability[0] in (9, 10) else ((32, 8), 8)
-        fast_warps = 4 if BV <= 128 else 8
+        wide = capability[0] in (9, 10)
+        gradient, output_warps = (64, 4) if wide else (32, 8), 4 if wide and BV <= 128 else 8
         # the fast path's operands need the exponents of bf16, which fp16 lacks
-        return cls(64, 64, gradient, BV, min(BV, 128), torch.bfloat16, 3, 2, 3, 2, (fast_warps, exact_warps))
+        return cls(64, 64, gradient, BV, min(BV, 128), torch.bfloat16, 3, 2, 3, 2, output_warps)
 
     def blocks(self, K: int) -> int:
         """Blocks of channels that K has."""
@@ -152,8 +149,7 @@ class Plan:
     """Attributes:
     config, chunks, segments: of the shape.
     blocks: of channels that share a flag.
-    state_programs, output_items, gradient_items: programs of chunk_state a segment, and what there is to do for the
-        other two.
+    state_programs, output_programs, gradient_programs: of chunk_state a segment, and of the other two in all.
     state_stages, reverse_stages: of the pipelines of chunk_state, forward and in reverse.
     keeps_entering: whether the states that enter the segments are small enough to be kept for the backward.
     H, K, V: heads and their dimensions.
@@ -166,8 +162,8 @@ class Plan:
     segments: Segments
     blocks: int
     state_programs: int
-    output_items: int
-    gradient_items: int
+    output_programs: int
+    gradient_programs: int
     state_stages: int
     reverse_stages: int
     keeps_entering: bool
@@ -208,7 +204,6 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
         BOUNDED=bounded,
         PACKED=N is not None,
         FULL=N is None and T % config.C == 0,
-        SCAN=SCAN,
     )
     return Plan(
         config=config,
@@ -216,8 +211,8 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
         segments=segments,
         blocks=blocks,
         state_programs=state_programs,
-        output_items=chunks.NC * H,
-        gradient_items=chunks.NC * H * triton.cdiv(K, config.gradient[0]),
+        output_programs=chunks.NC * H,
+        gradient_programs=chunks.NC * H * triton.cdiv(K, config.gradient[0]),
         state_stages=config.state_stages,
         reverse_stages=config.alone_stages if alone else config.reverse_stages,
         keeps_entering=segments.cut and segments.count * K * V * 4 <= KEPT * B * T * (2 * K + V) * dtype.itemsize,
@@ -236,8 +231,3 @@ def strides(name: str, stride: tuple[int, ...]) -> dict[str, int]:
 
 
 _STRIDES = {x: tuple(f"stride_{x}{axis}" for axis in "bth") for x in ("q", "f", "v", "y", "o", "dq", "df")}
-
-
-def looked_through(items: int, exact: bool) -> tuple[int]:
-    """Grid of a form: one program an item, or few that look through all where few are expected to be taken."""
-    return (min(items, max(FILL, -(-items // SCAN))) if exact else items,)

@@ -1,6 +1,6 @@
 """The operator on a GPU: launches of the chunk kernels.
 
-Forward: chunk_state, chunk_output (fast, then exact). Backward: chunk_state again unless states are kept, chunk_state
+Forward: chunk_state, chunk_output. Backward: chunk_state again unless states are kept, chunk_state
 in reverse, chunk_output in reverse for dv, chunk_gradient. Nothing waits for the device: which chunks take the exact
 path is a flag that chunk_state leaves in memory.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
-from hgrn2_kernels.chunk_plan import Plan, looked_through, strides, table
+from hgrn2_kernels.chunk_plan import Plan, strides, table
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
 from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.matrices import matrices
@@ -176,8 +176,7 @@ class Launches:
     def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
         """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the gradients of the leaving."""
         tensors = self.tensors | dict(y=y, states=states, o=out)
-        for exact in (False, True):
-            _chunk_output(self.plan, y.stride(), out.stride(), reverse, exact)(tensors)
+        _chunk_output(self.plan, y.stride(), out.stride(), reverse)(tensors)
 
     def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor, dq: Tensor, df: Tensor):
         """Fill dq and df [B, T, H, K]; returns the bound's gradient [H, K], None without a bound."""
@@ -186,12 +185,11 @@ class Launches:
         if self.bound is not None:
             # packed sequences may leave chunks over, which add nothing
             parts = self.bound.new_zeros if plan.packed else self.bound.new_empty
-            dbound = parts((plan.chunks.NC, plan.H, plan.K))
+            dbound = parts((plan.H, plan.K, plan.chunks.NC))
         tensors = dict(v=v, do=do, states=states, dstates=dstates, dq=dq, df=df)
         tensors |= self.tensors | dict(dbound=self.slow if dbound is None else dbound)
-        for exact in (False, True):
-            _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride(), exact)(tensors)
-        return None if dbound is None else dbound.sum(0)
+        _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())(tensors)
+        return None if dbound is None else dbound.sum(-1)
 
 
 @functools.lru_cache(maxsize=KEPT)
@@ -234,29 +232,28 @@ def _segment_scan(plan, reverse, has_first):
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _chunk_output(plan, stride_y, stride_o, reverse, exact):
+def _chunk_output(plan, stride_y, stride_o, reverse):
     config = plan.config
     return Launch(
         chunk_output_kernel,
-        looked_through(plan.output_items, exact),
-        config.output_warps[exact],
+        (plan.output_programs,),
+        config.output_warps,
         **plan.numbers,
         **strides("y", stride_y),
         **strides("o", stride_o),
         BK=config.BK,
         BV=config.BV,
         REVERSE=reverse,
-        EXACT=exact,
-        STAGES=1 if exact else config.output_stages,
+        STAGES=config.output_stages,
     )
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _chunk_gradient(plan, stride_v, stride_do, stride_dq, stride_df, exact):
+def _chunk_gradient(plan, stride_v, stride_do, stride_dq, stride_df):
     BK, warps = plan.config.gradient
     return Launch(
         chunk_gradient_kernel,
-        looked_through(plan.gradient_items, exact),
+        (plan.gradient_programs,),
         warps,
         **plan.numbers,
         **strides("v", stride_v),
@@ -266,5 +263,4 @@ def _chunk_gradient(plan, stride_v, stride_do, stride_dq, stride_df, exact):
         BK=BK,
         BF=plan.config.BK,
         BV=plan.config.BV,
-        EXACT=exact,
     )
