@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # what tells the forms of one kernel apart
-FORM = ("REVERSE", "EXACT", "STATES", "LAST", "DECAYS", "HAS_FIRST", "PACKED", "TABLED", "STAGES")
+FORM = ("REVERSE", "STATES", "LAST", "DECAYS", "HAS_FIRST", "PACKED", "TABLED", "STAGES")
 
 
 def recorded_launches(
@@ -32,8 +32,9 @@ def recorded_launches(
     """Launches of a forward and backward with all their arguments, but for the launching."""
     launches = []
 
-    def record(launch, tensors):
-        launches.append((launch, {**launch.numbers, **tensors}))
+    def record(launch, *tensors):
+        arguments = zip(launch.jitted.arg_names, (*tensors, *launch.numbers), strict=True)
+        launches.append((launch, dict(arguments)))
 
     q, f, v = torch.empty(1, T, H, 3, K, dtype=dtype).unbind(3)
     bound, state = torch.empty(H, K), torch.empty(1, H, K, K)

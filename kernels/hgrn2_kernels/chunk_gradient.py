@@ -117,16 +117,11 @@ def chunk_gradient_kernel(
             b_h = tl.load(states + place * K * V + o_kv, mask=m_kv, other=0.0)
             b_dh = tl.load(dstates + place * K * V + o_kv, mask=m_kv, other=0.0)
 
+            if EXACT:
+                # gradient of the chunk's total decay, through the state that passes it
+                passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
             # [i, j]: gradient of the score of query i and key j
             dscores = tl.where(i >= j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
-            # gradient of the chunk's total decay, through the state that passes it
-            if EXACT:
-                passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
-            else:
-                # off shared memory, where the products below need them as well
-                corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
-                passing = tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
-
             eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
             x = padded(channels(b_f, eye), left, C, FULL)
             g, k = gate(x, b[:, None], DT)
@@ -164,22 +159,20 @@ def chunk_gradient_kernel(
                 dq_sum += raw
                 raw = exp2(later - leaves[:, None]) * dot(b_dh.to(DT), tl.trans(b_v), zero)
                 written = k * raw
-                dk_sum += raw
+                k_dk = k * (dk_sum + raw)
                 passing *= exp2((first_half - enters) + (second_half - leaves))
             else:
                 decay = sum_gates(g, load_matrix(sums, LEVELS, C), EXACT)
                 factor = exp2(decay)
-                inverse = exp2(-decay)
                 qd = rounded(a * factor, DT)
-                kd = rounded(k * inverse, DT)
+                kd = rounded(k * exp2(-decay), DT)
                 raw = dot(b_dh.to(DT), tl.trans(b_v), zero)
-                passing += tl.sum(kd * raw, 1)
+                passing = tl.sum(kd * raw, 1)
                 raw = dot(qd.to(DT), dscores, raw)
-                dk_sum = raw * inverse
-                balance = -kd * raw
+                k_dk = kd * raw
                 raw = dot(kd.to(DT), tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
                 dq_sum = raw * factor
-                balance += qd * raw
+                balance = qd * raw - k_dk
 
             # the same products by another identity, lest the compiler keep their results, which costs more
             again = load_matrix(ones, 1, C).to(q.dtype.element_ty)
@@ -190,6 +183,10 @@ def chunk_gradient_kernel(
             store_tokens(p_dq, stride_dqt, o_k, left, tl.trans(b_dq.to(dq.dtype.element_ty)), K, BK, C, FULL)
 
             # queries from t on carry gate t, and so do keys written before t and the state that passes
+            if not EXACT:
+                # the states' product from shared memory; earlier, it would take registers for long
+                corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
+                passing += tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
             dg = sum_tokens(balance, load_matrix(ones, 2, C)) + passing[:, None]
             if EXACT:
                 # a closed gate leaves of each sum what is far below its largest term: no term may enter and be
@@ -200,12 +197,12 @@ def chunk_gradient_kernel(
             k = (1.0 - b[:, None]) * r
             share = reciprocal(b[:, None] + e)
             # dg / forget - dk by sigmoid(x): a gate without a bound closes to e, whose ratio to itself is 1
-            b_df = k * (dg * (e * share) - dk_sum * (e * r))
+            b_df = k * (dg * (e * share)) - k_dk * (e * r)
             p_df = df + i_b * stride_dfb + t * stride_dft + i_h * stride_dfh
             store_tokens(p_df, stride_dft, o_k, left, tl.trans(b_df.to(df.dtype.element_ty)), K, BK, C, FULL)
             if BOUNDED:
                 # a bound of exactly 0 is a constant of the model, and dg / forget there is noise
-                db = dg * share - dk_sum * r
+                db = dg * share - k_dk * reciprocal(1.0 - b)[:, None]
                 if not FULL:
                     db = tl.where((tl.arange(0, C) < left)[None, :], db, 0.0)
                 p_db = dbound + (i_h * K + o_k).to(tl.int64) * NC + i_c

@@ -153,7 +153,7 @@ class Plan:
     state_stages, reverse_stages: of the pipelines of chunk_state, forward and in reverse.
     keeps_entering: whether the states that enter the segments are small enough to be kept for the backward.
     H, K, V: heads and their dimensions.
-    packed: whether sequences are.
+    bounded, packed: whether there is a bound, and whether sequences are packed.
     numbers: arguments of all kernels.
     """
 
@@ -170,6 +170,7 @@ class Plan:
     H: int
     K: int
     V: int
+    bounded: bool
     packed: bool
     numbers: dict
 
@@ -219,6 +220,7 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
         H=H,
         K=K,
         V=V,
+        bounded=bounded,
         packed=N is not None,
         numbers=numbers,
     )

@@ -46,7 +46,7 @@ def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_s
 
 
 def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=(), into=None):
-    """Gradients of q, f, v, lower_bound (None without one) and the initial state.
+    """Gradients of q, f, v, lower_bound and the initial state, None for what is not there.
 
     Args:
         do: [B, T, H, V] dtype of v, gradient of o.
@@ -61,11 +61,12 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens, slow)
         if states is None:
-            states, *_ = run.states(v, initial_state, entering=saved[0] if saved else None)
-        dstates, dinitial, _ = run.states(do, dfinal_state, reverse=True)
+            states, *_ = run.states(v, initial_state, wants_last=False, entering=saved[0] if saved else None)
+        wants_last = initial_state is not None
+        dstates, dinitial, _ = run.states(do, dfinal_state, reverse=True, wants_last=wants_last)
         run.output(do, dstates, dv, reverse=True)
         dbound = run.gradients(v, do, states, dstates, dq, df)
-    return dq, df, dv, dbound, dinitial
+    return dq, df, dv, dbound, dinitial if wants_last else None
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -85,35 +86,33 @@ class Launches:
         packed = cu_seqlens is not None
         N = cu_seqlens.shape[0] - 1 if packed else None
         self.plan = plan = Plan.of(q, f, v, lower_bound is not None, scale, N)
-        self.bound = None if lower_bound is None else lower_bound.contiguous()
         if slow is None:
             # packed sequences may leave chunks over, whose flags nobody writes
             flags = q.new_zeros if packed else q.new_empty
             slow = flags((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
         self.slow = slow
-        sums, ones = matrices(q.device, plan.config.C, plan.config.dtype)
-        self.tensors = dict(
-            q=q,
-            f=f,
-            sums=sums,
-            ones=ones,
-            slow=slow,
-            # pointers that a kernel does not read still need a tensor
-            bound=q if lower_bound is None else self.bound,
-            cu_seqlens=q,
-            chunk_sequence=q,
-            chunk_first=q,
-            segment_sequence=q,
-            segment_first=q,
-        )
+        self.bound = slow if lower_bound is None else lower_bound.contiguous()
+        self.q, self.f = q, f
+        self.sums, self.ones = matrices(q.device, plan.config.C, plan.config.dtype)
+        # pointers that a kernel does not read or write still need a tensor
+        self.none = slow
+        self.cu_seqlens = self.chunk_sequence = self.chunk_first = self.none
+        self.segment_sequence = self.segment_first = self.none
         if packed:
-            sequence, first = table(cu_seqlens, plan.config.C, plan.chunks.NC)
-            self.tensors |= dict(cu_seqlens=cu_seqlens.contiguous(), chunk_sequence=sequence, chunk_first=first)
+            self.cu_seqlens = cu_seqlens.contiguous()
+            self.chunk_sequence, self.chunk_first = table(cu_seqlens, plan.config.C, plan.chunks.NC)
         if plan.segments.tabled:
-            sequence, first = table(cu_seqlens, plan.config.C * plan.segments.length, plan.segments.count)
-            self.tensors |= dict(segment_sequence=sequence, segment_first=first)
+            size = plan.config.C * plan.segments.length
+            self.segment_sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
 
-    def states(self, y: Tensor, first: Tensor | None, reverse: bool = False, entering: Tensor | None = None):
+    def states(
+        self,
+        y: Tensor,
+        first: Tensor | None,
+        reverse: bool = False,
+        wants_last: bool = True,
+        entering: Tensor | None = None,
+    ):
         """The states of one direction.
 
         Args:
@@ -123,7 +122,8 @@ class Launches:
 
         Returns:
             states: [NC, H, K, V], at the chunks' borders.
-            last: [N, H, K, V] fp32, at the other ends of the sequences; None where entering is given.
+            last: [N, H, K, V] fp32, at the other ends of the sequences; None where entering is given, and perhaps where
+                it is not wanted.
             entering: [segments, H, K, V] fp32, at the segments' beginnings; None where sequences are whole.
         """
         plan = self.plan
@@ -131,7 +131,7 @@ class Launches:
         last = None
         states = y.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V), dtype=plan.config.dtype)
         if not plan.segments.cut:
-            last = self._per_segment(y, plan.V)
+            last = self._per_segment(y, plan.V) if wants_last else None
             self._walk(y, reverse, first, states=states, last=last)
         else:
             if entering is None:
@@ -159,37 +159,42 @@ class Launches:
     def _scan(self, added, decays, first, reverse):
         """States that enter the segments, in the place of added; of each sequence, state at the end and log2 decay."""
         last, total = (x.new_empty((self.plan.chunks.N, *x.shape[1:])) for x in (added, decays))
-        _segment_scan(self.plan, reverse, first is not None)(
-            self.tensors
-            | dict(first=last if first is None else first, states=added, decays=decays, last=last, total=total)
-        )
+        launch = _segment_scan(self.plan, reverse, first is not None)
+        launch(self.none if first is None else first, added, decays, last, total, self.segment_first)
         return added, last, total
 
     def _walk(self, y, reverse, first, states=None, last=None, decays=None):
         """One pass of chunk_state over all segments, for what is given to fill."""
         given = [x is not None for x in (first, states, last, decays)]
-        # pointers that a kernel does not read or write still need a tensor
-        rest = dict(first=first, states=states, last=last, decays=decays)
-        rest = {name: self.slow if x is None else x for name, x in rest.items()}
-        _chunk_state(self.plan, y.stride(), reverse, *given)(self.tensors | rest | dict(y=y))
+        first, states, last, decays = (self.none if x is None else x for x in (first, states, last, decays))
+        launch = _chunk_state(self.plan, y.stride(), reverse, *given)
+        launch(
+            *(self.q, self.f, y, self.bound, first, states, self.slow, last, decays, self.sums, self.ones),
+            *(self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first),
+        )
 
     def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
         """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the gradients of the leaving."""
-        tensors = self.tensors | dict(y=y, states=states, o=out)
-        _chunk_output(self.plan, y.stride(), out.stride(), reverse)(tensors)
+        launch = _chunk_output(self.plan, y.stride(), out.stride(), reverse)
+        launch(
+            *(self.q, self.f, y, self.bound, states, self.slow, out, self.sums, self.ones),
+            *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
+        )
 
     def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor, dq: Tensor, df: Tensor):
         """Fill dq and df [B, T, H, K]; returns the bound's gradient [H, K], None without a bound."""
         plan = self.plan
-        dbound = None
-        if self.bound is not None:
+        dbound = self.none
+        if plan.bounded:
             # packed sequences may leave chunks over, which add nothing
             parts = self.bound.new_zeros if plan.packed else self.bound.new_empty
             dbound = parts((plan.H, plan.K, plan.chunks.NC))
-        tensors = dict(v=v, do=do, states=states, dstates=dstates, dq=dq, df=df)
-        tensors |= self.tensors | dict(dbound=self.slow if dbound is None else dbound)
-        _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())(tensors)
-        return None if dbound is None else dbound.sum(-1)
+        launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
+        launch(
+            *(self.q, self.f, v, do, self.bound, states, dstates, self.slow, dq, df, dbound, self.sums, self.ones),
+            *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
+        )
+        return dbound.sum(-1) if plan.bounded else None
 
 
 @functools.lru_cache(maxsize=KEPT)

@@ -35,7 +35,7 @@ def _chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_se
     dq, df, dv, dbound, dinitial = chunk_backward(
         do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved
     )
-    return dq, df, dv, _or_empty(dbound, q), dinitial if initial_state is not None else _or_empty(None, q)
+    return dq, df, dv, _or_empty(dbound, q), _or_empty(dinitial, q)
 
 
 def _or_empty(x, like):
@@ -102,7 +102,7 @@ class Chunk(torch.autograd.Function):
         *_, dbound, dinitial = chunk_backward(
             do, dfinal_state, q, f, v, *others, ctx.scale, saved=saved, into=_apart(dqfv)
         )
-        return None, None, dbound, None if others[1] is None else dinitial, None, *dqfv
+        return None, None, dbound, dinitial, None, *dqfv
 
 
 def _apart(qfv):

@@ -17,8 +17,8 @@ def test_kernels_compile_and_fit(arch, dtype, K):
     done = harness.python("tests/compile_kernels.py", str(arch), dtype, str(K))
     assert done.returncode == 0, done.stdout[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kernels) == 26
+    assert len(kernels) == 20
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
-        # bytes a thread spills: a kernel that does not fit at all takes many kilobytes
-        assert kernel["stack"] <= (400 if kernel.get("EXACT") is False else 2200), kernel
+        # bytes a thread spills, most of them in the exact forms; a kernel that does not fit at all takes many kilobytes
+        assert kernel["stack"] <= 1100, kernel
