@@ -22,3 +22,20 @@ def test_kernels_compile_and_fit(arch, dtype, K):
         assert kernel["shared"] <= SHARED[arch], kernel
         # bytes a thread spills, most of them in the exact forms; a kernel that does not fit at all takes many kilobytes
         assert kernel["stack"] <= 1100, kernel
+
+
+PROGRAM = """
+import torch
+from hgrn2_kernels import chunk_hgrn2
+x = torch.randn(1, 128, 1, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+chunk_hgrn2(*x.unbind(3), None)[0].sum().backward()
+"""
+
+
+def test_a_program_is_compiled_ahead_of_the_gpu_it_runs_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = harness.python("scripts/compile_for_gpu.py", str(tmp_path / "program.py"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    compiled = {path.stem for path in tmp_path.glob("cache/*/*.cubin")}
+    assert compiled == {"chunk_state_kernel", "chunk_output_kernel", "chunk_gradient_kernel"}
