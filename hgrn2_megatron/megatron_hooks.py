@@ -37,23 +37,32 @@ def install_block(placeholder: type) -> None:
 
     A spec cannot do this: Megatron reads only `.submodules` of one and never instantiates a block subclass, and
     a layer cannot see its block. The lower bounds must belong to the block, because a parameter inside a layer
-    would be saved once a layer and freed with it.
+    would be saved once a layer and freed with it. Whether the block is ours is seen where Megatron still has the
+    spec: a pipeline stage may have no layers, and must have the bounds.
     """
+    from megatron.core.transformer import transformer_block
     from megatron.core.transformer.transformer_block import TransformerBlock
+
+    def make_submodules(get_block_submodules):
+        def _get_block_submodules(config, spec, *rest, **kwargs):
+            submodules = get_block_submodules(config, spec, *rest, **kwargs)
+            submodules.is_hgrn2 = getattr(spec, "module", None) is placeholder
+            return submodules
+
+        return _get_block_submodules
 
     def make(build_layers):
         def _build_layers(self):
-            specs = self.submodules.layer_specs or []
-            if not any(spec.module is placeholder for spec in specs):
+            if not self.submodules.is_hgrn2:
                 return build_layers(self)
             _prepare_block(self)
             build_layers(self)
-            for layer in self.layers:
-                if self.hgrn2_bounds is not None and hasattr(layer.self_attention, "use_lower_bounds"):
-                    layer.self_attention.use_lower_bounds(self.hgrn2_bounds)
+            if self.hgrn2_bounds is not None:
+                _share_bounds(self)
 
         return _build_layers
 
+    _wrap(transformer_block, "_get_block_submodules", ["config", "spec"], make_submodules)
     _wrap(TransformerBlock, "_build_layers", ["self"], make)
 
 
@@ -77,8 +86,22 @@ def _prepare_block(block) -> None:
             hgrn2.expand_ratio,
             config,
             block.pg_collection.tp,
+            block.pg_collection.pp,
+            block.vp_stage,
         )
-    _banner(config, hgrn2, warnings)
+        # Megatron sums the gradients of parameters that every pipeline stage has if it is told that there are some
+        config.has_cond_embedder = True
+    if not block.vp_stage:
+        _banner(config, hgrn2, warnings)
+
+
+def _share_bounds(block) -> None:
+    """Give the bounds' holder to the block's HGRN2 layers, or, where it has none, its output."""
+    mixers = [layer.self_attention for layer in block.layers if hasattr(layer.self_attention, "use_lower_bounds")]
+    for mixer in mixers:
+        mixer.use_lower_bounds(block.hgrn2_bounds)
+    if not mixers:
+        block.register_forward_hook(lambda block, inputs, output: block.hgrn2_bounds.tie(output))
 
 
 def _global_args():

@@ -75,14 +75,9 @@ def _check_block(s: Settings, hgrn2: HGRN2Config):
 # (whether the settings ask for it, the flag, what to do instead)
 UNSUPPORTED = (
     (
-        lambda s: (s.pipeline_model_parallel_size or 1) > 1,
-        "--pipeline-model-parallel-size above 1",
-        "use tensor and data parallelism",
-    ),
-    (
         lambda s: (s.context_parallel_size or 1) > 1,
         "--context-parallel-size above 1",
-        "use tensor parallelism with --sequence-parallel",
+        "use tensor parallelism with --sequence-parallel, or pipeline stages",
     ),
     (
         lambda s: s.multi_latent_attention,

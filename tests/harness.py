@@ -54,8 +54,20 @@ def start_megatron(tp: int = 1, cpu_mode: bool = False):
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
 
 
-def build_model(tp: int = 1, sequence_parallel: bool = False, num_layers: int = 3, **config):
-    """An HGRN2 GPT in fp32 from the published spec, as Megatron builds one; `config` overrides its settings."""
+def build_model(
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    num_layers: int = 3,
+    tied: bool = False,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    **config,
+):
+    """An HGRN2 GPT in fp32 from the published spec, as Megatron builds one, or a pipeline stage's chunk of it.
+
+    `tied` shares the weight of embeddings and output; `config` overrides the model's settings.
+    """
     from megatron.core.models.gpt import GPTModel
 
     from hgrn2_megatron.arguments import HGRN2TransformerConfig
@@ -92,7 +104,10 @@ def build_model(tp: int = 1, sequence_parallel: bool = False, num_layers: int = 
         vocab_size=VOCAB,
         max_sequence_length=SEQ,
         position_embedding_type="rope" if "*" in config.get("hgrn2_layer_pattern", "H") else "none",
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=tied,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
     )
     return model
 
@@ -131,10 +146,10 @@ def unshard(name: str, param: torch.nn.Parameter, parts: list[Tensor], num_layer
     return torch.cat(parts, param.partition_dim)
 
 
-def batch(seed: int = 2) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, [BATCH, SEQ] int64."""
+def batch(seed: int = 2, size: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, [size, SEQ] int64."""
     generator = torch.Generator().manual_seed(seed)
-    stream = torch.randint(VOCAB, (BATCH, SEQ + 1), generator=generator)
+    stream = torch.randint(VOCAB, (size, SEQ + 1), generator=generator)
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 

@@ -74,7 +74,6 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
             "--fp8-format",
         ),
         ({"hidden_size": 48, "hgrn2_expand_ratio": 24, "fp8": "e4m3", "fp8_recipe": "mxfp8"}, "--fp8-format"),
-        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size"),
         ({"context_parallel_size": 2}, "--context-parallel-size"),
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),

@@ -14,7 +14,8 @@ def bounds():
 
     harness.start_megatron()
     config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
-    return LowerBounds(4, 2, 16, config, parallel_state.get_tensor_model_parallel_group())
+    groups = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group())
+    return LowerBounds(4, 2, 16, config, *groups)
 
 
 def test_bounds_at_initialisation_are_layer_over_depth(bounds):

@@ -1,47 +1,82 @@
-"""Every layout trains the same model: loss and every parameter's gradient of real Megatron ranks over gloo."""
+"""Every layout trains the same model: losses, gradients, their norms and weights of real Megatron ranks over gloo."""
 
 import functools
 import json
 
 import harness
+import parity
 import pytest
 import torch
 
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_layer_freq": [0, 1, 1, 0],
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "allgather",
+}
+DEPTH = {"num_layers": 4}
+MODELS = {
+    "hgrn2": {},
+    # two layers in a row are a pipeline stage without an HGRN2 layer
+    "hybrid": {"hgrn2_layer_pattern": "HH**"},
+    "tied": {"tied": True},
+    "per-token-loss": {"calculate_per_token_loss": True},
+    "experts": EXPERTS,
+}
+DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
+# the last stage has no layer at all
+UNEVEN = [["embedding", "decoder"], ["decoder", "decoder"], ["decoder"], ["loss"]]
 LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "tp2-sequence-parallel": (2, {"tp": 2, "sequence_parallel": True}),
-    "dp2": (2, {}),
+    "pp2": (2, {"pp": 2}),
+    "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp4-uneven": (4, {"pp": 4, "config": {"pipeline_model_parallel_layout": UNEVEN}}),
+    "dp2": (2, {"overlap": True}),
+    "dp2-distributed-optimizer": (2, DISTRIBUTED),
+    "pp2-dp2-distributed-optimizer": (4, {"pp": 2} | DISTRIBUTED),
+    "tp2-pp2": (4, {"tp": 2, "pp": 2}),
+    "ep2": (2, {"ep": 2}),
 }
-EXPERTS = {"num_moe_experts": 4, "moe_layer_freq": [0, 1, 1], "moe_router_load_balancing_type": "none"}
-MODELS = {
-    "hgrn2": {},
-    "hybrid": {"hgrn2_layer_pattern": "HH*"},
-    "experts": EXPERTS | {"moe_token_dispatcher_type": "allgather"},
-}
-CASES = [("hgrn2", layout) for layout in LAYOUTS]
-CASES += [("hybrid", "tp2-sequence-parallel"), ("experts", "dp2")]
-
-
-@functools.cache
-def weights(model: str) -> dict[str, torch.Tensor]:
-    harness.start_megatron()
-    return harness.full_weights(harness.build_model(**MODELS[model]))
-
-
-def run(folder, model: str, num_processes: int, layout: dict) -> dict[str, torch.Tensor]:
-    out = folder / f"{model}-{num_processes}-{'-'.join(layout)}"
-    torch.save(weights(model), f"{out}.weights")
-    worker = harness.ROOT / "tests" / "parallel" / "worker.py"
-    done = harness.torchrun(num_processes, str(worker), str(out), json.dumps(layout | MODELS[model]))
-    assert done.returncode == 0, done.stdout[-3000:]
-    return torch.load(out)
+CASES = [(model, layout) for model in ("hgrn2", "hybrid") for layout in LAYOUTS if layout != "ep2"]
+CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
+CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
+CASES += [("experts", "pp2"), ("experts", "dp2")]
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    return functools.cache(lambda model: run(tmp_path_factory.mktemp("one"), model, 1, {}))
+def results(tmp_path_factory):
+    """Every run of the cases by (model, layout), those of as many processes in the same ones."""
+    folder = tmp_path_factory.mktemp("parity")
+    harness.start_megatron()
+    for name, model in MODELS.items():
+        torch.save(harness.full_weights(harness.build_model(**model | DEPTH)), folder / f"{name}.weights")
+
+    @functools.cache
+    def run(num_processes: int):
+        chosen = [c for c in CASES if LAYOUTS[c[1]][0] == num_processes]
+        if num_processes == 1:
+            chosen = [(model, "one") for model in dict(CASES)]
+        cases = {
+            f"{model}-{layout}": {
+                "weights": f"{model}.weights",
+                "model": MODELS[model] | DEPTH,
+                "layout": LAYOUTS.get(layout, (1, {}))[1],
+            }
+            for model, layout in chosen
+        }
+        worker = harness.ROOT / "tests" / "parallel" / "worker.py"
+        done = harness.torchrun(num_processes, str(worker), str(folder), json.dumps(cases))
+        assert done.returncode == 0, done.stdout[-6000:]
+
+    def result(model: str, layout: str):
+        run(LAYOUTS[layout][0] if layout in LAYOUTS else 1)
+        files = sorted(folder.glob(f"{model}-{layout}.[0-9]*"))
+        return parity.put_together([torch.load(file) for file in files])
+
+    return result
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
-def test_layout_equals_one_process(model, layout, one_process, tmp_path):
-    harness.assert_all_close(run(tmp_path, model, *LAYOUTS[layout]), one_process(model), tolerance=1e-5)
+def test_layout_equals_one_process(model, layout, results):
+    harness.assert_all_close(results(model, layout), results(model, "one"), tolerance=1e-5)

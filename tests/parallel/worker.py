@@ -1,73 +1,92 @@
-"""One rank of a parity run: a training step's loss and gradients, saved by rank 0 as one process would hold them.
+"""One rank of parity runs: several steps of Megatron's own schedule and optimizer in each of a list of layouts.
 
-torchrun ... worker.py OUT {"tp": 2, "sequence_parallel": true, ...}
+torchrun ... worker.py OUT CASES      CASES is JSON: {name: {"model": {...}, "layout": {...}, "weights": file in OUT}}
+
+Ranks that share a pipeline stage put what they hold together as one process would hold it, and one of them saves it.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import harness
+import parity
 import torch
-from torch import Tensor
-
-NUM_LAYERS = 3
 
 
-def step(model, dp_rank: int, dp_size: int) -> Tensor:
-    """One pass of Megatron's own schedule over this rank's part of the batch; its mean loss."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+def data(step: int, dp_rank: int, dp_size: int):
+    """This rank's micro-batches of one sequence of a step: (tokens, labels, mask of the losses that count)."""
+    tokens, labels = harness.batch(seed=step, size=parity.GLOBAL_BATCH)
+    mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.7).float()
+    for rows in zip(*(x.split(1) for x in (tokens, labels, mask)), strict=True):
+        if dp_rank == 0:
+            yield rows
+        dp_rank = (dp_rank - 1) % dp_size
 
-    tokens, labels = (x.chunk(dp_size)[dp_rank] for x in harness.batch())
+
+def forward_step(data_iterator, model):
+    tokens, labels, mask = next(data_iterator)
 
     def loss_func(losses):
+        if model.config.calculate_per_token_loss:
+            total, count = (losses * mask).sum(), mask.sum()
+            return total, count.int(), {"loss": torch.stack((total, count)).detach()}
         loss = losses.mean()
-        return loss, {"loss": loss.detach()}
+        return loss, {"loss": torch.stack((loss, torch.ones(()))).detach()}
 
-    def forward_step(data_iterator, model):
-        return model(tokens, None, None, labels=labels), loss_func
-
-    model.zero_grad_buffer()
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=[model],
-        num_microbatches=1,
-        seq_length=harness.SEQ,
-        micro_batch_size=len(tokens),
-    )
-    return reports[0]["loss"]
+    return model(tokens, None, None, labels=labels), loss_func
 
 
-def main(out: str, layout: dict):
-    harness.start_megatron(layout.get("tp", 1), cpu_mode=True)
+def run(model: dict, layout: dict, weights: dict) -> dict:
+    """What this rank sees: losses and gradient norms of every step, gradients of the first, weights at the end."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    model = harness.build_model(
-        num_layers=NUM_LAYERS,
-        deallocate_pipeline_outputs=True,
-        finalize_model_grads_func=finalize_model_grads,
-        **layout,
-    )
-    tp_group = parallel_state.get_tensor_model_parallel_group()
+    chunks, optimizer = parity.build(model, layout, weights)
     dp_group = parallel_state.get_data_parallel_group()
-    full = torch.load(f"{out}.weights")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(harness.shard(name, p, full[name], tp_group.rank(), tp_group.size(), NUM_LAYERS))
+    losses, norms = [], []
+    for step in range(parity.STEPS):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        iterators = [data(step, dp_group.rank(), dp_group.size()) for _ in chunks]
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=parity.GLOBAL_BATCH // dp_group.size(),
+            seq_length=harness.SEQ,
+            micro_batch_size=1,
+        )
+        if step == 0:
+            result = {f"gradient {name}": x for name, x in parity.gradients(chunks, optimizer).items()}
+        _, norm, _ = optimizer.step()
+        norms.append(norm)
+        if reports:
+            total = sum(report["loss"] for report in reports)
+            torch.distributed.all_reduce(total, group=dp_group)
+            losses.append(total[0] / total[1])
+    result |= {f"weight {name}": x for name, x in parity.weights_of(chunks).items()}
+    result["gradient norms"] = torch.tensor(norms)
+    if losses:
+        result["losses"] = torch.stack(losses)
+    return result
 
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    loss = step(ddp, dp_group.rank(), dp_group.size())
-    torch.distributed.all_reduce(loss, group=dp_group)
-    result = {"loss": loss / dp_group.size()}
-    for name, p in model.named_parameters():
-        parts = [torch.empty_like(p.main_grad) for _ in range(tp_group.size())]
-        torch.distributed.all_gather(parts, p.main_grad, group=tp_group)
-        result[name] = harness.unshard(name, p, parts, NUM_LAYERS)
-    if torch.distributed.get_rank() == 0:
-        torch.save(result, out)
+
+def main(out: Path, cases: dict):
+    harness.start_megatron(cpu_mode=True)
+    for name, case in cases.items():
+        print(name, flush=True)
+        parity.start_layout(case["layout"])
+        from megatron.core import parallel_state
+
+        result = run(case["model"], case["layout"], torch.load(out / case["weights"]))
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0
+        if first:
+            torch.save(result, out / f"{name}.{stage}")
+        torch.distributed.barrier()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,168 @@
+"""A model in any layout, from the weights of one process and back to them.
+
+A model is a dict of settings of `harness.build_model` (`tied`: embeddings and output share a weight). A layout is a
+dict: `tp`, `pp`, `vpp`, `ep` (sizes), `sequence_parallel`, `distributed_optimizer`, `overlap`, and `config`, settings
+that only pipelines have. Tensors go by the names that they have in one process.
+"""
+
+import harness
+import torch
+from torch import Tensor
+
+STEPS, GLOBAL_BATCH = 5, 8
+
+
+def start_layout(layout: dict):
+    """Megatron's process groups for a layout, in place of those of the one before."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.get("tp", 1),
+        pipeline_model_parallel_size=layout.get("pp", 1),
+        virtual_pipeline_model_parallel_size=layout.get("vpp"),
+        expert_model_parallel_size=layout.get("ep", 1),
+    )
+    model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def build(model: dict, layout: dict, weights: dict[str, Tensor]):
+    """This rank's model chunks, wrapped for data parallelism, with the given weights of one process; the optimizer."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    distributed, overlap = (bool(layout.get(name)) for name in ("distributed_optimizer", "overlap"))
+    gather = distributed and overlap
+    settings = dict(
+        tp=layout.get("tp", 1),
+        sequence_parallel=layout.get("sequence_parallel", False),
+        pipeline_model_parallel_size=layout.get("pp", 1),
+        virtual_pipeline_model_parallel_size=layout.get("vpp"),
+        expert_model_parallel_size=layout.get("ep", 1),
+        pipeline_dtype=torch.float32,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_sync=False,
+        # of two stages that are each other's neighbours on both sides, a batch would mix up what goes to which
+        overlap_p2p_comm="vpp" in layout,
+        batch_p2p_comm="vpp" not in layout,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+    chunks = []
+    for vp_stage in range(layout["vpp"]) if "vpp" in layout else [None]:
+        ends = dict(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        chunk = harness.build_model(
+            pre_process=parallel_state.is_pipeline_first_stage(**ends),
+            post_process=parallel_state.is_pipeline_last_stage(**ends),
+            vp_stage=vp_stage,
+            **model | settings | layout.get("config", {}),
+        )
+        with torch.no_grad():
+            for name, p in chunk.named_parameters():
+                p.copy_(_shard(chunk, name, p, weights))
+        chunks.append(chunk)
+    config = chunks[0].config
+    options = dict(overlap_grad_reduce=overlap, overlap_param_gather=gather, bucket_size=2000)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, **options)
+    chunks = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    for chunk in chunks[1:]:
+        chunk.module.config.no_sync_func = config.no_sync_func
+    # clipped, with decay, and an epsilon above what sums in another order leave of a gradient of zero
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=0.5, adam_eps=1e-5,
+            use_distributed_optimizer=distributed, overlap_param_gather=gather,
+        ),
+        chunks,
+    )  # fmt: skip
+    return chunks, optimizer
+
+
+def gradients(chunks, optimizer) -> dict[str, Tensor]:
+    """Gradients of this rank's chunks, whole."""
+    from megatron.core import parallel_state
+
+    dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+
+    def whole(p):
+        if not chunks[0].ddp_config.use_distributed_optimizer:
+            return p.main_grad
+        # each rank has reduced the part that it steps
+        full = torch.zeros_like(p.main_grad).view(-1)
+        for part in optimizers:
+            if p in part.model_param_gbuf_map:
+                own = part._get_model_param_range_map(p)["param"]
+                full[own.start : own.end] = p.main_grad.view(-1)[own.start : own.end]
+        torch.distributed.all_reduce(full, group=dp_group)
+        return full.view(p.shape)
+
+    return _collect(chunks, whole)
+
+
+def weights_of(chunks) -> dict[str, Tensor]:
+    """Weights of this rank's chunks, whole."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)
+    return _collect(chunks, lambda p: p.detach())
+
+
+def _collect(chunks, of) -> dict[str, Tensor]:
+    from megatron.core import parallel_state
+
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    result = {}
+    for chunk in chunks:
+        for name, p in chunk.module.named_parameters():
+            mine = of(p).contiguous()
+            parts = [torch.empty_like(mine) for _ in range(tp_group.size())]
+            torch.distributed.all_gather(parts, mine, group=tp_group)
+            full = harness.unshard(name, p, parts, chunk.config.num_layers)
+            name = _name(chunk.module, name)
+            if name in result:
+                # chunks of one stage have replicas of the same
+                torch.testing.assert_close(full, result[name], rtol=0, atol=0)
+            result[name] = full.clone()
+    return result
+
+
+def _name(chunk, name: str) -> str:
+    """What a chunk's parameter is called in one process."""
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    if name.startswith("decoder.layers."):
+        _, _, local, rest = name.split(".", 3)
+        stage = chunk.decoder.pg_collection.pp.rank()
+        return f"decoder.layers.{int(local) + get_transformer_layer_offset(chunk.config, chunk.vp_stage, stage)}.{rest}"
+    return name
+
+
+def _shard(chunk, name: str, p, weights: dict[str, Tensor]) -> Tensor:
+    from megatron.core import parallel_state
+
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    full = weights[_name(chunk, name)]
+    return harness.shard(name, p, full, tp_group.rank(), tp_group.size(), chunk.config.num_layers)
+
+
+def put_together(stages: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What one process would have saved; a tensor that several stages have must be equal on all."""
+    result = {}
+    for stage in stages:
+        for name, x in stage.items():
+            if name in result:
+                torch.testing.assert_close(
+                    x, result[name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+                )
+            result[name] = x
+    return result
