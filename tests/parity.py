@@ -5,6 +5,8 @@ dict: `tp`, `pp`, `vpp`, `ep` (sizes), `sequence_parallel`, `distributed_optimiz
 that only pipelines have. Tensors go by the names that they have in one process.
 """
 
+import re
+
 import harness
 import torch
 from torch import Tensor
@@ -136,6 +138,7 @@ def _collect(chunks, of) -> dict[str, Tensor]:
 
 def _name(chunk, name: str) -> str:
     """What a chunk's parameter is called in one process."""
+    from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
@@ -143,7 +146,13 @@ def _name(chunk, name: str) -> str:
     if name.startswith("decoder.layers."):
         _, _, local, rest = name.split(".", 3)
         stage = chunk.decoder.pg_collection.pp.rank()
-        return f"decoder.layers.{int(local) + get_transformer_layer_offset(chunk.config, chunk.vp_stage, stage)}.{rest}"
+        layer = int(local) + get_transformer_layer_offset(chunk.config, chunk.vp_stage, stage)
+        if ".local_experts." in rest:
+            before, expert, after = re.split(r"(?<=local_experts)\.(\d+)\.", rest)
+            own = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+            expert = int(expert) + own * parallel_state.get_expert_model_parallel_rank()
+            rest = f"{before}.{expert}.{after}"
+        return f"decoder.layers.{layer}.{rest}"
     return name
 
 
@@ -155,11 +164,11 @@ def _shard(chunk, name: str, p, weights: dict[str, Tensor]) -> Tensor:
     return harness.shard(name, p, full, tp_group.rank(), tp_group.size(), chunk.config.num_layers)
 
 
-def put_together(stages: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What one process would have saved; a tensor that several stages have must be equal on all."""
+def put_together(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What one process would have saved; a tensor that several ranks have must be equal on all."""
     result = {}
-    for stage in stages:
-        for name, x in stage.items():
+    for rank in ranks:
+        for name, x in rank.items():
             if name in result:
                 torch.testing.assert_close(
                     x, result[name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"

@@ -5,17 +5,26 @@ import pytest
 import torch
 
 
-@pytest.fixture
-def bounds():
-    from megatron.core import parallel_state
+class Group:
+    """What the holder asks of a process group."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def make_bounds(pp_group=None, vp_stage=None):
     from megatron.core.transformer import TransformerConfig
 
     from hgrn2_megatron.lower_bounds import LowerBounds
 
     harness.start_megatron()
     config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
-    groups = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group())
-    return LowerBounds(4, 2, 16, config, *groups)
+    return LowerBounds(4, 2, 16, config, Group(), pp_group or Group(), vp_stage)
+
+
+@pytest.fixture
+def bounds():
+    return make_bounds()
 
 
 def test_bounds_at_initialisation_are_layer_over_depth(bounds):
@@ -52,3 +61,13 @@ def test_checkpoint_entry_says_depth_and_width_and_hands_out_the_parameter_itsel
     (entry,) = factory.build()
     assert entry.key == "decoder.hgrn2_bounds.weight" and entry.global_shape == (4, 32)
     assert torch.equal(factory.merge_fn([entry.data]), bounds.weight)
+
+
+@pytest.mark.parametrize(("rank", "vp_stage", "replica"), [(0, None, 0), (0, 0, 0), (1, 0, 1), (0, 1, 2), (1, 1, 3)])
+def test_one_of_the_replicas_is_counted_in_the_gradients_norm_and_saved(rank, vp_stage, replica):
+    from megatron.core.transformer.module import param_is_not_shared
+
+    bounds = make_bounds(Group(rank, 2), vp_stage)
+    assert param_is_not_shared(bounds.weight) == (replica == 0)
+    (factory,) = bounds.sharded_state_dict("decoder.hgrn2_bounds.").values()
+    assert [entry.replica_id[0] for entry in factory.build()] == [replica]

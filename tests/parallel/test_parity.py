@@ -17,8 +17,8 @@ EXPERTS = {
 DEPTH = {"num_layers": 4}
 MODELS = {
     "hgrn2": {},
-    # two layers in a row are a pipeline stage without an HGRN2 layer
-    "hybrid": {"hgrn2_layer_pattern": "HH**"},
+    # two layers in a row are a pipeline stage without an HGRN2 layer, and the first the one whose gradients overlap
+    "hybrid": {"hgrn2_layer_pattern": "**HH"},
     "tied": {"tied": True},
     "per-token-loss": {"calculate_per_token_loss": True},
     "experts": EXPERTS,
@@ -26,10 +26,12 @@ MODELS = {
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
 # the last stage has no layer at all
 UNEVEN = [["embedding", "decoder"], ["decoder", "decoder"], ["decoder"], ["loss"]]
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "tp2-sequence-parallel": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2": (2, {"pp": 2}),
+    "pp2-recompute": (2, {"pp": 2, "config": RECOMPUTE}),
     "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
     "pp4-uneven": (4, {"pp": 4, "config": {"pipeline_model_parallel_layout": UNEVEN}}),
     "dp2": (2, {"overlap": True}),
@@ -37,11 +39,12 @@ LAYOUTS = {
     "pp2-dp2-distributed-optimizer": (4, {"pp": 2} | DISTRIBUTED),
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
     "ep2": (2, {"ep": 2}),
+    "ep2-pp2": (4, {"ep": 2, "pp": 2}),
 }
-CASES = [(model, layout) for model in ("hgrn2", "hybrid") for layout in LAYOUTS if layout != "ep2"]
+CASES = [(model, layout) for model in ("hgrn2", "hybrid") for layout in LAYOUTS if "ep2" not in layout]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
 CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
-CASES += [("experts", "pp2"), ("experts", "dp2")]
+CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]
 
 
 @pytest.fixture(scope="module")

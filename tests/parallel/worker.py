@@ -2,7 +2,7 @@
 
 torchrun ... worker.py OUT CASES      CASES is JSON: {name: {"model": {...}, "layout": {...}, "weights": file in OUT}}
 
-Ranks that share a pipeline stage put what they hold together as one process would hold it, and one of them saves it.
+The ranks of a tensor-parallel group put what they hold together as one process would hold it, and one of them saves it.
 """
 
 import json
@@ -81,10 +81,8 @@ def main(out: Path, cases: dict):
         from megatron.core import parallel_state
 
         result = run(case["model"], case["layout"], torch.load(out / case["weights"]))
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0
-        if first:
-            torch.save(result, out / f"{name}.{stage}")
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            torch.save(result, out / f"{name}.{torch.distributed.get_rank()}")
         torch.distributed.barrier()
 
 
