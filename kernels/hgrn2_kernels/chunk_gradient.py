@@ -2,7 +2,7 @@
 
 With P the product of each operand with its raw accumulator, gradients of queries counted plus and of keys minus, the
 gradient of log gate t is the sum of P from t on: pairs with both ends there cancel, term by term, because the same
-rounded operands stand in both. Compiled twice, fast and exact, as chunk_output.
+rounded operands stand in both. A chunk is taken within the limit or exactly, as in chunk_output.
 """
 
 import triton

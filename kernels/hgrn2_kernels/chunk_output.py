@@ -1,8 +1,8 @@
 """Outputs of a chunk from the state at its border: o forward, dv in the backward. One program a (chunk, head).
 
-Compiled twice. The fast form takes one product a chunk, in the frame of the chunk's middle, and leaves a chunk that
-exceeds its limit alone. The exact form takes those chunks only, level by level: in each block of 2^shift tokens,
-queries of the second half meet keys of the first through the token between them, so every exponent is at most 0.
+A chunk within the limit takes one product, in the frame of its middle. The others are taken exactly, level by level: in
+each block of 2^shift tokens, queries of the second half meet keys of the first through the token between them, so that
+every exponent is at most 0. A flag of chunk_state says which.
 """
 
 import triton
