@@ -74,8 +74,6 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
     if overlap:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    for chunk in chunks[1:]:
-        chunk.module.config.no_sync_func = config.no_sync_func
     # clipped, with decay, and an epsilon above what sums in another order leave of a gradient of zero
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
