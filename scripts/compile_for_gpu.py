@@ -19,6 +19,7 @@ from unittest.mock import patch
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+import torch.fx.experimental._config
 import triton
 import triton.testing
 from torch.overrides import TorchFunctionMode
@@ -129,6 +130,10 @@ def pretend(arch: int):
     for name in ("device", "device_of", "stream", "Stream", "Event", "graph", "CUDAGraph"):
         setattr(torch.cuda, name, Nothing)
     triton.testing.do_bench = _call_once
+    autocast = torch.autocast
+    torch.autocast = lambda device, **options: autocast("cpu", **options)
+    # an index by a mask
+    torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     torch.Tensor.is_cuda = property(lambda x: x.device.type == "meta")
 
