@@ -5,9 +5,10 @@
 
 Shapes are batch x length x heads, heads of 128, bf16, inputs as strided views of one fused projection, bounds in
 [0.04, 0.94]. A shape is timed only after its output and every gradient agree with the PyTorch form in fp32 on the very
-same numbers. Times are medians of CUDA events, in ms; in those from a CUDA graph the host has no part. fla (fla-core)
-is timed where it can be imported, on the shapes of --fla alone: its autotuning takes minutes. --sweeps adds time
-against length and heads, and --plot draws them.
+same numbers. Times are medians of CUDA events, in ms. In a row: forward and backward of one operator of eight, each of
+which takes the last one's output for v, as the layers of a model do; autograd then starts its thread once for all. In a
+graph the host has no part. fla (fla-core) is timed where it can be imported, on the shapes of --fla alone: its
+autotuning takes minutes. --sweeps adds time against length and heads, and --plot draws them.
 """
 
 import argparse
@@ -21,17 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch
+from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch, step_hgrn2
 
-D = 128
+D, ROW = 128, 8
 CEILING = {"o": 3e-3, "dq": 4e-3, "df": 4e-3, "dv": 3e-3, "dlower_bound": 4e-3}
 SHAPES = ["8x4096x16", "1x32768x16", "1x32768x4", "8x2048x8"]
 SWEEPS = {
     "length, at 32768 tokens of 16 heads": [f"{32768 // T}x{T}x16" for T in (1024, 2048, 4096, 8192, 16384, 32768)],
     "heads, at one sequence of 32768": [f"1x32768x{H}" for H in (2, 4, 8, 16, 32)],
 }
-# what is done to the raw gate, N(0, 1), and whether half the bounds are 0
-GATES = {"ordinary": (1, 0, False), "x16, half the bounds 0": (16, 0, True), "all closed": (1, -30, True)}
+# what the raw gate, N(0, 1), is multiplied by, what is added to it, and the bounds. A fresh model's are those of width
+# 2048 with weights of 0.02 behind a norm, each head from another layer, of which the first has a bound of 0
+GATES = {
+    "ordinary": (1, 0, "uniform"),
+    "fresh model": (0.02 * 2048**0.5, 0, "layers"),
+    "x16, half the bounds 0": (16, 0, "half zero"),
+    "all closed": (1, -30, "half zero"),
+}
 
 
 def time(function) -> float:
@@ -43,12 +50,14 @@ def time(function) -> float:
 def make_inputs(B: int, T: int, H: int, gate: str = "ordinary") -> tuple[list[Tensor], Tensor]:
     """q, f, v as leaves that are views of one projection [B, T, H, 3, D], the bound, and do."""
     torch.manual_seed(0)
-    scale, shift, half_zero = GATES[gate]
+    scale, shift, bounds = GATES[gate]
     fused = torch.randn(B, T, H, 3, D, device="cuda", dtype=torch.bfloat16)
     fused[..., 1, :].mul_(scale).add_(shift)
     bound = torch.rand(H, D, device="cuda") * 0.9 + 0.04
-    if half_zero:
+    if bounds == "half zero":
         bound[:, ::2] = 0
+    if bounds == "layers":
+        bound = (torch.arange(H, device="cuda") / H)[:, None].repeat(1, D)
     leaves = [x.detach().requires_grad_() for x in (*fused.unbind(3), bound)]
     return leaves, torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16)
 
@@ -105,13 +114,16 @@ def check(leaves: list[Tensor], do: Tensor):
             raise SystemExit(f"{name} is wrong, relative error {error:.1e}: not timed")
 
 
-def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float]:
-    """Median ms of the forward, of forward and backward, and of these replayed from a CUDA graph."""
+def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float, float]:
+    """Median ms of the forward; of forward and backward, of one of ROW in a row, and replayed from a CUDA graph."""
 
-    def both():
+    def both(count: int = 1):
         for x in leaves:
             x.grad = None
-        op(*leaves).backward(do)
+        q, f, o, *rest = leaves
+        for _ in range(count):
+            o = op(q, f, o, *rest)
+        o.backward(do)
 
     with torch.no_grad():
         forward = time(lambda: op(*leaves))
@@ -124,7 +136,7 @@ def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         both()
-    return forward, eager, time(graph.replay)
+    return forward, eager, time(lambda: both(ROW)) / ROW, time(graph.replay)
 
 
 def memory(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
@@ -180,8 +192,8 @@ def exact_share(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> float:
 
 
 HEAD = """\
-| shape | gates | exact | operator | fwd | fwd + bwd | in a graph | / HGRN2 | / HGRN2 | / HGRN2 | kept MiB | peak MiB |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| shape | gates | exact | operator | fwd | fwd + bwd | in a row | in a graph | times HGRN2's | kept MiB | peak MiB |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def lines(row: dict) -> str:
@@ -190,8 +202,8 @@ def lines(row: dict) -> str:
     own = row["operators"]["HGRN2"]
     return "\n".join(
         " | ".join(
-            [f"{first} {name}", *(f"{x:.3f}" for x in ms), *(f"{x / y:.2f}" for x, y in zip(ms, own, strict=False))]
-            + [f"{kept:.0f}", f"{peak:.0f} |"]
+            [f"{first} {name}", *(f"{x:.3f}" for x in ms)]
+            + [" ".join(f"{x / y:.2f}" for x, y in zip(ms, own, strict=False)), f"{kept:.0f}", f"{peak:.0f} |"]
         )
         for name, (*ms, kept, peak) in row["operators"].items()
     )
@@ -205,6 +217,14 @@ def measure_all(cases) -> list[dict]:
         rows.append(measure(*case))
         print(lines(rows[-1]), flush=True)
     return rows
+
+
+def decode(N: int, H: int) -> tuple[float, float]:
+    """Median ms of one token of N sequences through step_hgrn2, and the TB/s at which it moves the states."""
+    q, f, v = torch.randn(N, 1, H, 3, D, device="cuda", dtype=torch.bfloat16).unbind(3)
+    bound, state = torch.rand(H, D, device="cuda"), torch.randn(N, H, D, D, device="cuda")
+    ms = time(lambda: step_hgrn2(q, f, v, bound, state))
+    return ms, 2 * state.nbytes / ms / 1e9
 
 
 def run(args):
@@ -226,6 +246,8 @@ def run(args):
             f"{shape}: at least {gigabytes:.2f} GB, {gigabytes / copy:.2f} ms at that copy; "
             f"{gigaflops:.0f} GFLOP, {gigaflops / products:.2f} ms at that rate"
         )
+    ms, rate = decode(64, 16)
+    print(f"step_hgrn2, 64 sequences x 16 heads: {ms:.4f} ms, {rate:.2f} TB/s, {rate / copy:.0%} of that copy")
     sweeps = {}
     for name, shapes in SWEEPS.items() if args.sweeps else ():
         print(f"\nTime against {name}")

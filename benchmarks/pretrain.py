@@ -39,23 +39,30 @@ ROWS = {
 }
 
 
-def run(script: Path, launcher: bool, flags: list[str]) -> str:
+def run(script: Path, launcher: bool, flags: list[str], processes: int = 1) -> str:
     """Megatron's output for one row."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "hgrn2_megatron", str(script)] if launcher else [str(script)]
     path = [str(ROOT), str(ROOT / "kernels"), str(script.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": ":".join(path), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    # a checkout builds its dataset helpers with the python3 of PATH
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     done = subprocess.run(command + flags, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.stdout
 
 
+def numbers(name: str, log: str) -> list[float]:
+    """What Megatron logged under a name, a regular expression."""
+    return [float(x) for x in re.findall(rf"{name}: (\S+)", log)]
+
+
 def row(name: str, log: str) -> str:
     """One line of the table, or what went wrong."""
-    losses = [float(x) for x in re.findall(r"lm loss: (\S+)", log)]
-    times = [float(x) for x in re.findall(r"elapsed time per iteration \(ms\): (\S+)", log)][2:]
+    losses = numbers("lm loss", log)
+    times = numbers(r"elapsed time per iteration \(ms\)", log)[2:]
     if not times:
         return f"| {name} | failed: see the log | | | |"
-    peak = max((float(x) for x in re.findall(r"max allocated: (\S+)", log)), default=float("nan"))
+    peak = max(numbers("max allocated", log), default=float("nan"))
     tokens = SEQ * GLOBAL_BATCH / statistics.median(times) * 1000
     banner = next(iter(re.findall(r"^HGRN2: .*", log, re.M)), "")
     return f"| {name} | {tokens:,.0f} | {peak / 1024:.1f} | {losses[0]:.3f} -> {losses[-1]:.3f} | {banner} |"

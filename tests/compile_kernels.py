@@ -43,7 +43,7 @@ def recorded_launches(
         patch.object(Launch, "__call__", record),
         patch.object(chunk_plan, "capability", lambda device: divmod(arch, 10)),
     ):
-        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0, False)
+        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0)
         chunk_triton.chunk_backward(o, state, q, f, v, bound, state, cu_seqlens, 1.0)
     return launches
 

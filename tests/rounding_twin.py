@@ -66,7 +66,7 @@ def _chunk(a, k, g, v, h, dtype):
     exact = Product.apply(Operand.apply(a, through - enters, dtype), framed, dtype), _exactly(a, k, g, dtype)
     o, scores = (torch.where(slow, x, y) for x, y in zip(exact, (o, scores), strict=True))
     written = Product.apply(Operand.apply(k, after - leaves, dtype).mT, v, dtype)
-    h = torch.exp2(through[:, :, -1, :, None]) * h + torch.exp2(leaves).mT * written
+    h = Passing.apply(h, through[:, :, -1:].mT, enters.mT, leaves.mT, dtype) + torch.exp2(leaves).mT * written
     return o + Product.apply(scores, v, dtype), h
 
 
@@ -81,7 +81,7 @@ def _within_limit(a, k, g, framed, rest, dtype):
     sums = ((i > middle) & (i <= i[:, None])).float() - ((i > i[:, None]) & (i <= middle)).float()
     # where it exceeds the limit the result is not taken, and has to be a number
     decay = _decay(sums, g, dtype).clamp(-LIMIT, LIMIT)
-    qd, kd = Operand.apply(a, decay, dtype), Operand.apply(k, -decay, dtype)
+    qd, kd = Operand.apply(a, decay, dtype), Operand.apply(k, -decay, dtype, True)
     scores = torch.where(i <= i[:, None], Product.apply(qd, kd.mT, dtype), 0.0)
     return Product.apply(qd, torch.exp2(rest).mT * framed, dtype), scores
 
@@ -143,19 +143,39 @@ class Rounded(torch.autograd.Function):
 
 
 class Operand(torch.autograd.Function):
-    """x 2^decay, rounded; the decay's gradient holds the rounded number, as the kernels' sums of pairs do."""
+    """x 2^decay, rounded; the decay's gradient holds the rounded number, as the kernels' sums of pairs do.
+
+    With `twice` x's own gradient holds it too: where the kernels keep the product of a key and its gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, decay, dtype):
+    def forward(ctx, x, decay, dtype, twice=False):
         factor = torch.exp2(decay)
         rounded = (x * factor).to(dtype).float()
-        ctx.save_for_backward(factor, rounded)
+        ctx.save_for_backward(torch.where(x > 0, rounded / x, factor) if twice else factor, rounded)
         return rounded
 
     @staticmethod
     def backward(ctx, d):
         factor, rounded = ctx.saved_tensors
-        return d * factor, d * rounded * LN2, None
+        return d * factor, d * rounded * LN2, None, None
+
+
+class Passing(torch.autograd.Function):
+    """h 2^decay for h [B, H, K, V]; the decay's gradient is a product of states as the kernels store them."""
+
+    @staticmethod
+    def forward(ctx, h, decay, enters, leaves, dtype):
+        ctx.save_for_backward(h, decay, enters, leaves)
+        ctx.dtype = dtype
+        return torch.exp2(decay) * h
+
+    @staticmethod
+    def backward(ctx, dh):
+        h, decay, enters, leaves = ctx.saved_tensors
+        stored, dstored = ((torch.exp2(frame) * x).to(ctx.dtype).float() for frame, x in ((enters, h), (leaves, dh)))
+        ddecay = torch.exp2(decay - enters - leaves) * (stored * dstored).sum(-1, keepdim=True)
+        return torch.exp2(decay) * dh, ddecay * LN2, None, None, None
 
 
 class Product(torch.autograd.Function):

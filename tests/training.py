@@ -12,11 +12,14 @@ FLAGS = """
 """.split()
 OURS = "examples/pretrain_gpt.py"
 HGRN2 = ("--spec", "hgrn2")
+LAUNCHER = ("-m", "hgrn2_megatron")
 
 
-def train(*flags, script: str = OURS, num_processes: int = 1) -> tuple[dict[int, str], str]:
+def train(
+    *flags, script: str = OURS, num_processes: int = 1, launcher: tuple[str, ...] = LAUNCHER
+) -> tuple[dict[int, str], str]:
     """Losses by iteration, as logged, and the whole output."""
-    done = harness.torchrun(num_processes, "-m", "hgrn2_megatron", script, *FLAGS, *map(str, flags))
+    done = harness.torchrun(num_processes, *launcher, script, *FLAGS, *map(str, flags))
     assert done.returncode == 0, done.stdout[-3000:]
     logged = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
     return {int(iteration): loss for iteration, loss in logged}, done.stdout

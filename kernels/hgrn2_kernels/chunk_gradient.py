@@ -19,6 +19,7 @@ from hgrn2_kernels.triton_math import (
     load_matrix,
     load_tokens,
     padded,
+    prefetch_rows,
     reciprocal,
     rounded,
     sigmoid_parts,
@@ -78,6 +79,7 @@ def chunk_gradient_kernel(
     BK: tl.constexpr,
     BF: tl.constexpr,  # channels that share a flag, a multiple of BK
     BV: tl.constexpr,
+    AHEAD: tl.constexpr,  # programs that run at a time, whose successors' tiles are fetched into L2, or 0
     DT: tl.constexpr,
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -117,6 +119,24 @@ def chunk_gradient_kernel(
             b_h = tl.load(states + place * K * V + o_kv, mask=m_kv, other=0.0)
             b_dh = tl.load(dstates + place * K * V + o_kv, mask=m_kv, other=0.0)
 
+            if AHEAD > 0 and FULL and K % BK == 0 and V == BV:
+                next_item = item + AHEAD
+                if next_item < tl.num_programs(0):
+                    next_k, next_h, next_c = next_item % NK, next_item // NK % H, next_item // (NK * H)
+                    next_b, next_t, _ = span(next_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
+                    p_next = f + next_b * stride_fb + next_t.to(tl.int64) * stride_ft + next_h * stride_fh
+                    prefetch_rows(p_next + next_k * BK, stride_ft, BK, C)
+                    p_next = q + next_b * stride_qb + next_t.to(tl.int64) * stride_qt + next_h * stride_qh
+                    prefetch_rows(p_next + next_k * BK, stride_qt, BK, C)
+                    next_state = (next_item // NK).to(tl.int64) * K * V + next_k * BK * V
+                    prefetch_rows(states + next_state, V, V, BK)
+                    prefetch_rows(dstates + next_state, V, V, BK)
+                    # the other blocks of channels of that chunk share v and do
+                    if next_k == 0:
+                        p_next = v + next_b * stride_vb + next_t.to(tl.int64) * stride_vt + next_h * stride_vh
+                        prefetch_rows(p_next, stride_vt, V, C)
+                        p_next = do + next_b * stride_ob + next_t.to(tl.int64) * stride_ot + next_h * stride_oh
+                        prefetch_rows(p_next, stride_ot, V, C)
             if EXACT:
                 # gradient of the chunk's total decay, through the state that passes it
                 passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
@@ -183,7 +203,9 @@ def chunk_gradient_kernel(
             store_tokens(p_dq, stride_dqt, o_k, left, tl.trans(b_dq.to(dq.dtype.element_ty)), K, BK, C, FULL)
 
             # queries from t on carry gate t, and so do keys written before t and the state that passes
-            if not EXACT:
+            if not EXACT and DT == tl.float32:
+                passing += tl.sum(b_h * b_dh, 1)
+            elif not EXACT:
                 # the states' product from shared memory; earlier, it would take registers for long
                 corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
                 passing += tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)

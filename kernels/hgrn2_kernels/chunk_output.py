@@ -18,6 +18,7 @@ from hgrn2_kernels.triton_math import (
     load_matrix,
     load_tokens,
     padded,
+    prefetch_rows,
     silu,
     span,
     store_tokens,
@@ -88,6 +89,9 @@ def chunk_output_kernel(
             p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
             p_f = f + i_b * stride_fb + t * stride_ft + i_h * stride_fh
             p_y = y + i_b * stride_yb + t * stride_yt + i_h * stride_yh
+            if FULL and V == BV:
+                # needed last, and there are no registers to load it early
+                prefetch_rows(p_y, stride_yt, V, C)
             scores = tl.zeros([C, C], tl.float32)
             out = tl.zeros([C, BV], tl.float32)
             if EXACT:

@@ -34,6 +34,8 @@ class Config:
             chunk_output.
         alone_stages: of chunk_state in reverse where its programs have a multiprocessor each, and its shared memory.
         output_warps, state_warps: of chunk_output and chunk_state.
+        gradient_ahead: programs of chunk_gradient that a GPU runs at a time, whose successors' tiles they prefetch; 0
+            where that was not tried.
     """
 
     C: int
@@ -48,6 +50,7 @@ class Config:
     output_stages: int
     output_warps: int = 4
     state_warps: int = 4
+    gradient_ahead: int = 0
 
     @classmethod
     def of(cls, dtype: torch.dtype, K: int, V: int, capability: tuple[int, int] = (9, 0)) -> "Config":
@@ -60,7 +63,10 @@ class Config:
         wide = capability[0] in (9, 10)
         gradient, output_warps = (64, 4) if wide else (32, 8), 4 if wide and BV <= 128 else 8
         # the fast path's operands need the exponents of bf16, which fp16 lacks
-        return cls(64, 64, gradient, BV, min(BV, 128), torch.bfloat16, 3, 2, 3, 2, output_warps)
+        # two on each multiprocessor of an H100
+        ahead = 264 if capability == (9, 0) else 0
+        state_BV = min(BV, 128)
+        return cls(64, 64, gradient, BV, state_BV, torch.bfloat16, 3, 2, 3, 2, output_warps, gradient_ahead=ahead)
 
     def blocks(self, K: int) -> int:
         """Blocks of channels that K has."""

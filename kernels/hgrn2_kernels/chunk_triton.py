@@ -21,15 +21,16 @@ from hgrn2_kernels.matrices import matrices
 KEPT = 4096
 
 
-def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
+def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state=True, save_states=False):
     """Output of the chunk kernels and what a backward may want to keep.
 
     Args:
-        q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states: as in `chunk_hgrn2`, on one device.
+        q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states: as in `chunk_hgrn2`, on
+            one device.
 
     Returns:
         o: [B, T, H, V] dtype of v.
-        final_state: [N, H, K, V] fp32.
+        final_state: [N, H, K, V] fp32; None unless asked for.
         saved: what spares the backward some work. With save_states, the states [chunks, H, K, V] of `Config.dtype`
             that enter the chunks, decayed towards their middle, and [chunks, H, blocks of K] int8, whether the exact
             form took the chunk. Without, the states [segments, H, K, V] fp32 that enter the segments, or nothing.
@@ -37,9 +38,10 @@ def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_s
     q, f, v = (unit_stride(x) for x in (q, f, v))
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
-        states, final_state, entering = run.states(v, initial_state)
+        states, final_state, entering = run.states(v, initial_state, wants_last=output_final_state)
         o = dense_like(v)
         run.output(v, states, o)
+    final_state = final_state if output_final_state else None
     if save_states:
         return o, final_state, (states, run.slow)
     return o, final_state, (entering,) if run.plan.keeps_entering else ()
@@ -74,9 +76,8 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def dense_like(x: Tensor) -> Tensor:
-    """A new tensor like x [B, T, H, D], dense, with batch inside time where x has it so, as Megatron does."""
-    B, T, H, D = x.shape
-    return x.new_empty((T, B, H, D)).transpose(0, 1) if x.stride(0) < x.stride(1) else x.new_empty((B, T, H, D))
+    """A new tensor of x's shape, dense, with batch inside time where x has it so, and the last dimension innermost."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 class Launches:
@@ -268,4 +269,5 @@ def _chunk_gradient(plan, stride_v, stride_do, stride_dq, stride_df):
         BK=BK,
         BF=plan.config.BK,
         BV=plan.config.BV,
+        AHEAD=plan.config.gradient_ahead,
     )

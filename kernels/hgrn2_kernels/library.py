@@ -24,7 +24,7 @@ _library.define(
 
 def _chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
     inputs = q, f, v, lower_bound, initial_state, cu_seqlens
-    o, final_state, saved = chunk_forward(*inputs, scale, save_states)
+    o, final_state, saved = chunk_forward(*inputs, scale, save_states=save_states)
     # what enters the segments is not kept: its shape would tie traced code to one length
     states, slow = saved if save_states else (o.new_empty(0), o.new_empty(0, dtype=torch.int8))
     return o, final_state, states, slow
@@ -80,12 +80,12 @@ class Chunk(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scale, save_states, lower_bound, initial_state, cu_seqlens, *qfv):
-        """Returns o and the final state, of q, f and v or of one [B, T, H, 3, K] that holds them."""
+    def forward(ctx, scale, output_final_state, save_states, lower_bound, initial_state, cu_seqlens, *qfv):
+        """Returns o and the final state or None, of q, f and v or of one [B, T, H, 3, K] that holds them."""
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         others = lower_bound, initial_state, cu_seqlens
-        o, final_state, saved = chunk_forward(*_apart(qfv), *others, scale, save_states)
+        o, final_state, saved = chunk_forward(*_apart(qfv), *others, scale, output_final_state, save_states)
         ctx.save_for_backward(*qfv, *others, *saved)
         ctx.count = len(qfv)
         return o, final_state
@@ -97,39 +97,35 @@ class Chunk(torch.autograd.Function):
         saved = ctx.saved_tensors
         qfv, others, saved = saved[: ctx.count], saved[ctx.count : ctx.count + 3], saved[ctx.count + 3 :]
         q, f, v = _apart(qfv)
-        dqfv = tuple(_dense(x) for x in qfv)
+        dqfv = tuple(dense_like(x) for x in qfv)
         do = torch.zeros_like(v) if do is None else do
         *_, dbound, dinitial = chunk_backward(
             do, dfinal_state, q, f, v, *others, ctx.scale, saved=saved, into=_apart(dqfv)
         )
-        return None, None, dbound, dinitial, None, *dqfv
+        return None, None, None, dbound, dinitial, None, *dqfv
 
 
 def _apart(qfv):
     return qfv[0].unbind(-2) if len(qfv) == 1 else qfv
 
 
-def _dense(x):
-    """A new tensor like q, or like the projection that holds it."""
-    return dense_like(x) if x.dim() == 4 else dense_like(x.flatten(3)).unflatten(3, x.shape[3:])
-
-
 def _is_eager(x):
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
-    """o and the final state, by the kernels; see `chunk_hgrn2`."""
+def chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states):
+    """o and the final state or None, by the kernels; see `chunk_hgrn2`."""
     if _is_eager(q):
-        return Chunk.apply(scale, save_states, lower_bound, initial_state, cu_seqlens, q, f, v)
-    return torch.ops.hgrn2.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)[:2]
+        return Chunk.apply(scale, output_final_state, save_states, lower_bound, initial_state, cu_seqlens, q, f, v)
+    o, final_state, *_ = torch.ops.hgrn2.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
+    return o, final_state if output_final_state else None
 
 
-def chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, save_states):
+def chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states):
     """`chunk` of one projection [B, T, H, 3, K], whose gradient comes in one piece; traced, by way of three."""
     if _is_eager(qfv):
-        return Chunk.apply(scale, save_states, lower_bound, initial_state, cu_seqlens, qfv)
-    return chunk(*qfv.unbind(-2), lower_bound, initial_state, cu_seqlens, scale, save_states)
+        return Chunk.apply(scale, output_final_state, save_states, lower_bound, initial_state, cu_seqlens, qfv)
+    return chunk(*qfv.unbind(-2), lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
 
 
 def _setup_context(ctx, inputs, output):

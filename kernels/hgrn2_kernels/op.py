@@ -78,8 +78,7 @@ def chunk_hgrn2(
     # a CPU needs no triton
     from hgrn2_kernels import library
 
-    o, final_state = library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
-    return o, final_state if output_final_state else None
+    return library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
 
 
 def chunk_hgrn2_fused(
@@ -117,8 +116,7 @@ def chunk_hgrn2_fused(
     check_kernels(q, v, scale)
     from hgrn2_kernels import library
 
-    o, final_state = library.chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, save_states)
-    return o, final_state if output_final_state else None
+    return library.chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
 
 
 def chunk_hgrn2_pytorch(

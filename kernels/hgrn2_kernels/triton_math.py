@@ -206,6 +206,18 @@ def load_tokens(p, stride_t, o_d, left, D: tl.constexpr, BD: tl.constexpr, C: tl
 
 
 @triton.jit
+def prefetch_rows(p, stride, D: tl.constexpr, R: tl.constexpr):
+    """Bring R rows of D numbers at p, stride apart, into L2: a hint, which waits for nothing."""
+    if not INTERPRET:
+        LINE: tl.constexpr = 1024 // p.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = (D + LINE - 1) // LINE
+        at = p + tl.arange(0, R)[:, None] * stride + (tl.arange(0, LINES) * LINE)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def channels(x, eye):
     """A tile [C, BD] of raw inputs to fp32 [BD, C].
 

@@ -13,8 +13,8 @@ from hgrn2_kernels.segments_triton import SegmentStates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# what fp32 sums alone make of an error, in whatever order
-ORDER_OF_SUMS = 1e-6
+# what fp32 sums in whatever order make of an error, and a GPU's exp2, log2 and reciprocal, each good to about 2^-22
+FP32_ERROR = 2e-6
 # relative Frobenius errors of bf16 operands and states
 BF16_CEILING = dict(zip(NAMES, (3e-3, 3e-3, 4e-3, 4e-3, 3e-3, 4e-3, 3e-3), strict=True))
 
@@ -22,7 +22,7 @@ BF16_CEILING = dict(zip(NAMES, (3e-3, 3e-3, 4e-3, 4e-3, 3e-3, 4e-3, 3e-3), stric
 def triton_op(q, f, v, lower_bound, *, initial_state=None, output_final_state=True, cu_seqlens=None, save_states=False):
     """The kernels behind chunk_hgrn2's call, which on a CPU would choose PyTorch."""
     scale = q.shape[-1] ** -0.5
-    return library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states)
+    return library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
 
 
 def on_device(inputs, dtype=torch.float32):
@@ -47,7 +47,7 @@ def check(inputs, cu_seqlens=None):
         assert runs[0][name].isfinite().all(), name
         error, allowed = (relative_error(x[name][keep], want[keep]) for x in runs)
         ceiling = CEILING[dtype] if dtype == torch.float32 else BF16_CEILING[name]
-        assert error <= min(ceiling, max(2 * allowed, ORDER_OF_SUMS)), (name, error, allowed)
+        assert error <= min(ceiling, max(2 * allowed, FP32_ERROR)), (name, error, allowed)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -108,8 +108,8 @@ def test_one_projection_and_its_gradient_in_one_piece(save_states):
     qfv = torch.randn(T, B, H, 3, K, device=DEVICE)
     b, do = bounds("learned", H, K).float().to(DEVICE), torch.randn(T, B, H, K, device=DEVICE).transpose(0, 1)
     fused, apart = (qfv.clone().requires_grad_() for _ in range(2))
-    o, final_state = library.chunk_fused(fused.transpose(0, 1), b, None, None, 0.25, save_states)
-    want, want_state = library.chunk(*apart.transpose(0, 1).unbind(3), b, None, None, 0.25, save_states)
+    o, final_state = library.chunk_fused(fused.transpose(0, 1), b, None, None, 0.25, True, save_states)
+    want, want_state = library.chunk(*apart.transpose(0, 1).unbind(3), b, None, None, 0.25, True, save_states)
     for x in (o, want):
         x.backward(do)
     assert torch.equal(o, want) and torch.equal(final_state, want_state) and torch.equal(fused.grad, apart.grad)
