@@ -3,6 +3,8 @@
 A script for the launcher, not a test.
 """
 
+import functools
+import multiprocessing
 import os
 import runpy
 import signal
@@ -14,12 +16,16 @@ write_item = filesystem_async._write_item
 written = []
 
 
+@functools.wraps(write_item)
 def write_some(transforms, stream, *args, **kwargs):
     result = write_item(transforms, stream, *args, **kwargs)
     if f"iter_{int(os.environ['KILL_ITERATION']):07d}" in stream.name:
         written.append(result)
     if len(written) == WRITTEN:
         stream.flush()
+        # its helpers as well, which would keep its output open
+        for child in multiprocessing.active_children():
+            child.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 
