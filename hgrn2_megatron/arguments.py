@@ -92,14 +92,22 @@ def fill_silent(args: argparse.Namespace):
 
 
 def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
-    """Take the model's own flags from a checkpoint's args, as --use-checkpoint-args does for Megatron's."""
-    for name in CHECKPOINT_ARGS:
+    """Take the model's own flags from a checkpoint's args, as --use-checkpoint-args does for Megatron's.
+
+    Raises:
+        UsageError: the checkpoint's spec, which Megatron has put into args by now, is another than this run's.
+    """
+    if not is_hgrn2_spec(args.spec):
+        raise UsageError(f"--use-checkpoint-args: the checkpoint is of --spec {' '.join(args.spec)}; drop the flag")
+    # every run through the launcher saves the plugin's flags; they mean something where the model is HGRN2
+    ours = is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
+    for name in CHECKPOINT_ARGS if ours else ("layernorm_epsilon",):
         if hasattr(checkpoint_args, name):
             setattr(args, name, getattr(checkpoint_args, name))
 
 
 def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
-    """Compare what decides the meaning and the names of the weights, before they are loaded.
+    """Compare two HGRN2 models: what decides the meaning and the names of the weights, before they are loaded.
 
     Megatron would read a checkpoint of other heads without a word, as their projections have the same shapes, and
     end in a list of weights that are missing where the depth or the pattern differs.
@@ -107,8 +115,6 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
     Raises:
         UsageError: the checkpoint is of another model; it names the flag.
     """
-    if not is_hgrn2_spec(getattr(checkpoint_args, "spec", None)):
-        return
     ours, theirs = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
     depth = args.num_layers
 
@@ -121,9 +127,21 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
         "--hgrn2-layer-pattern": (pattern(ours), pattern(theirs)),
         "--hgrn2-lower-bounds": (ours.lower_bounds, theirs.lower_bounds),
     }
+    refuse_differences(
+        pairs, "give what the checkpoint has, take it over with --use-checkpoint-args, or train without --load"
+    )
+
+
+def refuse_differences(pairs: dict, instead: str):
+    """Refuse the first difference between this run and a checkpoint.
+
+    Args:
+        pairs: flag -> its value (here, in the checkpoint).
+        instead: what to do.
+
+    Raises:
+        UsageError: it names the flag.
+    """
     for flag, (given, saved) in pairs.items():
         if given != saved:
-            raise UsageError(
-                f"{flag} is {given} here and {saved} in the checkpoint to load: give what the checkpoint has, "
-                "take it over with --use-checkpoint-args, or train without --load"
-            )
+            raise UsageError(f"{flag} is {given} here and {saved} in the checkpoint to load: {instead}")

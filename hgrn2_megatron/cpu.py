@@ -38,13 +38,16 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # torch._dynamo indexes torch functions by identity when Megatron first imports it: patch after that
+    import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.tensor_parallel.random
+    import megatron.training.initialize
     import megatron.training.training
 
     _fake_torch_cuda()
     _CudaMeansCpu().__enter__()
     _adapt_megatron_random(megatron.core.tensor_parallel.random)
     _adapt_megatron_training(megatron.training.training)
+    _adapt_megatron_saving(megatron.training.initialize, megatron.core.dist_checkpointing.strategies.filesystem_async)
     _keep_rng_over_dataloader_start()
     if os.environ.get("RANK", "0") == "0":
         print("hgrn2_megatron: no CUDA device, running on the CPU over gloo", file=sys.stderr, flush=True)
@@ -119,6 +122,22 @@ def _adapt_megatron_training(training) -> None:
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     # a warm-up of fused kernels that would draw from the CPU's random numbers
     training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def _adapt_megatron_saving(initialize, filesystem_async) -> None:
+    # a worker of another start method imports everything anew, and without the CPU mode: --async-save hangs
+    start_worker, results_queue = initialize.init_persistent_async_worker, filesystem_async.get_write_results_queue
+    initialize.init_persistent_async_worker = lambda rank, mp_mode: start_worker(rank, "fork")
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results_queue("fork")
+    filesystem_async.FileSystemWriterAsync.preload_tensors = staticmethod(_copy_for_writing)
+
+
+def _copy_for_writing(write_buckets, non_blocking=True):
+    """What is to be saved, copied before training goes on, which on a GPU the move to the host does."""
+    return [
+        (file, key, (objects, [(item, x.clone()) for item, x in tensors]))
+        for file, key, (objects, tensors) in write_buckets
+    ]
 
 
 def _keep_rng_over_dataloader_start() -> None:

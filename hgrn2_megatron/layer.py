@@ -36,12 +36,29 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: i
     for layer in range(offset, offset + get_num_layers_to_build(config, vp_stage, pp_rank)):
         submodules = stock[layer].submodules
         if not use_te:
-            submodules = dataclasses.replace(submodules, input_layernorm=LocalRMSNorm, pre_mlp_layernorm=LocalRMSNorm)
+            keys_map = dict(submodules.sharded_state_dict_keys_map)
+            if _has_experts(config, layer):
+                # Transformer Engine fuses no norm into experts, and saves it under its own name
+                keys_map.pop("pre_mlp_layernorm.")
+            submodules = dataclasses.replace(
+                submodules,
+                input_layernorm=LocalRMSNorm,
+                pre_mlp_layernorm=LocalRMSNorm,
+                sharded_state_dict_keys_map=keys_map,
+            )
         if hgrn2.is_hgrn2_layer(layer):
             submodules = _with_mixer(submodules, use_te)
         specs.append(ModuleSpec(module=stock[layer].module, submodules=submodules))
     final_norm = TESpecProvider().layer_norm() if use_te else LocalRMSNorm
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
+
+
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    """Whether experts are the channel mixer of block `layer` (0-based over all blocks)."""
+    if not config.num_moe_experts:
+        return False
+    frequency = config.moe_layer_freq
+    return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
 
 
 def _with_mixer(submodules, use_te: bool):

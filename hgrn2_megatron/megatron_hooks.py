@@ -140,7 +140,6 @@ def install_arguments(defaults: dict) -> None:
     """
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as arguments
-    import megatron.training.checkpointing as checkpointing
 
     from hgrn2_megatron import arguments as ours
 
@@ -173,34 +172,59 @@ def install_arguments(defaults: dict) -> None:
 
         return wrapped
 
+    _wrap(arguments, "add_megatron_arguments", ["parser"], make_parser)
+    _wrap(arguments, "validate_args", ["args"], make_validation)
+    _wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
+    install_checkpoint()
+
+
+def install_checkpoint() -> None:
+    """Wrap the two readers of megatron.training.checkpointing: refuse or adapt checkpoints of other models.
+
+    Megatron reads a checkpoint twice, first what it says of itself and then its weights. In between it has no hook,
+    and what it then finds missing, or finds of the right shape, it takes.
+    """
+    import megatron.training.checkpointing as checkpointing
+
+    from hgrn2_megatron import arguments as ours
+    from hgrn2_megatron import checkpoint
+
     # --use-checkpoint-args reads a checkpoint whose args need not be those of the command line
     restoring = []
 
     def make_restore(load_args_from_checkpoint):
         def wrapped(args, *rest, **kwargs):
+            asked = ours.is_hgrn2_spec(args.spec)
             restoring.append(True)
             try:
                 result = load_args_from_checkpoint(args, *rest, **kwargs)
             finally:
                 restoring.pop()
-            if isinstance(result, tuple) and ours.is_hgrn2_spec(args.spec):
+            if isinstance(result, tuple) and (asked or ours.is_hgrn2_spec(args.spec)):
                 ours.restore(args, result[1])
             return result
 
         return wrapped
 
     def make_base_load(load_base_checkpoint):
-        def wrapped(load_dir, args, rank0=False, *rest, **kwargs):
-            result = load_base_checkpoint(load_dir, args, rank0, *rest, **kwargs)
-            # the first reading is of what the checkpoint says of itself, the second of its weights
-            if rank0 and not restoring and ours.is_hgrn2_spec(args.spec) and (result[0] or {}).get("args"):
-                ours.check_same_model(args, result[0]["args"])
+        # of the last reading of what a checkpoint says of itself: its args, its folder
+        distributed = []
+
+        def wrapped(load_dir, args, rank0=False, sharded_state_dict=None, *rest, **kwargs):
+            load_args = args
+            if sharded_state_dict and distributed and ours.is_hgrn2_spec(args.spec):
+                load_args = checkpoint.adapt(args, sharded_state_dict, *distributed[0])
+            result = load_base_checkpoint(load_dir, load_args, rank0, sharded_state_dict, *rest, **kwargs)
+            state_dict, folder, _, kind = result
+            saved = (state_dict or {}).get("args")
+            is_distributed = kind is not None and kind.name == "GLOBAL"
+            if saved and not restoring:
+                checkpoint.check(args, saved, is_distributed)
+            if rank0:
+                distributed[:] = [(saved, folder)] if saved and is_distributed else []
             return result
 
         return wrapped
 
-    _wrap(arguments, "add_megatron_arguments", ["parser"], make_parser)
-    _wrap(arguments, "validate_args", ["args"], make_validation)
-    _wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
     _wrap(checkpointing, "load_args_from_checkpoint", ["args"], make_restore)
-    _wrap(checkpointing, "_load_base_checkpoint", ["load_dir", "args", "rank0"], make_base_load)
+    _wrap(checkpointing, "_load_base_checkpoint", ["load_dir", "args", "rank0", "sharded_state_dict"], make_base_load)

@@ -1,5 +1,7 @@
 """`--spec hgrn2_megatron.spec hgrn2`: the object Megatron imports. Importing this module hooks TransformerBlock."""
 
+import sys
+
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
@@ -20,3 +22,5 @@ class HGRN2Layer(BaseTransformerLayer):
 hgrn2 = ModuleSpec(module=HGRN2Layer)
 
 megatron_hooks.install_block(HGRN2Layer)
+if "megatron.training.checkpointing" in sys.modules:
+    megatron_hooks.install_checkpoint()

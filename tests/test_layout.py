@@ -15,6 +15,7 @@ KERNELS = sorted((harness.ROOT / "kernels" / "hgrn2_kernels").rglob("*.py"))
 ORDER = [
     "spec",
     "megatron_hooks",
+    "checkpoint",
     "arguments",
     "requirements",
     "layer",

@@ -1,8 +1,13 @@
 """Small runs of Megatron's own loop through the launcher."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import harness
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 FLAGS = """
     --num-layers 2 --hidden-size 64 --hgrn2-expand-ratio 32 --num-attention-heads 2 --seq-length 64
@@ -15,11 +20,33 @@ HGRN2 = ("--spec", "hgrn2")
 LAUNCHER = ("-m", "hgrn2_megatron")
 
 
-def train(
-    *flags, script: str = OURS, num_processes: int = 1, launcher: tuple[str, ...] = LAUNCHER
-) -> tuple[dict[int, str], str]:
-    """Losses by iteration, as logged, and the whole output."""
-    done = harness.torchrun(num_processes, *launcher, script, *FLAGS, *map(str, flags))
+def launch(*flags, script: str = OURS, num_processes: int = 1, launcher=LAUNCHER) -> subprocess.CompletedProcess:
+    """A run that may end in an error."""
+    return harness.torchrun(num_processes, *launcher, script, *FLAGS, *map(str, flags))
+
+
+def train(*flags, **options) -> tuple[dict[int, str], str]:
+    """Losses by iteration, as logged, and the whole output; options as of `launch`."""
+    done = launch(*flags, **options)
     assert done.returncode == 0, done.stdout[-3000:]
     logged = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
     return {int(iteration): loss for iteration, loss in logged}, done.stdout
+
+
+def saved_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by the name it was saved under: weights and optimizer state."""
+    reader = dcp.FileSystemReader(folder / f"iter_{iteration:07d}")
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    """Compare the tensors of two checkpoints bit for bit."""
+    assert actual.keys() == expected.keys()
+    assert [name for name, x in expected.items() if not torch.equal(actual[name], x)] == []

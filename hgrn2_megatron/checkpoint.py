@@ -1,0 +1,207 @@
+"""Checkpoints of other runs: what of plain attention's, or of the other transformer implementation's, can be loaded.
+
+Megatron reads a distributed checkpoint by a dict of the entries that it wants. What a run here does not have in
+common with the run that saved is taken out of that dict and keeps the value it has, so that nothing is loaded wrong.
+"""
+
+import argparse
+import copy
+import dataclasses
+import re
+
+import torch
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+from hgrn2_megatron.arguments import check_same_model, is_hgrn2_spec, refuse_differences
+from hgrn2_megatron.config import ATTENTION, HGRN2Config, UsageError
+
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+# Megatron's flag -> its attribute, of what decides the shapes and the meaning of the weights outside the mixers
+BLOCK_FLAGS = {
+    "--num-layers": "num_layers",
+    "--hidden-size": "hidden_size",
+    "--ffn-hidden-size": "ffn_hidden_size",
+    "--normalization": "normalization",
+    "--norm-epsilon": "layernorm_epsilon",
+    "--disable-bias-linear": "add_bias_linear",
+    "--swiglu": "swiglu",
+    "--untie-embeddings-and-output-weights": "untie_embeddings_and_output_weights",
+    "--num-experts": "num_experts",
+    "--hybrid-layer-pattern": "hybrid_layer_pattern",
+    "--multi-latent-attention": "multi_latent_attention",
+    "--experimental-attention-variant": "experimental_attention_variant",
+}
+# and of the attention layers
+ATTENTION_FLAGS = {
+    "--num-attention-heads": "num_attention_heads",
+    "--kv-channels": "kv_channels",
+    "--add-qkv-bias": "add_qkv_bias",
+    "--qk-layernorm": "qk_layernorm",
+    "--rotary-base": "rotary_base",
+    "--rotary-percent": "rotary_percent",
+}
+
+
+def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distributed: bool):
+    """Refuse a checkpoint whose weights would mean something else here.
+
+    Args:
+        args: of this run.
+        checkpoint_args: of the run that saved.
+        distributed: whether the checkpoint's format is torch_dist.
+
+    Raises:
+        UsageError: it names the flag that differs, or the one to add.
+    """
+    ours, theirs = is_hgrn2_spec(args.spec), is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
+    if theirs and not ours:
+        raise UsageError("the checkpoint to load is of an HGRN2 model: give --spec hgrn2, or train without --load")
+    if not ours:
+        return
+    if theirs:
+        check_same_model(args, checkpoint_args)
+    else:
+        _check_attention(args, checkpoint_args, distributed)
+    saved = getattr(checkpoint_args, "transformer_impl", args.transformer_impl)
+    if not distributed and saved != args.transformer_impl:
+        raise UsageError(
+            f"--transformer-impl is {args.transformer_impl} here and {saved} in the checkpoint to load: "
+            "only checkpoints of --ckpt-format torch_dist go from one to the other"
+        )
+
+
+def _check_attention(args, checkpoint_args, distributed: bool):
+    if not args.finetune:
+        raise UsageError(
+            "the checkpoint to load is not of an HGRN2 model: give --finetune to take over what is equal and start "
+            "the rest and the optimizer fresh, or train without --load"
+        )
+    if not distributed:
+        raise UsageError("--finetune from an attention model needs a checkpoint of --ckpt-format torch_dist")
+    has_attention = ATTENTION in HGRN2Config.of(args).layer_pattern
+    flags = BLOCK_FLAGS | (ATTENTION_FLAGS if has_attention else {})
+    both = (args, checkpoint_args)
+    # a flag that another release does not know is off
+    pairs = {flag: tuple(getattr(run, name, None) or None for run in both) for flag, name in flags.items()}
+    if has_attention:
+        pairs["--num-query-groups"] = tuple(map(_num_query_groups, both))
+    if has_attention or checkpoint_args.position_embedding_type == "learned_absolute":
+        pairs["--position-embedding-type"] = tuple(run.position_embedding_type for run in both)
+    refuse_differences(pairs, "an attention model gives its weights only to the same block; change one of the two")
+
+
+def _num_query_groups(args) -> int:
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
+def adapt(
+    args: argparse.Namespace, wanted: dict, checkpoint_args: argparse.Namespace, checkpoint: str
+) -> argparse.Namespace:
+    """Fit what Megatron wants of a distributed checkpoint to what there is, in place.
+
+    Args:
+        args: of this run, checked with those of the checkpoint.
+        wanted: sharded state dict, of the model and whatever else is to be loaded.
+        checkpoint_args: of the run that saved.
+        checkpoint: its folder.
+
+    Returns:
+        args to load with.
+    """
+    from_attention = not is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
+    saved_impl = getattr(checkpoint_args, "transformer_impl", args.transformer_impl)
+    if not from_attention and saved_impl == args.transformer_impl:
+        return args
+    stored = load_sharded_metadata(checkpoint)
+    if from_attention:
+        args = _from_attention(args, wanted, stored)
+    _keep_extra_states(wanted, stored)
+    return args
+
+
+def _keep(entry: ShardedBase) -> LocalNonpersistentObject:
+    """An entry that is not read: the module keeps its own value."""
+    return LocalNonpersistentObject(entry.data)
+
+
+def _keep_extra_states(wanted: dict, stored: dict):
+    """Transformer Engine has FP8 state where Megatron's own modules, and their checkpoints, have none."""
+
+    def adapt(entry):
+        if isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state") and entry.unique_key not in stored:
+            return _keep(entry)
+        return entry
+
+    dict_list_map_inplace(adapt, wanted)
+
+
+def _from_attention(args, wanted: dict, stored: dict) -> argparse.Namespace:
+    """Want of an attention checkpoint what an HGRN2 model has in common with it; say what that is."""
+    hgrn2 = HGRN2Config.of(args)
+    fresh = [layer for layer in range(args.num_layers) if hgrn2.is_hgrn2_layer(layer)]
+    ours = (*(f"decoder.layers.{layer}.self_attention." for layer in fresh), "decoder.hgrn2_bounds.")
+    stacked = not any(LAYER.match(key) for key in stored)
+
+    def adapt(entry):
+        if not isinstance(entry, ShardedBase):
+            return entry
+        if entry.key.startswith(ours):
+            return _keep(entry)
+        layer = LAYER.match(entry.key)
+        return _layer_of_stack(entry, layer, args.num_layers) if layer and stacked else entry
+
+    for name, chunk in wanted.items():
+        if re.fullmatch(r"model\d*", name):
+            dict_list_map_inplace(adapt, chunk)
+    if torch.distributed.get_rank() == 0:
+        print(
+            f"HGRN2: {args.num_layers - len(fresh)} of {args.num_layers} mixers and all else that is equal from an "
+            f"attention checkpoint; starting fresh: the mixers of layers {', '.join(str(n + 1) for n in fresh)} with "
+            "their input norms, the lower bounds, the optimizer",
+            flush=True,
+        )
+    # Megatron wants every part of what it reads wanted by somebody, and nobody wants the attention of an HGRN2 layer
+    args = copy.copy(args)
+    args.ckpt_load_validate_sharding_integrity = False
+    return args
+
+
+def _layer_of_stack(entry: ShardedBase, layer: re.Match, num_layers: int) -> ShardedBase:
+    """The same entry where a stack of equal layers was saved as one entry with a first axis of layers.
+
+    Megatron's own way to say so is for a run that reads all of the stack. So the axis is an ordinary one here, of
+    length 1 in what is read.
+    """
+    key, index = f"decoder.layers.{entry.key[layer.end() :]}", int(layer[1])
+    if isinstance(entry, ShardedObject):
+        unsharded = entry.global_shape == (1,)
+        shape, offset = ((), ()) if unsharded else (entry.global_shape, entry.global_offset)
+        return dataclasses.replace(entry, key=key, global_shape=(num_layers, *shape), global_offset=(index, *offset))
+
+    def add_axis(part: ShardedTensor) -> ShardedTensor:
+        axes = part.prepend_axis_num + 1
+        fragments = part.axis_fragmentations
+        return dataclasses.replace(
+            part,
+            key=key,
+            data=part.data.detach()[(None,) * axes],
+            local_shape=(1,) * axes + tuple(part.local_shape),
+            global_shape=(num_layers, *part.global_shape),
+            global_offset=(index, *part.global_offset),
+            axis_fragmentations=fragments and (num_layers, *fragments),
+            prepend_axis_num=0,
+        )
+
+    def build(key, data, replica_id, flattened_range):
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        return dict_list_map_outplace(add_axis, [parts])
+
+    def merge(loaded):
+        (parts,) = dict_list_map_outplace(lambda x: x.reshape(x.shape[x.dim() - entry.data.dim() :]), loaded)
+        return entry.merge_fn(parts) if isinstance(entry, ShardedTensorFactory) else parts
+
+    return ShardedTensorFactory(key, entry.data, build, merge, entry.replica_id)

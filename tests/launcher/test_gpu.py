@@ -1,0 +1,88 @@
+"""Megatron's loop on a GPU: the kernels against plain PyTorch, and checkpoints, with Transformer Engine installed.
+
+Of checkpoints everything saved is compared beside the losses: a run that loads and trains no step saves again what it loaded.
+"""
+
+import pytest
+from training import HGRN2, assert_equal, saved_tensors, train
+
+pytestmark = pytest.mark.gpu
+
+TE, LOCAL = (("--transformer-impl", impl) for impl in ("transformer_engine", "local"))
+# the fused softmax of Megatron's own attention is an extension of NVIDIA apex
+MODEL = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "H*HH", "--no-masked-softmax-fusion")
+EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "allgather")
+ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+
+
+def save(folder, *flags):
+    """Eight iterations and the checkpoint of the fourth: losses."""
+    losses, _ = train(*MODEL, *flags, "--save", folder, "--save-interval", 4)
+    return losses
+
+
+def save_again(saved, folder, *flags):
+    """Load iteration 4, train no step and save."""
+    # an iteration that is no multiple of the interval is saved at the end
+    end = ("--train-iters", 4, "--override-opt-param-scheduler", "--save", folder, "--save-interval", 3)
+    train(*MODEL, *flags, "--load", saved, "--ckpt-step", 4, *end)
+
+
+def resume(saved, *flags):
+    losses, _ = train(*MODEL, *flags, "--load", saved, "--ckpt-step", 4)
+    return losses
+
+
+def assert_close(losses, expected, tolerance):
+    # the second line that any Megatron run logs is the mean of its first two iterations
+    for i in (5, 7, 8):
+        assert abs(float(losses[i]) - float(expected[i])) <= tolerance, (losses, expected)
+
+
+@pytest.mark.parametrize("experts", [(), EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(("first", "second"), [(TE, LOCAL), (LOCAL, TE)], ids=["te-to-local", "local-to-te"])
+def test_implementations_read_each_others_checkpoints(first, second, experts, tmp_path):
+    pytest.importorskip("transformer_engine.pytorch")
+    losses = save(tmp_path / "first", *first, *experts, "--bf16")
+    save_again(tmp_path / "first", tmp_path / "second", *second, *experts, "--bf16")
+    assert_equal(saved_tensors(tmp_path / "second", 4), saved_tensors(tmp_path / "first", 4))
+    # two roundings of bf16 activations and, in attention, two kernels
+    assert_close(resume(tmp_path / "first", *second, *experts, "--bf16"), losses, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("sharding", [(), ("--dist-ckpt-optim-fully-reshardable",)], ids=["default", "reshardable"])
+@pytest.mark.parametrize("dtype", [(), ("--bf16",)], ids=["fp32", "bf16"])
+def test_the_distributed_optimizer_resumes(dtype, sharding, tmp_path):
+    pytest.importorskip("transformer_engine.pytorch")
+    flags = (*TE, *dtype, *sharding, "--use-distributed-optimizer")
+    losses = save(tmp_path / "first", *flags)
+    save_again(tmp_path / "first", tmp_path / "second", *flags)
+    assert_equal(saved_tensors(tmp_path / "second", 4), saved_tensors(tmp_path / "first", 4))
+    assert_close(resume(tmp_path / "first", *flags), losses, tolerance=1e-5 if not dtype else 1e-3)
+
+
+def test_an_asynchronous_save_is_the_same_checkpoint(tmp_path):
+    losses = save(tmp_path / "sync", *LOCAL)
+    save_again(tmp_path / "sync", tmp_path / "async", *LOCAL, *ASYNC)
+    assert_equal(saved_tensors(tmp_path / "async", 4), saved_tensors(tmp_path / "sync", 4))
+    assert_close(resume(tmp_path / "async", *LOCAL), losses, tolerance=1e-5)
+
+
+IN_PYTORCH = """
+from hgrn2_kernels import op
+op.implementation = lambda device, dtype: "pytorch"
+from hgrn2_megatron.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("flags", "tolerance"), [((), 1e-5), (("--bf16",), 5e-3)], ids=["fp32", "bf16"])
+def test_the_kernels_train_as_pytorch_does(tmp_path, flags, tolerance):
+    program = tmp_path / "in_pytorch.py"
+    program.write_text(IN_PYTORCH)
+    ours, output = train(*HGRN2, *flags)
+    want, _ = train(*HGRN2, *flags, launcher=(str(program),))
+    assert "op=triton" in output
+    assert ours.keys() == want.keys()
+    for iteration, loss in ours.items():
+        assert abs(float(loss) - float(want[iteration])) <= tolerance, iteration
