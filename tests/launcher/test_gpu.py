@@ -1,6 +1,7 @@
 """Megatron's loop on a GPU: the kernels against plain PyTorch, and checkpoints, with Transformer Engine installed.
 
-Of checkpoints everything saved is compared beside the losses: a run that loads and trains no step saves again what it loaded.
+Of checkpoints everything saved is compared beside the losses: a run that loads and trains no step saves again what it
+loaded.
 """
 
 import pytest
