@@ -18,7 +18,7 @@ from hgrn2_megatron import mixer
 from hgrn2_megatron.__main__ import main
 
 HEAD = """\
-| iteration | layer | f | f's channel means | f's channel deviations | f 0.1%, 99.9% | bound | forget | half a chunk | exact |
+| iteration | layer | f | channel means | channel deviations | f 0.1%, 99.9% | bound | forget | half a chunk | exact |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 

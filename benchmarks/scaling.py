@@ -4,8 +4,9 @@
 
 One process first writes a checkpoint of fresh weights, because Megatron draws each pipeline stage's on its own; every
 layout then trains from it for 12 iterations of the same batches. The table gives tokens/s a GPU (median of the
-iterations after the fourth), peak memory, the first and the last loss, the largest difference of a loss to that of one GPU,
-and the largest of the gradient's norm as a share. Without GPUs it runs over gloo in fp32: give a small --model.
+iterations after the fourth), peak memory, the first and the last loss, the largest difference of a loss to that of one
+GPU, and the largest of the gradient's norm as a share. One GPU with another micro-batch says how much of these is the
+rounding of bf16. Without GPUs it runs over gloo in fp32: give a small --model.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from pretrain import numbers, run
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
     --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 2 --global-batch-size 8"""
 LOOP = """--spec hgrn2 --mock-data --tokenizer-type NullTokenizer --untie-embeddings-and-output-weights --train-iters 12
-    --lr 3e-4 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --eval-interval 100"""
+    --lr 3e-5 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --eval-interval 100"""
 GPU = "--bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 # name -> processes and flags; a batch of 8 needs a number of micro-batches that pipelines divide
 LAYOUTS = {
     "one": (1, ""),
+    "one, micro-batch 1": (1, "--micro-batch-size 1"),
     "DP2": (2, OVERLAP),
     "TP2 SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
@@ -87,7 +89,7 @@ def main():
             log = run(script, True, [*common, *flags.split(), *load], processes)
             one = one or log
             if args.out:
-                (args.out / f"{name.replace(' ', '-')}.log").write_text(log)
+                (args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log").write_text(log)
             table.append(row(name, processes, log, one, size["--seq-length"] * size["--global-batch-size"]))
             print(table[-1], flush=True)
     print("\n".join(table))

@@ -155,7 +155,8 @@ def batch(seed: int = 2, size: int = BATCH) -> tuple[Tensor, Tensor]:
 
 def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
     """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    path = ":".join([PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # a Megatron-LM checkout builds its dataset helpers with the python3 of PATH
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TRITON_INTERPRET"):

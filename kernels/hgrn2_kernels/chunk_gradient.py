@@ -137,8 +137,9 @@ def chunk_gradient_kernel(
                         prefetch_rows(p_next, stride_vt, V, C)
                         p_next = do + next_b * stride_ob + next_t.to(tl.int64) * stride_ot + next_h * stride_oh
                         prefetch_rows(p_next, stride_ot, V, C)
-            if EXACT:
-                # gradient of the chunk's total decay, through the state that passes it
+            # gradient of the chunk's total decay, through the state that passes it
+            passing = tl.zeros([BK], tl.float32)
+            if EXACT or DT == tl.float32:
                 passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
             # [i, j]: gradient of the score of query i and key j
             dscores = tl.where(i >= j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
@@ -187,7 +188,7 @@ def chunk_gradient_kernel(
                 qd = rounded(a * factor, DT)
                 kd = rounded(k * exp2(-decay), DT)
                 raw = dot(b_dh.to(DT), tl.trans(b_v), zero)
-                passing = tl.sum(kd * raw, 1)
+                passing += tl.sum(kd * raw, 1)
                 raw = dot(qd.to(DT), dscores, raw)
                 k_dk = kd * raw
                 raw = dot(kd.to(DT), tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
@@ -203,9 +204,7 @@ def chunk_gradient_kernel(
             store_tokens(p_dq, stride_dqt, o_k, left, tl.trans(b_dq.to(dq.dtype.element_ty)), K, BK, C, FULL)
 
             # queries from t on carry gate t, and so do keys written before t and the state that passes
-            if not EXACT and DT == tl.float32:
-                passing += tl.sum(b_h * b_dh, 1)
-            elif not EXACT:
+            if not EXACT and DT != tl.float32:
                 # the states' product from shared memory; earlier, it would take registers for long
                 corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
                 passing += tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
