@@ -138,7 +138,6 @@ def chunk_gradient_kernel(
                         p_next = do + next_b * stride_ob + next_t.to(tl.int64) * stride_ot + next_h * stride_oh
                         prefetch_rows(p_next, stride_ot, V, C)
             # gradient of the chunk's total decay, through the state that passes it
-            passing = tl.zeros([BK], tl.float32)
             if EXACT or DT == tl.float32:
                 passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
             # [i, j]: gradient of the score of query i and key j
@@ -188,12 +187,17 @@ def chunk_gradient_kernel(
                 qd = rounded(a * factor, DT)
                 kd = rounded(k * exp2(-decay), DT)
                 raw = dot(b_dh.to(DT), tl.trans(b_v), zero)
-                passing += tl.sum(kd * raw, 1)
+                written = kd * raw
+                if DT != tl.float32:
+                    # all that is written, from which balance takes what is written after a gate
+                    passing = tl.sum(written, 1)
                 raw = dot(qd.to(DT), dscores, raw)
                 k_dk = kd * raw
                 raw = dot(kd.to(DT), tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
                 dq_sum = raw * factor
                 balance = qd * raw - k_dk
+                if DT == tl.float32:
+                    balance += written
 
             # the same products by another identity, lest the compiler keep their results, which costs more
             again = load_matrix(ones, 1, C).to(q.dtype.element_ty)
@@ -209,7 +213,7 @@ def chunk_gradient_kernel(
                 corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
                 passing += tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
             dg = sum_tokens(balance, load_matrix(ones, 2, C)) + passing[:, None]
-            if EXACT:
+            if EXACT or DT == tl.float32:
                 # a closed gate leaves of each sum what is far below its largest term: no term may enter and be
                 # taken out
                 dg += sum_tokens(written, load_matrix(ones, 3, C))
