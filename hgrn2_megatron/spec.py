@@ -1,9 +1,10 @@
-"""`--spec hgrn2_megatron.spec hgrn2`: the object Megatron imports. Importing this module hooks TransformerBlock."""
+"""What `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel. Importing this hooks TransformerBlock."""
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hgrn2_megatron import megatron_hooks
+from hgrn2_megatron.config import UsageError
 
 
 class HGRN2Layer(BaseTransformerLayer):
@@ -14,9 +15,15 @@ class HGRN2Layer(BaseTransformerLayer):
     """
 
     def __init__(self, *args, **kwargs):
-        raise RuntimeError("HGRN2Layer is a placeholder: the hook on TransformerBlock was not installed")
+        raise UsageError(
+            "--spec hgrn2_megatron.spec hgrn2 is for a GPT (pretrain_gpt.py): "
+            "give HybridModel --spec hgrn2_megatron.spec hgrn2_stack"
+        )
 
 
 hgrn2 = ModuleSpec(module=HGRN2Layer)
 
-megatron_hooks.install_block(HGRN2Layer)
+# named, not imported: releases without HybridModel have the GPT form all the same
+hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
+
+megatron_hooks.install_block(HGRN2Layer, hgrn2_stack)
