@@ -39,9 +39,10 @@ def test_a_resumed_run_takes_the_model_from_the_checkpoint(run):
     assert_continues(losses, run[0], tolerance=0)
 
 
-def test_a_resumed_run_may_divide_the_layers_among_stages(run):
+def test_a_resumed_run_may_divide_the_layers_among_stages(run, tmp_path):
     stages = ("--pipeline-model-parallel-size", 2, "--hybrid-layer-pattern", "M-|M-|*-|M-")
-    losses, _ = train(*STACK, *stages, "--load", run[2], "--ckpt-step", 4, script=OURS, num_processes=2)
+    files = ("--load", run[2], "--ckpt-step", 4, "--save", tmp_path, "--save-interval", 8)
+    losses, _ = train(*STACK, *stages, *files, script=OURS, num_processes=2)
     assert_continues(losses, run[0], tolerance=2e-6)
 
 
