@@ -109,15 +109,16 @@ def use_prebuilt_dataset_helpers():
         dataset_utils.compile_helpers = lambda: None
 
 
-def main():
+def main(model_config=gpt_config_from_args):
+    """Train the model that `model_config` makes of Megatron's args."""
     use_prebuilt_dataset_helpers()
     datasets_provider.is_distributed = True
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     for name in NOT_HERE:
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: run Megatron-LM's own pretrain_gpt.py through the launcher for that")
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+            raise ValueError(f"{flag}: run Megatron-LM's own script through the launcher for that")
+    config = pretrain_cfg_container_from_args(args, model_config(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 

@@ -32,8 +32,8 @@ def resolve_spec(argv: list[str]) -> tuple[list[str], list[str] | None]:
     start = argv.index("--spec") + 1
     end = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
     spec = argv[start:end]
-    if spec == ["hgrn2"]:
-        spec = ["hgrn2_megatron.spec", "hgrn2"]
+    if spec in (["hgrn2"], ["hgrn2_stack"]):
+        spec = ["hgrn2_megatron.spec", *spec]
     elif len(spec) == 1 and spec != ["local"]:  # the one word that some Megatron scripts know
         raise UsageError(f"--spec {spec[0]}: unknown; did you mean --spec hgrn2?")
     if len(spec) == 2:

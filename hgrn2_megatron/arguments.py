@@ -6,9 +6,9 @@ import importlib.util
 
 from megatron.core.transformer import TransformerConfig
 
-from hgrn2_megatron.config import ATTENTION, HGRN2, LOWER_BOUNDS, HGRN2Config, UsageError
+from hgrn2_megatron.config import ATTENTION, HGRN2, LOWER_BOUNDS, PIPE, HGRN2Config, UsageError
 
-MODULE, NAME = "hgrn2_megatron.spec", "hgrn2"
+MODULE, GPT, STACK = "hgrn2_megatron.spec", "hgrn2", "hgrn2_stack"
 
 # Megatron's attribute -> the value of a true HGRN2 block
 SILENT = {
@@ -47,8 +47,13 @@ class HGRN2TransformerConfig(TransformerConfig):
 
 
 def is_hgrn2_spec(spec: list[str] | None) -> bool:
-    """Whether Megatron's `args.spec` names the HGRN2 model."""
-    return spec is not None and list(spec) == [MODULE, NAME]
+    """Whether Megatron's `args.spec` names an HGRN2 model, a GPT or a HybridModel."""
+    return spec is not None and list(spec) in ([MODULE, GPT], [MODULE, STACK])
+
+
+def is_stack_spec(spec: list[str] | None) -> bool:
+    """Whether Megatron's `args.spec` names the HGRN2 HybridModel."""
+    return spec is not None and list(spec) == [MODULE, STACK]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -86,7 +91,8 @@ def fill_silent(args: argparse.Namespace):
     Source of the width: fla's HGRN2MLP, the next multiple of 256 of 8/3 hidden.
     """
     if args.position_embedding_type is None:
-        args.position_embedding_type = "rope" if ATTENTION in args.hgrn2_layer_pattern else "none"
+        pattern = getattr(args, "hybrid_layer_pattern", None) or args.hgrn2_layer_pattern
+        args.position_embedding_type = "rope" if ATTENTION in pattern else "none"
     if args.ffn_hidden_size is None and args.hidden_size is not None:
         args.ffn_hidden_size = 256 * -(-int(args.hidden_size * 4 * 2 / 3) // 256)
 
@@ -116,20 +122,27 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
         UsageError: the checkpoint is of another model; it names the flag.
     """
     ours, theirs = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
-    depth = args.num_layers
-
-    def pattern(config):
-        return "".join(HGRN2 if config.is_hgrn2_layer(layer) else ATTENTION for layer in range(depth))
-
-    pairs = {
-        "--num-layers": (depth, checkpoint_args.num_layers),
-        "--hgrn2-expand-ratio": (ours.expand_ratio, theirs.expand_ratio),
-        "--hgrn2-layer-pattern": (pattern(ours), pattern(theirs)),
-        "--hgrn2-lower-bounds": (ours.lower_bounds, theirs.lower_bounds),
-    }
+    pairs: dict[str, tuple] = {"--spec": (" ".join(args.spec), " ".join(checkpoint_args.spec))}
+    if is_stack_spec(args.spec):
+        pairs["--hybrid-layer-pattern"] = (_symbols(args), _symbols(checkpoint_args))
+    else:
+        depth = args.num_layers
+        pairs["--num-layers"] = (depth, checkpoint_args.num_layers)
+        pairs["--hgrn2-layer-pattern"] = (_letters(ours, depth), _letters(theirs, depth))
+    pairs["--hgrn2-expand-ratio"] = (ours.expand_ratio, theirs.expand_ratio)
+    pairs["--hgrn2-lower-bounds"] = (ours.lower_bounds, theirs.lower_bounds)
     refuse_differences(
         pairs, "give what the checkpoint has, take it over with --use-checkpoint-args, or train without --load"
     )
+
+
+def _letters(config: HGRN2Config, depth: int) -> str:
+    return "".join(HGRN2 if config.is_hgrn2_layer(layer) else ATTENTION for layer in range(depth))
+
+
+def _symbols(args: argparse.Namespace) -> str:
+    """A HybridModel's layers; where stages divide them is no part of the model."""
+    return (getattr(args, "hybrid_layer_pattern", None) or "").replace(PIPE, "")
 
 
 def refuse_differences(pairs: dict, instead: str):

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, d
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from hgrn2_megatron.arguments import check_same_model, is_hgrn2_spec, refuse_differences
+from hgrn2_megatron.arguments import check_same_model, is_hgrn2_spec, is_stack_spec, refuse_differences
 from hgrn2_megatron.config import ATTENTION, HGRN2Config, UsageError
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -59,7 +59,9 @@ def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distrib
     """
     ours, theirs = is_hgrn2_spec(args.spec), is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
     if theirs and not ours:
-        raise UsageError("the checkpoint to load is of an HGRN2 model: give --spec hgrn2, or train without --load")
+        raise UsageError(
+            "the checkpoint to load is of an HGRN2 model: give --spec hgrn2 (or hgrn2_stack), or train without --load"
+        )
     if not ours:
         return
     if theirs:
@@ -75,6 +77,11 @@ def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distrib
 
 
 def _check_attention(args, checkpoint_args, distributed: bool):
+    if is_stack_spec(args.spec):
+        raise UsageError(
+            "the checkpoint to load is not of an HGRN2 model: a HybridModel takes nothing from such; use --spec hgrn2 "
+            "with --finetune in pretrain_gpt.py, or train without --load"
+        )
     if not args.finetune:
         raise UsageError(
             "the checkpoint to load is not of an HGRN2 model: give --finetune to take over what is equal and start "

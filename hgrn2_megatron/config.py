@@ -5,6 +5,9 @@ from typing import Any
 
 HGRN2, ATTENTION = "H", "*"
 LOWER_BOUNDS = ("learned", "none")
+# symbols of Megatron's --hybrid-layer-pattern: what mixes tokens, by its letter here; what mixes channels; stages
+MIXERS = {"M": HGRN2, "*": ATTENTION}
+CHANNEL_MIXERS, EXPERTS, PIPE = "-E", "E", "|"
 
 
 class UsageError(ValueError):
@@ -52,6 +55,42 @@ class HGRN2Config:
         """Read the `hgrn2_*` attributes of Megatron's args or config; defaults where one is absent or None."""
         given = {f.name: getattr(settings, f"hgrn2_{f.name}", None) for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+    @classmethod
+    def of_stack(cls, settings: Any) -> "HGRN2Config":
+        """The HGRN2 part of a HybridModel: as `of`, with the layer pattern from Megatron's `hybrid_layer_pattern`.
+
+        Returns:
+            A config whose `layer_pattern` has one letter a token mixer of the whole model: "M-M-|*-" gives "HH*".
+
+        Raises:
+            UsageError: a pattern that a HybridModel with HGRN2 cannot have.
+        """
+        pattern = getattr(settings, "hybrid_layer_pattern", None)
+        if not pattern:
+            raise UsageError(
+                "--spec hgrn2_megatron.spec hgrn2_stack needs --hybrid-layer-pattern, for example 'M-M-*-', "
+                "and Megatron's pretrain_hybrid.py; for pretrain_gpt.py give --spec hgrn2"
+            )
+        if "/" in pattern:
+            raise UsageError(
+                f"--hybrid-layer-pattern {pattern!r}: multi-token prediction is not supported with HGRN2 layers yet; "
+                "drop what follows the /"
+            )
+        unknown = sorted(set(pattern) - {*MIXERS, *CHANNEL_MIXERS, PIPE})
+        if unknown or "M" not in pattern:
+            wrong = f"symbols that do not go with HGRN2, {' '.join(unknown)}" if unknown else "no M"
+            raise UsageError(
+                f"--hybrid-layer-pattern {pattern!r} has {wrong}: write M for an HGRN2 layer, * for attention, "
+                "- for an MLP, E for experts, | between pipeline stages"
+            )
+        given = cls.of(settings)
+        if given.layer_pattern != cls.layer_pattern:
+            raise UsageError(
+                f"--hgrn2-layer-pattern {given.layer_pattern!r} is for a GPT: a HybridModel's layers are those of "
+                "--hybrid-layer-pattern, M for HGRN2 and * for attention; drop it"
+            )
+        return dataclasses.replace(given, layer_pattern="".join(MIXERS.get(symbol, "") for symbol in pattern))
 
     def num_heads(self, hidden_size: int) -> int:
         """Heads of an HGRN2 layer.

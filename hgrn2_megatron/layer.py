@@ -27,30 +27,15 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: i
         pp_rank: pipeline rank.
     """
     hgrn2 = HGRN2Config.of(config)
-    use_te = config.transformer_impl == "transformer_engine"
-    stock = get_gpt_decoder_layer_specs(
-        config, use_te, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
-    )
+    stock = stock_layers(config)
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     specs = []
     for layer in range(offset, offset + get_num_layers_to_build(config, vp_stage, pp_rank)):
-        submodules = stock[layer].submodules
-        if not use_te:
-            keys_map = dict(submodules.sharded_state_dict_keys_map)
-            if _has_experts(config, layer):
-                # Transformer Engine fuses no norm into experts, and saves it under its own name
-                keys_map.pop("pre_mlp_layernorm.")
-            submodules = dataclasses.replace(
-                submodules,
-                input_layernorm=LocalRMSNorm,
-                pre_mlp_layernorm=LocalRMSNorm,
-                sharded_state_dict_keys_map=keys_map,
-            )
+        spec = stock[layer]
         if hgrn2.is_hgrn2_layer(layer):
-            submodules = _with_mixer(submodules, use_te)
-        specs.append(ModuleSpec(module=stock[layer].module, submodules=submodules))
-    final_norm = TESpecProvider().layer_norm() if use_te else LocalRMSNorm
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
+            spec = with_mixer(spec, config)
+        specs.append(spec)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm(config))
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:
@@ -61,14 +46,43 @@ def _has_experts(config: TransformerConfig, layer: int) -> bool:
     return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
 
 
-def _with_mixer(submodules, use_te: bool):
+def _use_te(config: TransformerConfig) -> bool:
+    return config.transformer_impl == "transformer_engine"
+
+
+def final_norm(config: TransformerConfig):
+    """Builder of the norm behind the last layer."""
+    return TESpecProvider().layer_norm() if _use_te(config) else LocalRMSNorm
+
+
+def stock_layers(config: TransformerConfig) -> list[ModuleSpec]:
+    """The attention layers that Megatron itself would build for the whole model, with norms that know SP."""
+    use_te = _use_te(config)
+    specs = get_gpt_decoder_layer_specs(
+        config, use_te, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+    )
+    return specs if use_te else [_with_norms(spec, _has_experts(config, layer)) for layer, spec in enumerate(specs)]
+
+
+def _with_norms(spec: ModuleSpec, experts: bool) -> ModuleSpec:
+    keys_map = dict(spec.submodules.sharded_state_dict_keys_map)
+    if experts:
+        # Transformer Engine fuses no norm into experts, and saves it under its own name
+        keys_map.pop("pre_mlp_layernorm.")
+    norms = dict(input_layernorm=LocalRMSNorm, pre_mlp_layernorm=LocalRMSNorm)
+    submodules = dataclasses.replace(spec.submodules, **norms, sharded_state_dict_keys_map=keys_map)
+    return ModuleSpec(module=spec.module, submodules=submodules)
+
+
+def with_mixer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """The same layer with the HGRN2 mixer in the place of self attention."""
+    use_te, submodules = _use_te(config), spec.submodules
     backend = TESpecProvider() if use_te else LocalSpecProvider()
     # Transformer Engine fuses the input norm into in_proj; the separate norm is saved under the fused one's
     # name, as Megatron does for attention, so that checkpoints of both implementations interchange
     in_proj = backend.column_parallel_layer_norm_linear() if use_te else backend.column_parallel_linear()
     keys_map = {} if use_te else {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
-    return dataclasses.replace(
+    submodules = dataclasses.replace(
         submodules,
         self_attention=ModuleSpec(
             module=HGRN2Mixer,
@@ -76,3 +90,4 @@ def _with_mixer(submodules, use_te: bool):
         ),
         sharded_state_dict_keys_map=submodules.sharded_state_dict_keys_map | keys_map,
     )
+    return ModuleSpec(module=spec.module, submodules=submodules)

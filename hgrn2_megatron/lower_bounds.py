@@ -27,13 +27,14 @@ class LowerBounds(torch.nn.Module):
     gradient's norm. A bucket of its own gives the replicas the same shards in the distributed optimizer.
 
     Args:
-        num_layers: L, blocks of the whole model, attention blocks of a hybrid included.
+        num_layers: L, blocks of the whole model, attention blocks of a hybrid included. In a HybridModel, whose mixers
+            and channel mixers are layers of their own, a block is a mixer.
         num_heads: heads over all TP ranks.
         head_dim: K, gate channels a head.
         config: for the weight's dtype and device.
         tp_group: ranks among which heads are divided.
         pp_group: pipeline stages, each of which has a replica.
-        vp_stage: virtual pipeline stage of the chunk, or None.
+        first: whether the chunk is the model's first, whose replica is the one that is counted and saved.
 
     Source: arXiv 2404.07904, section 3; fla's HGRN2Model (`lower_bounds`, zeros at init).
     """
@@ -46,12 +47,11 @@ class LowerBounds(torch.nn.Module):
         config: TransformerConfig,
         tp_group: torch.distributed.ProcessGroup,
         pp_group: torch.distributed.ProcessGroup,
-        vp_stage: int | None = None,
+        first: bool = True,
     ):
         super().__init__()
         self.num_layers, self.head_dim, self.tp_group = num_layers, head_dim, tp_group
-        # 0 is the one that is counted and saved
-        self.replica = pp_group.rank() + pp_group.size() * (vp_stage or 0)
+        self.replica = 0 if first else 1 + pp_group.rank()
         local = num_layers * (num_heads // tp_group.size()) * head_dim
         self.weight = torch.nn.Parameter(torch.zeros(local, dtype=config.params_dtype, device=parameter_device(config)))
         mark_tensor_parallel(self.weight)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from hgrn2_megatron import requirements
-from hgrn2_megatron.config import HGRN2Config
+from hgrn2_megatron.config import HGRN2Config, UsageError
 
 
 def _wrap(owner, name: str, parameters: list[str], make: Callable) -> None:
@@ -32,19 +32,28 @@ def _wrap(owner, name: str, parameters: list[str], make: Callable) -> None:
             setattr(module, name, replacement)
 
 
-def install_block(placeholder: type) -> None:
+def install_block(placeholder: type, stack) -> None:
     """Wrap TransformerBlock._build_layers: the one place that knows a block's layers before they are built.
 
     A spec cannot do this: Megatron reads only `.submodules` of one and never instantiates a block subclass, and
     a layer cannot see its block. The lower bounds must belong to the block, because a parameter inside a layer
     would be saved once a layer and freed with it. Whether the block is ours is seen where Megatron still has the
     spec: a pipeline stage may have no layers, and must have the bounds.
+
+    Args:
+        placeholder: stands for the layers of a block of ours.
+        stack: the spec of a HybridModel, which is none of a block.
     """
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     def make_submodules(get_block_submodules):
         def _get_block_submodules(config, spec, *rest, **kwargs):
+            if spec is stack:
+                raise UsageError(
+                    "--spec hgrn2_megatron.spec hgrn2_stack is for HybridModel (pretrain_hybrid.py): "
+                    "give a GPT --spec hgrn2_megatron.spec hgrn2"
+                )
             submodules = get_block_submodules(config, spec, *rest, **kwargs)
             submodules.is_hgrn2 = getattr(spec, "module", None) is placeholder
             return submodules
@@ -55,10 +64,11 @@ def install_block(placeholder: type) -> None:
         def _build_layers(self):
             if not self.submodules.is_hgrn2:
                 return build_layers(self)
+            from hgrn2_megatron.block import share_bounds
+
             _prepare_block(self)
             build_layers(self)
-            if self.hgrn2_bounds is not None:
-                _share_bounds(self)
+            share_bounds(self, [layer.layer_number - 1 for layer in self.layers])
 
         return _build_layers
 
@@ -70,63 +80,17 @@ def _prepare_block(block) -> None:
     """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
     from megatron.core.utils import get_pg_rank
 
+    from hgrn2_megatron.block import banner, create_bounds, global_args
     from hgrn2_megatron.layer import block_submodules
-    from hgrn2_megatron.lower_bounds import LowerBounds
 
     config, hgrn2 = block.config, HGRN2Config.of(block.config)
-    warnings = requirements.check(requirements.Settings(config, _global_args()))
+    warnings = requirements.check(requirements.Settings(config, global_args()))
     # a pattern may mix layers, so every layer is saved under its own name
     config.hetereogenous_dist_checkpoint = True
     block.submodules = block_submodules(config, block.vp_stage, get_pg_rank(block.pg_collection.pp))
-    block.hgrn2_bounds = None
-    if hgrn2.lower_bounds == "learned":
-        block.hgrn2_bounds = LowerBounds(
-            config.num_layers,
-            hgrn2.num_heads(config.hidden_size),
-            hgrn2.expand_ratio,
-            config,
-            block.pg_collection.tp,
-            block.pg_collection.pp,
-            block.vp_stage,
-        )
-        # Megatron sums the gradients of parameters that every pipeline stage has if it is told that there are some
-        config.has_cond_embedder = True
-    if not block.vp_stage:
-        _banner(config, hgrn2, warnings)
-
-
-def _share_bounds(block) -> None:
-    """Give the bounds' holder to the block's HGRN2 layers, or, where it has none, its output."""
-    mixers = [layer.self_attention for layer in block.layers if hasattr(layer.self_attention, "use_lower_bounds")]
-    for mixer in mixers:
-        mixer.use_lower_bounds(block.hgrn2_bounds)
-    if not mixers:
-        block.register_forward_hook(lambda block, inputs, output: block.hgrn2_bounds.tie(output))
-
-
-def _global_args():
-    """Megatron's command line where its training loop runs; None where only megatron.core is used."""
-    global_vars = sys.modules.get("megatron.training.global_vars")
-    return getattr(global_vars, "_GLOBAL_ARGS", None)
-
-
-def _banner(config, hgrn2: HGRN2Config, warnings: list[str]) -> None:
-    """One line that proves what was built, and the warnings, on rank 0."""
-    import torch
-
-    from hgrn2_kernels import implementation
-
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    op = implementation(device, config.params_dtype)
-    for warning in warnings:
-        print(f"HGRN2 warning: {warning}", flush=True)
-    print(
-        f"HGRN2: {hgrn2.num_hgrn2_layers(config.num_layers)} of {config.num_layers} layers, "
-        f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op={op}",
-        flush=True,
-    )
+    block.hgrn2_bounds = create_bounds(block, hgrn2, config.num_layers)
+    if block.pre_process:
+        banner(config, hgrn2, config.num_layers, warnings)
 
 
 def install_arguments(defaults: dict) -> None:
@@ -140,6 +104,7 @@ def install_arguments(defaults: dict) -> None:
     """
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as arguments
+    from megatron.core.transformer import TransformerConfig
 
     from hgrn2_megatron import arguments as ours
 
@@ -159,14 +124,15 @@ def install_arguments(defaults: dict) -> None:
         def wrapped(args, *rest, **kwargs):
             if ours.is_hgrn2_spec(args.spec):
                 ours.fill_silent(args)
-                requirements.check(requirements.Settings(args))
+                requirements.check(requirements.Settings(args), stack=ours.is_stack_spec(args.spec))
             return validate_args(args, *rest, **kwargs)
 
         return wrapped
 
     def make_config(core_transformer_config_from_args):
         def wrapped(args, config_class=None):
-            if config_class is None and ours.is_hgrn2_spec(args.spec):
+            # the builders of 0.18 name Megatron's own class
+            if config_class in (None, TransformerConfig) and ours.is_hgrn2_spec(args.spec):
                 config_class = ours.HGRN2TransformerConfig
             return core_transformer_config_from_args(args, config_class)
 

@@ -32,7 +32,7 @@ class HGRN2Mixer(MegatronModule):
     Args:
         config: Megatron's; the `hgrn2_*` fields where the launcher put them.
         submodules: the two projections.
-        layer_number: 1-based over all blocks of the model.
+        layer_number: 1-based over all layers of the model, as Megatron counts them.
         pg_collection: process groups; Megatron's global ones when None.
         name: module name for Megatron's quantization recipes.
         ignored: what Megatron hands every mixer and HGRN2 has no use for (cp_comm_type, attn_mask_type).
@@ -55,7 +55,7 @@ class HGRN2Mixer(MegatronModule):
         hidden_size = config.hidden_size
         self.layer_number = layer_number
         self.head_dim = hgrn2.expand_ratio
-        self._bounds: tuple[LowerBounds, ...] = ()
+        self._bounds: tuple[LowerBounds, int] | None = None
         self._needs_bounds = hgrn2.lower_bounds == "learned"
 
         common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
@@ -83,16 +83,17 @@ class HGRN2Mixer(MegatronModule):
             **common,
         )
 
-    def use_lower_bounds(self, bounds: LowerBounds):
-        """Take the bound from the block's holder; a tuple keeps it out of this module's own parameters."""
-        self._bounds = (bounds,)
+    def use_lower_bounds(self, bounds: LowerBounds, row: int):
+        """Take the bound `row` of the block's holder; a tuple keeps it out of this module's own parameters."""
+        self._bounds = (bounds, row)
 
     def lower_bound(self) -> Tensor | None:
         """This layer's bound, [H/tp, K] fp32, or None where bounds are off."""
         if not self._needs_bounds:
             return None
-        assert self._bounds, "the block hook gives every mixer its lower bounds"
-        return self._bounds[0](self.layer_number - 1)
+        assert self._bounds, "the block gives every mixer its lower bounds"
+        bounds, row = self._bounds
+        return bounds(row)
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from hgrn2_megatron.config import ATTENTION, HGRN2Config, UsageError
+from hgrn2_megatron.config import ATTENTION, EXPERTS, HGRN2Config, UsageError
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
 
@@ -25,11 +25,12 @@ class Settings:
         return None
 
 
-def check(settings: Settings) -> list[str]:
+def check(settings: Settings, stack: bool = False) -> list[str]:
     """Refuse what cannot train HGRN2.
 
     Args:
         settings: Megatron's args, its TransformerConfig, or both.
+        stack: whether they are those of a HybridModel instead of a GPT.
 
     Returns:
         Warnings: what trains, but cannot be exported as a published HGRN2 checkpoint.
@@ -37,9 +38,9 @@ def check(settings: Settings) -> list[str]:
     Raises:
         UsageError: naming the flag to change.
     """
-    hgrn2 = HGRN2Config.of(settings)
+    hgrn2 = HGRN2Config.of_stack(settings) if stack else HGRN2Config.of(settings)
     _check_block(settings, hgrn2)
-    _check_unsupported(settings)
+    _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
     _check_dimensions(settings, hgrn2)
     return _warnings(settings, hgrn2)
 
@@ -87,7 +88,6 @@ UNSUPPORTED = (
     (lambda s: s.mtp_num_layers, "--mtp-num-layers", "drop it"),
     (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop it"),
     (lambda s: s.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "drop it"),
-    (lambda s: s.hybrid_layer_pattern, "--hybrid-layer-pattern", "mix layers with --hgrn2-layer-pattern"),
     (
         lambda s: s.transformer_impl == "inference_optimized",
         "--transformer-impl inference_optimized",
@@ -113,10 +113,26 @@ UNSUPPORTED = (
     (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop it"),
     (lambda s: s.fp4, "--fp4-format", "use --fp8-format or bf16"),
 )
+UNSUPPORTED_IN_GPT = (
+    (
+        lambda s: s.hybrid_layer_pattern,
+        "--hybrid-layer-pattern in a GPT",
+        "mix layers with --hgrn2-layer-pattern, or give pretrain_hybrid.py --spec hgrn2_megatron.spec hgrn2_stack",
+    ),
+)
+UNSUPPORTED_IN_STACK = (
+    # HybridModel would train without positions
+    (lambda s: s.position_embedding_type == "mrope", "--position-embedding-type mrope in a HybridModel", "give rope"),
+    (
+        lambda s: EXPERTS in s.hybrid_layer_pattern and not (s.num_moe_experts or s.num_experts),
+        "E in --hybrid-layer-pattern without --num-experts",
+        "give it, or write - for an MLP",
+    ),
+)
 
 
-def _check_unsupported(s: Settings):
-    for asked, flag, instead in UNSUPPORTED:
+def _check_unsupported(s: Settings, table: tuple):
+    for asked, flag, instead in table:
         if asked(s):
             raise UsageError(f"{flag} is not supported with HGRN2 layers yet: {instead}")
     if s.transformer_impl == "transformer_engine":

@@ -1,4 +1,4 @@
-"""`--spec hgrn2_megatron.spec hgrn2`: the object Megatron imports. Importing this module hooks TransformerBlock."""
+"""What `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel. Importing this hooks TransformerBlock."""
 
 import sys
 
@@ -6,6 +6,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hgrn2_megatron import megatron_hooks
+from hgrn2_megatron.config import UsageError
 
 
 class HGRN2Layer(BaseTransformerLayer):
@@ -16,11 +17,17 @@ class HGRN2Layer(BaseTransformerLayer):
     """
 
     def __init__(self, *args, **kwargs):
-        raise RuntimeError("HGRN2Layer is a placeholder: the hook on TransformerBlock was not installed")
+        raise UsageError(
+            "--spec hgrn2_megatron.spec hgrn2 is for a GPT (pretrain_gpt.py): "
+            "give HybridModel --spec hgrn2_megatron.spec hgrn2_stack"
+        )
 
 
 hgrn2 = ModuleSpec(module=HGRN2Layer)
 
-megatron_hooks.install_block(HGRN2Layer)
+# named, not imported: releases without HybridModel have the GPT form all the same
+hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
+
+megatron_hooks.install_block(HGRN2Layer, hgrn2_stack)
 if "megatron.training.checkpointing" in sys.modules:
     megatron_hooks.install_checkpoint()

@@ -4,6 +4,7 @@ Weights are drawn once for one process and sliced for each rank, gradients are g
 compared with one process parameter by parameter.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -66,13 +67,22 @@ def build_model(
 ):
     """An HGRN2 GPT in fp32 from the published spec, as Megatron builds one, or a pipeline stage's chunk of it.
 
-    `tied` shares the weight of embeddings and output; `config` overrides the model's settings.
+    `tied` shares the weight of embeddings and output; `config` overrides the model's settings. With
+    `hybrid_layer_pattern` among them it is a HybridModel.
     """
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     from hgrn2_megatron.arguments import HGRN2TransformerConfig
-    from hgrn2_megatron.spec import hgrn2
+    from hgrn2_megatron.spec import hgrn2, hgrn2_stack
 
+    pattern = config.pop("hybrid_layer_pattern", None)
+    positions = "rope" if "*" in (pattern or config.get("hgrn2_layer_pattern", "H")) else "none"
+    if pattern:
+        config |= dict(is_hybrid_model=True, num_layers=len(pattern.replace("|", "")))
+        form = functools.partial(HybridModel, hybrid_stack_spec=hgrn2_stack, hybrid_layer_pattern=pattern)
+    else:
+        form = functools.partial(GPTModel, transformer_layer_spec=hgrn2)
     settings = dict(
         num_layers=num_layers,
         hidden_size=64,
@@ -98,12 +108,15 @@ def build_model(
         # larger than Megatron's default, so that gates and bounds leave their linear regime
         init_method_std=0.2,
     )
-    model = GPTModel(
-        config=HGRN2TransformerConfig(**settings | config),
-        transformer_layer_spec=hgrn2,
+    config = HGRN2TransformerConfig(**settings | config)
+    if pattern:
+        # what Megatron's command line says where there is one
+        config.hybrid_layer_pattern = pattern
+    model = form(
+        config=config,
         vocab_size=VOCAB,
         max_sequence_length=SEQ,
-        position_embedding_type="rope" if "*" in config.get("hgrn2_layer_pattern", "H") else "none",
+        position_embedding_type=positions,
         share_embeddings_and_output_weights=tied,
         pre_process=pre_process,
         post_process=post_process,
@@ -122,25 +135,25 @@ def full_weights(model, seed: int = 1) -> dict[str, Tensor]:
     return weights
 
 
-def shard(name: str, param: torch.nn.Parameter, full: Tensor, rank: int, size: int, num_layers: int) -> Tensor:
-    """The slice of a full weight that TP rank `rank` holds."""
+def shard(name: str, param: torch.nn.Parameter, full: Tensor, rank: int, size: int, rows: int) -> Tensor:
+    """The slice of a full weight that TP rank `rank` holds; `rows` are those of the lower bounds."""
     if not getattr(param, "tensor_model_parallel", False):
         return full
     if "hgrn2_bounds" in name:
-        return full.view(num_layers, -1).chunk(size, 1)[rank].reshape(-1)
+        return full.view(rows, -1).chunk(size, 1)[rank].reshape(-1)
     if "linear_fc1" in name:  # [gate | up], each sharded on its own
         return torch.cat([part.chunk(size)[rank] for part in full.chunk(2)])
     return full.chunk(size, param.partition_dim)[rank]
 
 
-def unshard(name: str, param: torch.nn.Parameter, parts: list[Tensor], num_layers: int) -> Tensor:
+def unshard(name: str, param: torch.nn.Parameter, parts: list[Tensor], rows: int) -> Tensor:
     """The full tensor of which TP rank r holds parts[r]; a replicated one must be equal on all ranks."""
     if not getattr(param, "tensor_model_parallel", False):
         for part in parts[1:]:
             torch.testing.assert_close(part, parts[0], rtol=1e-6, atol=1e-9)
         return parts[0]
     if "hgrn2_bounds" in name:
-        return torch.cat([part.view(num_layers, -1) for part in parts], 1).reshape(-1)
+        return torch.cat([part.view(rows, -1) for part in parts], 1).reshape(-1)
     if "linear_fc1" in name:
         return torch.cat([torch.cat(half) for half in zip(*(p.chunk(2) for p in parts), strict=True)])
     return torch.cat(parts, param.partition_dim)

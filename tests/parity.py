@@ -125,7 +125,7 @@ def _collect(chunks, of) -> dict[str, Tensor]:
             mine = of(p).contiguous()
             parts = [torch.empty_like(mine) for _ in range(tp_group.size())]
             torch.distributed.all_gather(parts, mine, group=tp_group)
-            full = harness.unshard(name, p, parts, chunk.config.num_layers)
+            full = harness.unshard(name, p, parts, chunk.module.decoder.hgrn2_bounds.num_layers)
             name = _name(chunk.module, name)
             if name in result:
                 # chunks of one stage have replicas of the same
@@ -137,14 +137,12 @@ def _collect(chunks, of) -> dict[str, Tensor]:
 def _name(chunk, name: str) -> str:
     """What a chunk's parameter is called in one process."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if name.startswith("decoder.layers."):
         _, _, local, rest = name.split(".", 3)
-        stage = chunk.decoder.pg_collection.pp.rank()
-        layer = int(local) + get_transformer_layer_offset(chunk.config, chunk.vp_stage, stage)
+        layer = chunk.decoder.layers[int(local)].layer_number - 1
         if ".local_experts." in rest:
             before, expert, after = re.split(r"(?<=local_experts)\.(\d+)\.", rest)
             own = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
@@ -159,7 +157,8 @@ def _shard(chunk, name: str, p, weights: dict[str, Tensor]) -> Tensor:
 
     tp_group = parallel_state.get_tensor_model_parallel_group()
     full = weights[_name(chunk, name)]
-    return harness.shard(name, p, full, tp_group.rank(), tp_group.size(), chunk.config.num_layers)
+    rows = chunk.decoder.hgrn2_bounds.num_layers
+    return harness.shard(name, p, full, tp_group.rank(), tp_group.size(), rows)
 
 
 def put_together(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:

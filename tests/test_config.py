@@ -6,7 +6,7 @@ import pytest
 import torch.nn.functional as F
 
 from hgrn2_megatron import HGRN2Config, UsageError
-from hgrn2_megatron.requirements import UNSUPPORTED, Settings, check
+from hgrn2_megatron.requirements import UNSUPPORTED, UNSUPPORTED_IN_GPT, Settings, check
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,48 @@ def test_what_cannot_train_hgrn2_is_refused_by_flag(changes, flag):
 def test_every_unsupported_flag_is_in_the_table_above():
     params = test_what_cannot_train_hgrn2_is_refused_by_flag.pytestmark[0].args[1]
     tried = [hgrn2_settings(**changes) for changes, _ in params]
-    for asked, flag, _ in UNSUPPORTED:
+    for asked, flag, _ in UNSUPPORTED + UNSUPPORTED_IN_GPT:
         assert any(asked(Settings(settings)) for settings in tried), flag
+
+
+def stack_settings(**changes) -> types.SimpleNamespace:
+    """Args of a HybridModel with HGRN2 layers, with changes."""
+    return hgrn2_settings(**dict(hybrid_layer_pattern="M-M-*-", position_embedding_type="rope") | changes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks"),
+    [("M-M-M-", "HHH"), ("M-*-|M-", "H*H"), ("MM--*", "HH*"), ("|M-", "H")],
+)
+def test_blocks_of_a_hybrid_model_are_its_token_mixers(pattern, blocks):
+    assert HGRN2Config.of_stack(stack_settings(hybrid_layer_pattern=pattern)).layer_pattern == blocks
+
+
+def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
+    assert check(Settings(stack_settings()), stack=True) == []
+    assert check(Settings(stack_settings(hybrid_layer_pattern="MEM-", num_experts=4)), stack=True) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hybrid_layer_pattern": None}, "needs --hybrid-layer-pattern"),
+        ({"hybrid_layer_pattern": "M-/M-"}, "multi-token prediction"),
+        ({"hybrid_layer_pattern": "M-G-"}, "do not go with HGRN2, G:"),
+        ({"hybrid_layer_pattern": "M-D-"}, "do not go with HGRN2, D:"),
+        ({"hybrid_layer_pattern": "M-+-"}, r"do not go with HGRN2, \+:"),
+        ({"hybrid_layer_pattern": "*-*-"}, "has no M:"),
+        ({"hgrn2_layer_pattern": "H*"}, "--hgrn2-layer-pattern 'H\\*' is for a GPT"),
+        ({"hybrid_layer_pattern": "MEM-"}, "--num-experts"),
+        ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope"),
+        ({"normalization": "LayerNorm"}, "--normalization"),
+        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+    ],
+)
+def test_what_a_hybrid_model_cannot_have_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        check(Settings(stack_settings(**changes)), stack=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ def test_every_way_to_write_the_spec(argv, expected):
     assert resolve_spec(["script.py", *argv]) == (["script.py", *expected], FULL)
 
 
+def test_the_spec_of_a_hybrid_model_has_a_short_form_too():
+    stack = [FULL[0], "hgrn2_stack"]
+    for given in (["hgrn2_stack"], stack):
+        assert resolve_spec(["script.py", "--spec", *given]) == (["script.py", "--spec", *stack], stack)
+
+
 def test_a_command_without_a_spec_is_left_alone():
     assert resolve_spec(["script.py", "--lr", "1"]) == (["script.py", "--lr", "1"], None)
 
@@ -55,3 +61,25 @@ def test_silent_values_are_those_of_published_models(hidden, ffn):
     args.position_embedding_type, args.hgrn2_layer_pattern = None, "HHH*"
     arguments.fill_silent(args)
     assert args.position_embedding_type == "rope"
+    args.position_embedding_type, args.hgrn2_layer_pattern, args.hybrid_layer_pattern = None, "H", "M-*-"
+    arguments.fill_silent(args)
+    assert args.position_embedding_type == "rope"
+
+
+@pytest.mark.parametrize(
+    ("here", "saved", "flag"),
+    [
+        ({}, {"hybrid_layer_pattern": "M-|M-*-"}, None),  # stages are no part of the model
+        ({}, {"hybrid_layer_pattern": "M-*-M-"}, "--hybrid-layer-pattern is M-M-[*]- here and M-[*]-M- in"),
+        ({"hgrn2_expand_ratio": 64}, {}, "--hgrn2-expand-ratio is 64 here and 128 in"),
+        ({}, {"spec": FULL}, "--spec is hgrn2_megatron.spec hgrn2_stack here and hgrn2_megatron.spec hgrn2 in"),
+        ({}, {"spec": None}, None),  # Megatron's to judge
+    ],
+)
+def test_a_hybrid_models_checkpoint_is_of_the_same_model(here, saved, flag):
+    model = {"spec": [FULL[0], "hgrn2_stack"], "num_layers": 6, "hybrid_layer_pattern": "M-M-*-"}
+    args, checkpoint_args = (argparse.Namespace(**model | changes) for changes in (here, saved))
+    if flag is None:
+        return arguments.check_same_model(args, checkpoint_args)
+    with pytest.raises(UsageError, match=flag):
+        arguments.check_same_model(args, checkpoint_args)

@@ -29,6 +29,7 @@ def launch(flags: str):
         ("--spec hgrn2 --transformer-impl transformer_engine", "--transformer-impl"),
         ("--spec hgrn2 --normalization LayerNorm", "--normalization"),
         ("--spec hgrn2 --add-qkv-bias", "--add-qkv-bias"),
+        ("--spec hgrn2_stack --hybrid-layer-pattern M-G-", "--hybrid-layer-pattern 'M-G-'"),
     ],
 )
 def test_a_mistake_stops_the_run_and_names_the_flag(flags, message):

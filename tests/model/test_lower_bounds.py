@@ -12,14 +12,14 @@ class Group:
         self.rank, self.size = lambda: rank, lambda: size
 
 
-def make_bounds(pp_group=None, vp_stage=None):
+def make_bounds(pp_group=None, first=True):
     from megatron.core.transformer import TransformerConfig
 
     from hgrn2_megatron.lower_bounds import LowerBounds
 
     harness.start_megatron()
     config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
-    return LowerBounds(4, 2, 16, config, Group(), pp_group or Group(), vp_stage)
+    return LowerBounds(4, 2, 16, config, Group(), pp_group or Group(), first)
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def test_checkpoint_entry_says_depth_and_width_and_hands_out_the_parameter_itsel
     assert torch.equal(factory.merge_fn([entry.data]), bounds.weight)
 
 
-@pytest.mark.parametrize(("rank", "vp_stage", "replica"), [(0, None, 0), (0, 0, 0), (1, 0, 1), (0, 1, 2), (1, 1, 3)])
-def test_one_of_the_replicas_is_counted_in_the_gradients_norm_and_saved(rank, vp_stage, replica):
+@pytest.mark.parametrize(("rank", "first", "replica"), [(0, True, 0), (0, False, 1), (1, False, 2)])
+def test_one_of_the_replicas_is_counted_in_the_gradients_norm_and_saved(rank, first, replica):
     from megatron.core.transformer.module import param_is_not_shared
 
-    bounds = make_bounds(Group(rank, 2), vp_stage)
+    bounds = make_bounds(Group(rank, 2), first)
     assert param_is_not_shared(bounds.weight) == (replica == 0)
     (factory,) = bounds.sharded_state_dict("decoder.hgrn2_bounds.").values()
     assert [entry.replica_id[0] for entry in factory.build()] == [replica]

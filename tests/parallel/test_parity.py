@@ -22,6 +22,8 @@ MODELS = {
     "tied": {"tied": True},
     "per-token-loss": {"calculate_per_token_loss": True},
     "experts": EXPERTS,
+    # a HybridModel, whose first half has no HGRN2 layer
+    "stack": {"hybrid_layer_pattern": "*-*-M-M-"},
 }
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
 # the last stage has no layer at all
@@ -40,11 +42,17 @@ LAYOUTS = {
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
     "ep2": (2, {"ep": 2}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
+    # of the stack alone: chunks as its pattern divides them, one without any mixer; a stage without any layer
+    "pp2-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "*-|*-M|-|M-"}}),
+    "pp2-empty-segment": (2, {"pp": 2, "config": {"hybrid_layer_pattern": "*-*-M-M-|"}}),
 }
-CASES = [(model, layout) for model in ("hgrn2", "hybrid") for layout in LAYOUTS if "ep2" not in layout]
+GPT_LAYOUTS = [layout for layout in LAYOUTS if "ep2" not in layout and "segment" not in layout]
+CASES = [(model, layout) for model in ("hgrn2", "hybrid") for layout in GPT_LAYOUTS]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
 CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
 CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]
+CASES += [("stack", layout) for layout in ("tp2", "tp2-sequence-parallel", "pp2", "pp2-recompute")]
+CASES += [("stack", layout) for layout in ("pp2-vpp2-segments", "pp2-empty-segment", "pp2-dp2-distributed-optimizer")]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,142 @@
+"""HGRN2Stack: the layers of Megatron's HybridModel, with HGRN2 in the place of Mamba (symbol M)."""
+
+import copy
+import types
+
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from hgrn2_megatron import requirements
+from hgrn2_megatron.block import banner, create_bounds, global_args, share_bounds
+from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError
+from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
+
+
+class HGRN2Stack(HybridStack):
+    """One pipeline chunk of a HybridModel: HGRN2 at M, attention at *, an MLP at -, experts at E.
+
+    Each layer is one half of a layer of the GPT form, so that "M-M-*-" is the function that a GPT with the pattern
+    "HH*" is. The rows of the lower bounds count what mixes tokens, M and * alike, over the whole pattern.
+
+    Args:
+        config: Megatron's; the `hgrn2_*` fields where the launcher put them. A stage of several knows the whole pattern
+            from Megatron's command line, or, where there is none, from an attribute `hybrid_layer_pattern`.
+        layer_type_list: symbols of this chunk.
+        pp_layer_offset: symbols before it.
+        pre_process: whether this is the model's first chunk.
+        post_layer_norm: whether the last chunk ends in a norm.
+        pg_collection: process groups.
+        rest: what else HybridStack takes.
+
+    Raises:
+        UsageError: a flag or a pattern that cannot train HGRN2.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        layer_type_list: list[str],
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int = 0,
+        pre_process: bool = True,
+        post_layer_norm: bool = True,
+        **rest,
+    ):
+        own = "".join(layer_type_list)
+        pattern = requirements.Settings(config, global_args()).hybrid_layer_pattern
+        if pattern is None and pg_collection.pp.size() == 1:
+            pattern = own
+        whole = types.SimpleNamespace(hybrid_layer_pattern=pattern)
+        warnings = requirements.check(requirements.Settings(whole, config, global_args()), stack=True)
+        _check_chunk(pattern, own, pp_layer_offset, config, pg_collection.pp)
+        hgrn2 = HGRN2Config.of_stack(requirements.Settings(whole, config))
+        num_blocks = len(hgrn2.layer_pattern)
+
+        # Megatron's own final norm needs Transformer Engine
+        super().__init__(
+            config,
+            submodules=stack_submodules(config),
+            layer_type_list=layer_type_list,
+            pg_collection=pg_collection,
+            pp_layer_offset=pp_layer_offset,
+            pre_process=pre_process,
+            post_layer_norm=False,
+            **rest,
+        )
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = final_norm(config)(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+        self.hgrn2_bounds = create_bounds(self, hgrn2, num_blocks)
+        share_bounds(self, _rows(pattern.replace(PIPE, ""), pp_layer_offset, len(own)))
+        if pre_process:
+            banner(config, hgrn2, num_blocks, warnings)
+
+    def mamba_state_shapes_per_request(self):
+        """Refuse Megatron's inference contexts, which ask for this.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
+
+
+def _rows(symbols: str, start: int, length: int) -> list[int]:
+    """For each of `length` layers from `start` on, the mixers before it in the whole pattern."""
+    return [sum(symbol in MIXERS for symbol in symbols[:layer]) for layer in range(start, start + length)]
+
+
+def _check_chunk(pattern: str, own: str, start: int, config: TransformerConfig, pp_group):
+    """That the pattern known here is the one Megatron builds, whole: the depth of the lower bounds hangs on it."""
+    segments, num_stages = pattern.split(PIPE), pp_group.size()
+    chunks = num_stages * (config.virtual_pipeline_model_parallel_size or 1) if num_stages > 1 else 1
+    if len(segments) not in (1, chunks):
+        raise UsageError(
+            f"--hybrid-layer-pattern {pattern!r} has {len(segments)} segments for {chunks} pipeline chunks: "
+            "write one segment a chunk, without | for one stage"
+        )
+    # Megatron itself divides a pattern without | among several stages
+    known = own in segments[pp_group.rank() :: num_stages] if len(segments) == chunks else bool(own)
+    if not known or not pattern.replace(PIPE, "").startswith(own, start):
+        raise UsageError(
+            f"HybridModel builds the layers {own!r} at {start}, but --hybrid-layer-pattern is {pattern!r}: "
+            "give both the same pattern"
+        )
+
+
+def stack_submodules(config: TransformerConfig) -> HybridStackSubmodules:
+    """Layer specs of the symbols, each one half of a layer that a GPT of the same flags has.
+
+    Args:
+        config: Megatron's, already checked by `requirements.check`.
+    """
+    pair = copy.copy(config)
+    pair.num_layers, pair.moe_layer_freq = 2, [0, 1]
+    dense, experts = stock_layers(pair)
+    return HybridStackSubmodules(
+        # what Megatron passes to this slot alone lacks it: the layer's number counts the stages before already
+        mamba_layer=_mixer_half(with_mixer(dense, config), add_layer_offset=False),
+        attention_layer=_mixer_half(dense),
+        mlp_layer=_channel_half(dense),
+        moe_layer=_channel_half(experts),
+    )
+
+
+def _mixer_half(spec: ModuleSpec, **params) -> ModuleSpec:
+    return _part(spec, params, "input_layernorm", "self_attention", "self_attn_bda")
+
+
+def _channel_half(spec: ModuleSpec) -> ModuleSpec:
+    return _part(spec, {}, "pre_mlp_layernorm", "mlp", "mlp_bda")
+
+
+def _part(spec: ModuleSpec, params: dict, *names: str) -> ModuleSpec:
+    """A layer that has only the named submodules of another."""
+    names = (*names, "sharded_state_dict_keys_map")
+    submodules = TransformerLayerSubmodules(**{name: getattr(spec.submodules, name) for name in names})
+    return ModuleSpec(module=spec.module, params=params, submodules=submodules)

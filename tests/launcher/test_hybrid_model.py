@@ -1,0 +1,82 @@
+"""Megatron's HybridModel through the launcher: real runs, compared by losses with those of the GPT form."""
+
+import harness
+import pytest
+from training import FLAGS, HGRN2, train
+
+OURS = "examples/pretrain_hybrid.py"
+STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack")
+PATTERN = ("--hybrid-layer-pattern", "M-M-*-M-")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An uninterrupted run that saved its state after iteration 4: (losses, output, checkpoint folder)."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    losses, output = train(*STACK, *PATTERN, "--save", folder, "--save-interval", 4, script=OURS)
+    return losses, output, folder
+
+
+def assert_continues(losses: dict[int, str], uninterrupted: dict[int, str], tolerance: float):
+    # the second line that any Megatron run logs is the mean of its first two iterations
+    assert sorted(losses) == [5, 6, 7, 8]
+    for i in (5, 7, 8):
+        assert abs(float(losses[i]) - float(uninterrupted[i])) <= tolerance
+
+
+def test_the_run_is_that_of_the_gpt_form(run):
+    losses, output, _ = run
+    assert "HGRN2: 3 of 4 layers, expand 32, lower bounds learned, op=pytorch" in output
+    assert float(losses[8]) < float(losses[1]) - 0.3
+    gpt, _ = train(*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "HH*H")
+    assert losses == gpt
+
+
+def test_a_resumed_run_takes_the_model_from_the_checkpoint(run):
+    files = ("--load", run[2], "--ckpt-step", 4, "--use-checkpoint-args", "--hgrn2-expand-ratio", 16)
+    losses, output = train(*files, script=OURS)
+    assert "HGRN2: 3 of 4 layers, expand 32" in output
+    assert_continues(losses, run[0], tolerance=0)
+
+
+def test_a_resumed_run_may_divide_the_layers_among_stages(run, tmp_path):
+    stages = ("--pipeline-model-parallel-size", 2, "--hybrid-layer-pattern", "M-|M-|*-|M-")
+    files = ("--load", run[2], "--ckpt-step", 4, "--save", tmp_path, "--save-interval", 8)
+    losses, _ = train(*STACK, *stages, *files, script=OURS, num_processes=2)
+    assert_continues(losses, run[0], tolerance=2e-6)
+
+
+def test_a_gpt_refuses_the_checkpoint_by_name(run):
+    words = [*FLAGS, *HGRN2, "--num-layers", 4, "--load", run[2]]
+    done = harness.torchrun(1, "-m", "hgrn2_megatron", "examples/pretrain_gpt.py", *map(str, words))
+    assert done.returncode != 0 and "iteration        5/" not in done.stdout
+    message = "--spec is hgrn2_megatron.spec hgrn2 here and hgrn2_megatron.spec hgrn2_stack in the checkpoint"
+    assert f"hgrn2_megatron: error: {message}" in done.stdout, done.stdout[-2000:]
+
+
+WITHOUT_LAUNCHER = """
+import runpy, sys
+from hgrn2_megatron import cpu
+cpu.install()
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "examples")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_without_the_launcher_the_spec_alone_makes_the_model(tmp_path):
+    script = tmp_path / "on_the_cpu.py"
+    script.write_text(WITHOUT_LAUNCHER)
+    at = FLAGS.index("--hgrn2-expand-ratio")
+    flags = [*FLAGS[:at], *FLAGS[at + 2 :], *STACK, *PATTERN, "--hidden-size", "128"]
+    flags += "--normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope".split()
+    flags += "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion".split()
+    flags += "--no-rope-fusion --no-persist-layer-norm".split()
+    done = harness.torchrun(1, str(script), OURS, *flags)
+    assert "HGRN2: 3 of 4 layers, expand 128, lower bounds learned" in done.stdout, done.stdout[-3000:]
+    assert "iteration        8/" in done.stdout
+
+
+def test_unmodified_megatron_lm_script(run, megatron_lm):
+    losses, _ = train(*STACK, *PATTERN, script=str(megatron_lm / "pretrain_hybrid.py"))
+    assert losses == run[0]
