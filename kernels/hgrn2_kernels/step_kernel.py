@@ -1,9 +1,13 @@
 """The decoding step in one launch. One program a (sequence, head, block of value channels), state in registers."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hgrn2_kernels.launch import Launch
 
 
 @triton.jit
@@ -108,31 +112,38 @@ def launch_step(
     q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
     """Launch `step_kernel` on arguments that `step_hgrn2` has checked; updates state in place and returns o."""
-    (N, T, H, K), V = q.shape, v.shape[-1]
-    BK, BV, num_warps = tile(K, V)
-    o = torch.empty(N, T, H, V, dtype=v.dtype, device=v.device)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    # a pointer that the kernel does not read still needs a tensor
+    bound = state if lower_bound is None else lower_bound.contiguous()
+    slot_dtype = None if slots is None else slots.dtype
+    slots = state if slots is None else slots.contiguous()
+    strides = q.stride(), f.stride(), v.stride(), state.stride(0)
+    step = _step(v.device, v.dtype, slot_dtype, q.shape, v.shape[-1], strides, lower_bound is not None, scale)
     with torch.cuda.device_of(v):
-        step_kernel[(N * H * triton.cdiv(V, BV),)](
-            q,
-            f,
-            v,
-            None if lower_bound is None else lower_bound.contiguous(),
-            state,
-            None if slots is None else slots.contiguous(),
-            o,
-            *q.stride()[:3],
-            *f.stride()[:3],
-            *v.stride()[:3],
-            state.stride(0),
-            scale,
-            T,
-            H=H,
-            K=K,
-            V=V,
-            BK=BK,
-            BV=BV,
-            BOUNDED=lower_bound is not None,
-            SLOTTED=slots is not None,
-            num_warps=num_warps,
-        )
+        step(q, f, v, bound, state, slots, o)
     return o
+
+
+@functools.lru_cache(maxsize=1024)
+def _step(device, dtype, slot_dtype, shape, V, strides, bounded, scale) -> Launch:
+    """The launch for tensors of these dtypes and strides on a device."""
+    N, T, H, K = shape
+    BK, BV, num_warps = tile(K, V)
+    names = [f"stride_{x}{axis}" for x in "qfv" for axis in "nth"]
+    numbers = dict(zip(names, (s for stride in strides[:3] for s in stride[:3]), strict=True))
+    return Launch(
+        step_kernel,
+        (N * H * triton.cdiv(V, BV),),
+        num_warps,
+        **numbers,
+        stride_s=strides[3],
+        scale=scale,
+        T=T,
+        H=H,
+        K=K,
+        V=V,
+        BK=BK,
+        BV=BV,
+        BOUNDED=bounded,
+        SLOTTED=slot_dtype is not None,
+    )

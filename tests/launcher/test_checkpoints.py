@@ -112,7 +112,7 @@ def test_an_attention_checkpoint_is_refused_by_name(flags, message, attention):
     assert len(errors) == 1 and message in errors[0], done.stdout[-2000:]
 
 
-def args_of(spec=(arguments.MODULE, arguments.NAME), **changes) -> argparse.Namespace:
+def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Namespace:
     """What Megatron's args say of a model of four layers."""
     names = {*checkpoint.BLOCK_FLAGS.values(), *checkpoint.ATTENTION_FLAGS.values()}
     values = dict.fromkeys(names) | dict(
