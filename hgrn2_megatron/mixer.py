@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -57,6 +58,10 @@ class HGRN2Mixer(MegatronModule):
         self.head_dim = hgrn2.expand_ratio
         self._bounds: tuple[LowerBounds, int] | None = None
         self._needs_bounds = hgrn2.lower_bounds == "learned"
+        # Megatron's flags for attention's own part
+        self._recomputes = config.recompute_granularity == "selective" and "core_attn" in (
+            config.recompute_modules or ()
+        )
 
         common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
         self.in_proj = build_module(
@@ -125,6 +130,13 @@ class HGRN2Mixer(MegatronModule):
         s, b, _ = qfi.shape
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
-        o, _ = chunk_hgrn2_fused(qfi, self.lower_bound())
-        o = o.transpose(0, 1).reshape(s, b, -1)
-        return self.out_proj(self.norm(o))
+        if self._recomputes:
+            mixed = tensor_parallel.checkpoint(self._mix, False, qfi, self.lower_bound())
+        else:
+            mixed = self._mix(qfi, self.lower_bound())
+        return self.out_proj(mixed)
+
+    def _mix(self, qfi: Tensor, lower_bound: Tensor | None) -> Tensor:
+        """The operator and the norm: qfi [b, s, H/tp, 3, K] to [s, b, h/tp]."""
+        o, _ = chunk_hgrn2_fused(qfi, lower_bound)
+        return self.norm(o.transpose(0, 1).flatten(2))

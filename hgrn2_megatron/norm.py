@@ -52,13 +52,15 @@ class HiddenShardedRMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x: [..., hidden/tp], any float dtype; the arithmetic is fp32 (fp64 for fp64), the dtype x's."""
+        if self.tp_group.size() == 1:
+            # one pass over memory on a GPU, and nothing kept in fp32
+            return torch.nn.functional.rms_norm(x, (self.hidden_size,), self.weight, self.eps).to(x.dtype)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         square_sum = wide.square().sum(-1, keepdim=True)
-        if self.tp_group.size() > 1:
-            # the two mappings make an all-reduce in the forward and in the backward: every rank's output
-            # depends on the sum, so the sum's gradient is complete only when summed over the ranks as well
-            square_sum = reduce_from_tensor_model_parallel_region(square_sum, group=self.tp_group)
-            square_sum = copy_to_tensor_model_parallel_region(square_sum, group=self.tp_group)
+        # the two mappings make an all-reduce in the forward and in the backward: every rank's output
+        # depends on the sum, so the sum's gradient is complete only when summed over the ranks as well
+        square_sum = reduce_from_tensor_model_parallel_region(square_sum, group=self.tp_group)
+        square_sum = copy_to_tensor_model_parallel_region(square_sum, group=self.tp_group)
         normed = wide * torch.rsqrt(square_sum / self.hidden_size + self.eps)
         return (normed * self.weight).to(x.dtype)
 

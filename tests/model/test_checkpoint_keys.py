@@ -95,7 +95,7 @@ def test_both_implementations_save_the_same_names(channel_mixer, transformer_eng
 def run_args(implementation: str) -> argparse.Namespace:
     from hgrn2_megatron import arguments
 
-    return argparse.Namespace(spec=[arguments.MODULE, arguments.NAME], transformer_impl=implementation)
+    return argparse.Namespace(spec=[arguments.MODULE, arguments.GPT], transformer_impl=implementation)
 
 
 @pytest.mark.parametrize("saving", ["local", "transformer_engine"])

@@ -5,6 +5,9 @@ import plain_hgrn2
 import pytest
 import torch
 
+from hgrn2_kernels import chunk_hgrn2_fused
+from hgrn2_megatron import mixer
+
 LAYERS, HEAD_DIM = 3, 16
 
 
@@ -32,3 +35,23 @@ def results():
 
 def test_logits_and_every_gradient(results):
     harness.assert_all_close(*results, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "runs"), [({}, 1), ({"recompute_granularity": "selective"}, 2)], ids=str)
+def test_selective_recompute_runs_the_mixers_own_part_again(flags, runs, monkeypatch):
+    harness.start_megatron()
+    model = harness.build_model(num_layers=LAYERS, **flags)
+    calls = []
+
+    def count(*args):
+        calls.append(args)
+        return chunk_hgrn2_fused(*args)
+
+    def checkpoint(function, distribute, *args):
+        # Megatron's asks for the state of a GPU's generator; tests/parallel runs that one
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+    monkeypatch.setattr(mixer, "chunk_hgrn2_fused", count)
+    monkeypatch.setattr(mixer.tensor_parallel, "checkpoint", checkpoint)
+    model(harness.batch()[0], None, None).sum().backward()
+    assert len(calls) == runs * LAYERS

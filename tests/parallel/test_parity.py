@@ -34,6 +34,7 @@ LAYOUTS = {
     "tp2-sequence-parallel": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2": (2, {"pp": 2}),
     "pp2-recompute": (2, {"pp": 2, "config": RECOMPUTE}),
+    "tp2-recompute-selective": (2, {"tp": 2, "config": {"recompute_granularity": "selective"}}),
     "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
     "pp4-uneven": (4, {"pp": 4, "config": {"pipeline_model_parallel_layout": UNEVEN}}),
     "dp2": (2, {"overlap": True}),
