@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -114,29 +115,44 @@ class HGRN2Mixer(MegatronModule):
             hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
             attention_mask: ignored, the recurrence is causal by construction; so is what else attention takes.
             inference_context: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: Megatron's PackedSeqParams of packed sequences [t, 1, h], each of which starts from an
+                empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more.
 
         Returns:
             output: like hidden_states, and None for the bias Megatron would add.
 
         Raises:
-            ValueError: generation or packed sequences, which this version does not do.
+            ValueError: generation, or sequences packed in another format or over context parallel ranks, which this
+                version does not do.
         """
         if inference_context is not None:
             raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
-        if packed_seq_params is not None:
-            raise ValueError("HGRN2 layers do not take packed sequences yet: train on unpacked ones")
         qfi, _ = self.in_proj(hidden_states)
         s, b, _ = qfi.shape
+        cu_seqlens = None if packed_seq_params is None else _borders(packed_seq_params, s, b)
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
         if self._recomputes:
-            mixed = tensor_parallel.checkpoint(self._mix, False, qfi, self.lower_bound())
+            mixed = tensor_parallel.checkpoint(self._mix, False, qfi, self.lower_bound(), cu_seqlens)
         else:
-            mixed = self._mix(qfi, self.lower_bound())
+            mixed = self._mix(qfi, self.lower_bound(), cu_seqlens)
         return self.out_proj(mixed)
 
-    def _mix(self, qfi: Tensor, lower_bound: Tensor | None) -> Tensor:
+    def _mix(self, qfi: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """The operator and the norm: qfi [b, s, H/tp, 3, K] to [s, b, h/tp]."""
-        o, _ = chunk_hgrn2_fused(qfi, lower_bound)
+        o, _ = chunk_hgrn2_fused(qfi, lower_bound, cu_seqlens=cu_seqlens)
         return self.norm(o.transpose(0, 1).flatten(2))
+
+
+def _borders(packed_seq_params, num_tokens: int, batch: int) -> Tensor:
+    """cu_seqlens over all tokens, [N + 2] int32, from Megatron's PackedSeqParams."""
+    p = packed_seq_params
+    if p.qkv_format != "thd" or batch != 1:
+        raise ValueError(
+            f"HGRN2 layers take packed sequences as thd with a batch of 1, got {p.qkv_format} with {batch}: "
+            "flatten the batch into one row, as Megatron's pretrain_gpt.py does"
+        )
+    if getattr(p, "cp_group", None) is not None and p.cp_group.size() > 1:
+        raise ValueError("HGRN2 layers do not take sequences over context parallel ranks yet: keep them whole")
+    borders = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
+    return torch.cat([borders, borders.new_full((1,), num_tokens)]).int()

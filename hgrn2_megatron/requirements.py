@@ -41,6 +41,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     hgrn2 = HGRN2Config.of_stack(settings) if stack else HGRN2Config.of(settings)
     _check_block(settings, hgrn2)
     _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
+    _check_packing(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
     return _warnings(settings, hgrn2)
 
@@ -100,15 +101,19 @@ UNSUPPORTED = (
     ),
     (lambda s: s.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"),
     (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"),
-    (lambda s: s.sft, "--sft (packed sequences)", "train on unpacked sequences"),
-    (lambda s: s.dataloader_inter_document_masking, "--dataloader-inter-document-masking", "drop it"),
     (lambda s: s.hybrid_context_parallel, "--hybrid-context-parallel", "drop it"),
     (
         lambda s: s.reset_attention_mask,
         "--reset-attention-mask",
-        "drop it: the recurrence sees no mask, so documents would leak into each other unnoticed",
+        "the recurrence sees no mask, so documents would leak into each other unnoticed: give "
+        "--dataloader-inter-document-masking",
     ),
-    (lambda s: s.reset_position_ids, "--reset-position-ids", "drop it: the recurrence has no positions"),
+    (
+        lambda s: s.reset_position_ids,
+        "--reset-position-ids",
+        "the recurrence has no positions, so documents would leak into each other unnoticed: give "
+        "--dataloader-inter-document-masking",
+    ),
     (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop it"),
     (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop it"),
     (lambda s: s.fp4, "--fp4-format", "use --fp8-format or bf16"),
@@ -143,6 +148,22 @@ def _check_unsupported(s: Settings, table: tuple):
                 "--transformer-impl transformer_engine, but Transformer Engine cannot be imported: "
                 "install transformer-engine[pytorch], or give --transformer-impl local"
             )
+
+
+def _check_packing(s: Settings, hgrn2: HGRN2Config):
+    if not (s.sft or s.dataloader_inter_document_masking):
+        return
+    flag = "--sft" if s.sft else "--dataloader-inter-document-masking"
+    if ATTENTION in hgrn2.layer_pattern and s.transformer_impl == "local":
+        raise UsageError(
+            f"{flag} packs sequences, which Megatron's own attention does not take: give --transformer-impl "
+            "transformer_engine, or a layer pattern without attention"
+        )
+    if (s.pipeline_model_parallel_size or 1) > 1 and (s.micro_batch_size or 1) > 1:
+        raise UsageError(
+            f"{flag} makes one sequence of a micro-batch, and Megatron's pipeline hands on the shape of several: "
+            "give --micro-batch-size 1"
+        )
 
 
 def _check_dimensions(s: Settings, hgrn2: HGRN2Config):

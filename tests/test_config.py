@@ -51,6 +51,10 @@ def hgrn2_settings(**changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**base | changes)
 
 
+def test_packed_sequences_pass():
+    assert check(Settings(hgrn2_settings(sft=True, micro_batch_size=2))) == []
+
+
 def test_a_true_hgrn2_block_passes_without_a_warning():
     assert check(Settings(hgrn2_settings())) == []
 
@@ -84,8 +88,11 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
-        ({"sft": True}, "--sft"),
-        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"sft": True, "hgrn2_layer_pattern": "HH*"}, "--sft packs sequences, which Megatron's own attention"),
+        (
+            {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},
+            "--dataloader-inter-document-masking .* give --micro-batch-size 1",
+        ),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         ({"reset_position_ids": True}, "--reset-position-ids"),

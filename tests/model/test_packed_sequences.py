@@ -1,0 +1,86 @@
+"""Packed sequences: each is what it would be alone, in a GPT and in a HybridModel."""
+
+import types
+
+import harness
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+LENGTHS = [1, 17, 70, 12]
+
+
+def packed(lengths, padded=None):
+    """PackedSeqParams as Megatron's pretrain_gpt.py makes them, of sequences of these lengths."""
+
+    def borders(sizes):
+        return torch.tensor([0, *sizes]).cumsum(0).int()
+
+    real = borders(lengths)
+    with_padding = None if padded is None else borders(padded)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=with_padding,
+        cu_seqlens_kv_padded=with_padding,
+        max_seqlen_q=max(padded or lengths),
+        max_seqlen_kv=max(padded or lengths),
+    )
+
+
+def gradients(model, losses) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    sum(loss.sum() for loss in losses).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module", params=[{}, {"hybrid_layer_pattern": "M-M-M-"}], ids=["gpt", "hybrid-model"])
+def alone(request):
+    """A model, documents, and for each of these its losses alone; with the gradients of all."""
+    harness.start_megatron()
+    model = harness.build_model(**request.param)
+    model.load_state_dict(harness.full_weights(model), strict=False)
+    generator = torch.Generator().manual_seed(3)
+    documents = [torch.randint(harness.VOCAB, (1, n + 1), generator=generator) for n in LENGTHS]
+    losses = [model(x[:, :-1], None, None, labels=x[:, 1:].contiguous()) for x in documents]
+    return model, documents, [x.detach() for x in losses], gradients(model, losses)
+
+
+@pytest.mark.parametrize(
+    ("padded", "behind"), [(None, 0), ([4, 20, 70, 64], 0), (None, 9)], ids=["dense", "padded", "more-behind"]
+)
+def test_each_document_is_what_it_is_alone(alone, padded, behind):
+    model, documents, want, want_gradients = alone
+    sizes = padded or LENGTHS
+    total = sum(sizes) + behind
+    tokens, labels = (torch.full((1, total), 5) for _ in range(2))
+    places, start = [], 0
+    for document, size in zip(documents, sizes, strict=True):
+        places.append(slice(start, start + document.shape[1] - 1))
+        tokens[:, places[-1]], labels[:, places[-1]] = document[:, :-1], document[:, 1:]
+        start += size
+    losses = model(tokens, None, None, labels=labels, packed_seq_params=packed(LENGTHS, padded))
+    got = [losses[:, place] for place in places]
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    # what padding loses is masked
+    harness.assert_all_close(gradients(model, got), want_gradients, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "batch", "message"),
+    [
+        ({"qkv_format": "sbhd"}, 1, "as thd with a batch of 1, got sbhd with 1"),
+        ({}, 2, "as thd with a batch of 1, got thd with 2"),
+        ({"cp_group": types.SimpleNamespace(size=lambda: 2)}, 1, "context parallel ranks yet: keep them whole"),
+    ],
+)
+def test_other_packings_are_refused(change, batch, message):
+    harness.start_megatron()
+    params = packed([harness.SEQ])
+    for name, value in change.items():
+        setattr(params, name, value)
+    tokens, _ = harness.batch(size=batch)
+    with pytest.raises(ValueError, match=message):
+        harness.build_model()(tokens, None, None, packed_seq_params=params)
