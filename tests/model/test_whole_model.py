@@ -43,9 +43,9 @@ def test_selective_recompute_runs_the_mixers_own_part_again(flags, runs, monkeyp
     model = harness.build_model(num_layers=LAYERS, **flags)
     calls = []
 
-    def count(*args):
+    def count(*args, **options):
         calls.append(args)
-        return chunk_hgrn2_fused(*args)
+        return chunk_hgrn2_fused(*args, **options)
 
     def checkpoint(function, distribute, *args):
         # Megatron's asks for the state of a GPU's generator; tests/parallel runs that one
