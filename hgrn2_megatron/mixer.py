@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.config import HGRN2Config
+from hgrn2_megatron.context_parallel import chunk_hgrn2_of_shards
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
 
@@ -56,6 +57,7 @@ class HGRN2Mixer(MegatronModule):
         hgrn2 = HGRN2Config.of(config)
         hidden_size = config.hidden_size
         self.layer_number = layer_number
+        self.cp_group = pg_collection.cp
         self.head_dim = hgrn2.expand_ratio
         self._bounds: tuple[LowerBounds, int] | None = None
         self._needs_bounds = hgrn2.lower_bounds == "learned"
@@ -129,7 +131,7 @@ class HGRN2Mixer(MegatronModule):
             raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
         qfi, _ = self.in_proj(hidden_states)
         s, b, _ = qfi.shape
-        cu_seqlens = None if packed_seq_params is None else _borders(packed_seq_params, s, b)
+        cu_seqlens = None if packed_seq_params is None else _borders(packed_seq_params, s, b, self.cp_group)
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
         if self._recomputes:
@@ -140,11 +142,14 @@ class HGRN2Mixer(MegatronModule):
 
     def _mix(self, qfi: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """The operator and the norm: qfi [b, s, H/tp, 3, K] to [s, b, h/tp]."""
-        o, _ = chunk_hgrn2_fused(qfi, lower_bound, cu_seqlens=cu_seqlens)
+        if self.cp_group.size() > 1:
+            o = chunk_hgrn2_of_shards(qfi, lower_bound, self.cp_group)
+        else:
+            o, _ = chunk_hgrn2_fused(qfi, lower_bound, cu_seqlens=cu_seqlens)
         return self.norm(o.transpose(0, 1).flatten(2))
 
 
-def _borders(packed_seq_params, num_tokens: int, batch: int) -> Tensor:
+def _borders(packed_seq_params, num_tokens: int, batch: int, cp_group) -> Tensor:
     """cu_seqlens over all tokens, [N + 2] int32, from Megatron's PackedSeqParams."""
     p = packed_seq_params
     if p.qkv_format != "thd" or batch != 1:
@@ -152,7 +157,7 @@ def _borders(packed_seq_params, num_tokens: int, batch: int) -> Tensor:
             f"HGRN2 layers take packed sequences as thd with a batch of 1, got {p.qkv_format} with {batch}: "
             "flatten the batch into one row, as Megatron's pretrain_gpt.py does"
         )
-    if getattr(p, "cp_group", None) is not None and p.cp_group.size() > 1:
-        raise ValueError("HGRN2 layers do not take sequences over context parallel ranks yet: keep them whole")
+    if (getattr(p, "cp_group", None) or cp_group).size() > 1:
+        raise ValueError("HGRN2 layers do not take packed sequences over context parallel ranks yet: keep them whole")
     borders = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
     return torch.cat([borders, borders.new_full((1,), num_tokens)]).int()

@@ -42,6 +42,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_block(settings, hgrn2)
     _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
     _check_packing(settings, hgrn2)
+    _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
     return _warnings(settings, hgrn2)
 
@@ -76,11 +77,6 @@ def _check_block(s: Settings, hgrn2: HGRN2Config):
 
 # (whether the settings ask for it, the flag, what to do instead)
 UNSUPPORTED = (
-    (
-        lambda s: (s.context_parallel_size or 1) > 1,
-        "--context-parallel-size above 1",
-        "use tensor parallelism with --sequence-parallel, or pipeline stages",
-    ),
     (
         lambda s: s.multi_latent_attention,
         "--multi-latent-attention",
@@ -126,6 +122,11 @@ UNSUPPORTED_IN_GPT = (
     ),
 )
 UNSUPPORTED_IN_STACK = (
+    (
+        lambda s: (s.context_parallel_size or 1) > 1,
+        "--context-parallel-size above 1 in a HybridModel",
+        "use pretrain_gpt.py --spec hgrn2, or tensor parallelism with --sequence-parallel",
+    ),
     # HybridModel would train without positions
     (lambda s: s.position_embedding_type == "mrope", "--position-embedding-type mrope in a HybridModel", "give rope"),
     (
@@ -163,6 +164,21 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
         raise UsageError(
             f"{flag} makes one sequence of a micro-batch, and Megatron's pipeline hands on the shape of several: "
             "give --micro-batch-size 1"
+        )
+
+
+def _check_context_parallel(s: Settings, hgrn2: HGRN2Config):
+    if (s.context_parallel_size or 1) == 1:
+        return
+    if s.sft or s.dataloader_inter_document_masking:
+        raise UsageError(
+            "--context-parallel-size above 1 does not go with packed sequences in HGRN2 layers yet: "
+            "drop --sft and --dataloader-inter-document-masking, or use tensor parallelism with --sequence-parallel"
+        )
+    if ATTENTION in hgrn2.layer_pattern and s.transformer_impl == "local":
+        raise UsageError(
+            "--context-parallel-size above 1: Megatron's own attention does not take it; give --transformer-impl "
+            "transformer_engine, or a layer pattern without attention"
         )
 
 

@@ -1,8 +1,8 @@
 """A model in any layout, from the weights of one process and back to them.
 
 A model is a dict of settings of `harness.build_model` (`tied`: embeddings and output share a weight). A layout is a
-dict: `tp`, `pp`, `vpp`, `ep` (sizes), `sequence_parallel`, `distributed_optimizer`, `overlap`, and `config`, settings
-that only pipelines have. Tensors go by the names that they have in one process.
+dict: `tp`, `pp`, `vpp`, `cp`, `ep` (sizes), `sequence_parallel`, `distributed_optimizer`, `overlap`, and `config`,
+settings that only this layout has. Tensors go by the names that they have in one process.
 """
 
 import re
@@ -24,6 +24,7 @@ def start_layout(layout: dict):
         tensor_model_parallel_size=layout.get("tp", 1),
         pipeline_model_parallel_size=layout.get("pp", 1),
         virtual_pipeline_model_parallel_size=layout.get("vpp"),
+        context_parallel_size=layout.get("cp", 1),
         expert_model_parallel_size=layout.get("ep", 1),
     )
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
@@ -43,6 +44,7 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
         sequence_parallel=layout.get("sequence_parallel", False),
         pipeline_model_parallel_size=layout.get("pp", 1),
         virtual_pipeline_model_parallel_size=layout.get("vpp"),
+        context_parallel_size=layout.get("cp", 1),
         expert_model_parallel_size=layout.get("ep", 1),
         pipeline_dtype=torch.float32,
         deallocate_pipeline_outputs=True,

@@ -51,8 +51,9 @@ def hgrn2_settings(**changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**base | changes)
 
 
-def test_packed_sequences_pass():
-    assert check(Settings(hgrn2_settings(sft=True, micro_batch_size=2))) == []
+@pytest.mark.parametrize("changes", [{"sft": True, "micro_batch_size": 2}, {"context_parallel_size": 2}], ids=str)
+def test_packed_or_split_sequences_pass(changes):
+    assert check(Settings(hgrn2_settings(**changes))) == []
 
 
 def test_a_true_hgrn2_block_passes_without_a_warning():
@@ -78,7 +79,8 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
             "--fp8-format",
         ),
         ({"hidden_size": 48, "hgrn2_expand_ratio": 24, "fp8": "e4m3", "fp8_recipe": "mxfp8"}, "--fp8-format"),
-        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"context_parallel_size": 2, "hgrn2_layer_pattern": "HH*"}, "--context-parallel-size .* transformer_engine"),
+        ({"context_parallel_size": 2, "sft": True}, "--context-parallel-size .* packed sequences"),
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant"),

@@ -41,6 +41,11 @@ LAYOUTS = {
     "dp2-distributed-optimizer": (2, DISTRIBUTED),
     "pp2-dp2-distributed-optimizer": (4, {"pp": 2} | DISTRIBUTED),
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "cp4": (4, {"cp": 4}),
+    "cp2-tp2-sequence-parallel": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}),
+    "cp2-pp2": (4, {"cp": 2, "pp": 2}),
+    "cp2-dp2-distributed-optimizer": (4, {"cp": 2} | DISTRIBUTED),
     "ep2": (2, {"ep": 2}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
     # of the stack alone: chunks as its pattern divides them, one without any mixer; a stage without any layer
@@ -48,7 +53,10 @@ LAYOUTS = {
     "pp2-empty-segment": (2, {"pp": 2, "config": {"hybrid_layer_pattern": "*-*-M-M-|"}}),
 }
 GPT_LAYOUTS = [layout for layout in LAYOUTS if "ep2" not in layout and "segment" not in layout]
-CASES = [(model, layout) for model in ("hgrn2", "hybrid") for layout in GPT_LAYOUTS]
+CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
+# context parallel attention needs Transformer Engine
+CASES += [("hybrid", layout) for layout in GPT_LAYOUTS if "cp" not in layout]
+CASES += [("per-token-loss", "cp2")]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
 CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
 CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]

@@ -20,8 +20,18 @@ def data(step: int, dp_rank: int, dp_size: int):
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.7).float()
     for rows in zip(*(x.split(1) for x in (tokens, labels, mask)), strict=True):
         if dp_rank == 0:
-            yield rows
+            yield _own_tokens(*rows)
         dp_rank = (dp_rank - 1) % dp_size
+
+
+def _own_tokens(tokens, labels, mask):
+    """The context parallel rank's, as Megatron deals them out."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    batch = {"tokens": tokens, "labels": labels, "loss_mask": mask, "cu_seqlens": None}
+    own = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    return own["tokens"], own["labels"], own["loss_mask"]
 
 
 def forward_step(data_iterator, model):
@@ -31,8 +41,9 @@ def forward_step(data_iterator, model):
         if model.config.calculate_per_token_loss:
             total, count = (losses * mask).sum(), mask.sum()
             return total, count.int(), {"loss": torch.stack((total, count)).detach()}
-        loss = losses.mean()
-        return loss, {"loss": torch.stack((loss, torch.ones(()))).detach()}
+        # Megatron sums over context parallel ranks what it averages over the others
+        loss = losses.mean() / model.config.context_parallel_size
+        return loss, {"loss": torch.stack((losses.mean(), torch.ones(()))).detach()}
 
     return model(tokens, None, None, labels=labels), loss_func
 
@@ -64,7 +75,9 @@ def run(model: dict, layout: dict, weights: dict) -> dict:
         norms.append(norm)
         if reports:
             total = sum(report["loss"] for report in reports)
-            torch.distributed.all_reduce(total, group=dp_group)
+            torch.distributed.all_reduce(
+                total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+            )
             losses.append(total[0] / total[1])
     result |= {f"weight {name}": x for name, x in parity.weights_of(chunks).items()}
     result["gradient norms"] = torch.tensor(norms)
