@@ -13,6 +13,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,25 +69,46 @@ def row(name: str, log: str) -> str:
     return f"| {name} | {tokens:,.0f} | {peak / 1024:.1f} | {losses[0]:.3f} -> {losses[-1]:.3f} | {banner} |"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """What every benchmark of Megatron's loop takes."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("megatron_lm", type=Path)
     parser.add_argument("--out", type=Path, help="folder for the table and the full logs")
     parser.add_argument("extra", nargs="*", help="further Megatron flags, after --")
-    args = parser.parse_args()
-    script = args.megatron_lm.resolve() / "pretrain_gpt.py"
+    return parser
+
+
+def script_in(megatron_lm: Path) -> Path:
+    """A checkout's pretrain_gpt.py."""
+    script = megatron_lm.resolve() / "pretrain_gpt.py"
     if not script.is_file():
         raise SystemExit(f"{script} is not a file: give the folder of a Megatron-LM checkout")
-    table = ["| run | tokens/s | peak GiB | loss, first -> last | banner |", "|---|---|---|---|---|"]
-    for name, (launcher, flags) in ROWS.items():
-        log = run(script, launcher, [*COMMON, *flags, *args.extra])
-        if args.out:
-            (args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log").write_text(log)
-        table.append(row(name, log))
-        print(table[-1], flush=True)
+    return script
+
+
+def make_table(head: list[str], runs: Iterable[tuple[str, str, str]], out: Path | None):
+    """Print the lines of runs (name, log, line of the table) as they end, then the table; keep all of it in out."""
+    table = list(head)
+    for name, log, line in runs:
+        if out:
+            (out / f"{name.replace(', ', '-').replace(' ', '-')}.log").write_text(log)
+        table.append(line)
+        print(line, flush=True)
     print("\n".join(table))
-    if args.out:
-        (args.out / "table.md").write_text("\n".join(table) + "\n")
+    if out:
+        (out / "table.md").write_text("\n".join(table) + "\n")
+
+
+def runs(script: Path, extra: list[str]) -> Iterator[tuple[str, str, str]]:
+    for name, (launcher, flags) in ROWS.items():
+        log = run(script, launcher, [*COMMON, *flags, *extra])
+        yield name, log, row(name, log)
+
+
+def main():
+    args = command_line(__doc__).parse_args()
+    head = ["| run | tokens/s | peak GiB | loss, first -> last | banner |", "|---|---|---|---|---|"]
+    make_table(head, runs(script_in(args.megatron_lm), args.extra), args.out)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ GPU, and the largest of the gradient's norm as a share. One GPU with another mic
 rounding of bf16. Without GPUs it runs over gloo in fp32: give a small --model.
 """
 
-import argparse
 import shlex
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from pretrain import numbers, run
+from pretrain import command_line, make_table, numbers, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
     --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 2 --global-batch-size 8"""
@@ -57,25 +57,8 @@ def row(name: str, processes: int, log: str, one: str, tokens: int) -> str:
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("megatron_lm", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the table and the full logs")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: all that the GPUs allow")
-    parser.add_argument("--model", default=MODEL, help="Megatron's flags of the model and the batch, in one word")
-    parser.add_argument("extra", nargs="*", help="further Megatron flags, after --")
-    args = parser.parse_args()
-    script = args.megatron_lm.resolve() / "pretrain_gpt.py"
-    if not script.is_file():
-        raise SystemExit(f"{script} is not a file: give the folder of a Megatron-LM checkout")
-    gpus = torch.cuda.device_count()
-    common = shlex.split(f"{args.model} {LOOP} {GPU if gpus else ''}") + args.extra
-    size = {name: int(common[common.index(name) + 1]) for name in ("--seq-length", "--global-batch-size")}
-    chosen = args.layouts or [name for name, (processes, _) in LAYOUTS.items() if processes <= max(gpus, 1)]
-    table = [
-        "| layout | tokens/s a GPU | peak GiB | loss, first -> last | loss apart | norm apart |",
-        "|---|---|---|---|---|---|",
-    ]
+def runs(script: Path, common: list[str], chosen: list[str], tokens: int) -> Iterator[tuple[str, str, str]]:
+    """Name, log and line of one process and of each chosen layout; tokens are an iteration's."""
     with tempfile.TemporaryDirectory() as folder:
         save = ["--save", folder, "--save-interval", "1", "--no-save-optim", "--no-save-rng", "--exit-interval", "1"]
         # a learning rate of nearly 0: the checkpoint has the weights as drawn
@@ -88,13 +71,24 @@ def main():
             load = ["--load", folder, "--finetune", "--no-load-optim"]
             log = run(script, True, [*common, *flags.split(), *load], processes)
             one = one or log
-            if args.out:
-                (args.out / f"{name.replace(', ', '-').replace(' ', '-')}.log").write_text(log)
-            table.append(row(name, processes, log, one, size["--seq-length"] * size["--global-batch-size"]))
-            print(table[-1], flush=True)
-    print("\n".join(table))
-    if args.out:
-        (args.out / "table.md").write_text("\n".join(table) + "\n")
+            yield name, log, row(name, processes, log, one, tokens)
+
+
+def main():
+    parser = command_line(__doc__)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: all that the GPUs allow")
+    parser.add_argument("--model", default=MODEL, help="Megatron's flags of the model and the batch, in one word")
+    args = parser.parse_args()
+    script = script_in(args.megatron_lm)
+    gpus = torch.cuda.device_count()
+    common = shlex.split(f"{args.model} {LOOP} {GPU if gpus else ''}") + args.extra
+    length, batch = (int(common[common.index(name) + 1]) for name in ("--seq-length", "--global-batch-size"))
+    chosen = args.layouts or [name for name, (processes, _) in LAYOUTS.items() if processes <= max(gpus, 1)]
+    head = [
+        "| layout | tokens/s a GPU | peak GiB | loss, first -> last | loss apart | norm apart |",
+        "|---|---|---|---|---|---|",
+    ]
+    make_table(head, runs(script, common, chosen, length * batch), args.out)
 
 
 if __name__ == "__main__":
