@@ -33,6 +33,14 @@ def train(*flags, **options) -> tuple[dict[int, str], str]:
     return {int(iteration): loss for iteration, loss in logged}, done.stdout
 
 
+def assert_continues(losses: dict[int, str], uninterrupted: dict[int, str], tolerance: float = 0):
+    """Compare the losses of a run resumed after iteration 4 with those of the run that went on."""
+    assert sorted(losses) == [i for i in sorted(uninterrupted) if i >= 5]
+    # the second line that any Megatron run logs is the mean of its first two iterations
+    for i in losses.keys() - {6}:
+        assert abs(float(losses[i]) - float(uninterrupted[i])) <= tolerance, (losses, uninterrupted)
+
+
 def saved_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by the name it was saved under: weights and optimizer state."""
     reader = dcp.FileSystemReader(folder / f"iter_{iteration:07d}")

@@ -4,17 +4,12 @@ import argparse
 
 import harness
 import pytest
-from training import HGRN2, assert_equal, launch, saved_tensors, train
+from training import HGRN2, assert_continues, assert_equal, launch, saved_tensors, train
 
 from hgrn2_megatron import UsageError, arguments, checkpoint
 
 ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 PP2 = ("--pipeline-model-parallel-size", 2)
-
-
-def assert_repeats(losses, uninterrupted, first):
-    # the second line that any Megatron run logs is the mean of its first two iterations
-    assert {i: losses[i] for i in losses if i != first + 1} == {i: uninterrupted[i] for i in losses if i != first + 1}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,7 @@ def test_an_asynchronous_save_is_the_same_checkpoint(run, tmp_path):
     for iteration in (4, 8):
         assert_equal(saved_tensors(tmp_path, iteration), saved_tensors(run[1], iteration))
     resumed, _ = train(*HGRN2, *files, "--load", tmp_path, "--ckpt-step", 4)
-    assert_repeats(resumed, losses, 5)
+    assert_continues(resumed, losses)
     assert_equal(saved_tensors(tmp_path, 8), saved_tensors(run[1], 8))
 
 
@@ -45,8 +40,7 @@ def test_a_run_killed_while_it_saves_loses_nothing_that_was_saved_before(run, tm
     half = tmp_path / "iter_0000006"
     assert sum(file.stat().st_size for file in half.iterdir()) > 0 and not (half / ".metadata").exists()
     resumed, _ = train(*HGRN2, *files, "--load", tmp_path)
-    assert sorted(resumed) == [5, 6, 7, 8]
-    assert_repeats(resumed, run[0], 5)
+    assert_continues(resumed, run[0])
     for iteration in (4, 6, 8):
         assert_equal(saved_tensors(tmp_path, iteration), saved_tensors(run[1], iteration))
 
