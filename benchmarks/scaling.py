@@ -30,6 +30,11 @@ LAYOUTS = {
     "one, micro-batch 1": (1, "--micro-batch-size 1"),
     "DP2": (2, OVERLAP),
     "TP2 SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "TP2 SP, overlapped": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap --tp-comm-bootstrap-backend nccl",
+    ),
+    "CP2": (2, "--context-parallel-size 2"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
     "PP2 VPP2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     "DP4": (4, OVERLAP),

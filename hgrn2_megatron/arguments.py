@@ -38,12 +38,18 @@ CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Confi
 
 @dataclasses.dataclass
 class HGRN2TransformerConfig(TransformerConfig):
-    """TransformerConfig with the `hgrn2_*` fields of HGRN2Config, as the launcher builds it."""
+    """TransformerConfig with the `hgrn2_*` fields of HGRN2Config, as the launcher builds it.
+
+    Attributes:
+        hgrn2_packed_layout: how packed sequences are dealt out to context parallel ranks, "documents" or "stream";
+            None where Megatron's command line says so.
+    """
 
     hgrn2_expand_ratio: int = HGRN2Config.expand_ratio
     hgrn2_layer_pattern: str = HGRN2Config.layer_pattern
     hgrn2_lower_bounds: str = HGRN2Config.lower_bounds
     hgrn2_norm_eps: float = HGRN2Config.norm_eps
+    hgrn2_packed_layout: str | None = None
 
 
 def is_hgrn2_spec(spec: list[str] | None) -> bool:

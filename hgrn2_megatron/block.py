@@ -3,8 +3,6 @@
 A block is Megatron's TransformerBlock, or the HybridStack of a HybridModel.
 """
 
-import sys
-
 from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.lower_bounds import LowerBounds
 
@@ -51,12 +49,6 @@ def share_bounds(block, rows: list[int]) -> None:
         mixer.use_lower_bounds(block.hgrn2_bounds, row)
     if not mixers:
         block.register_forward_hook(lambda block, inputs, output: block.hgrn2_bounds.tie(output))
-
-
-def global_args():
-    """Megatron's command line where its training loop runs; None where only megatron.core is used."""
-    global_vars = sys.modules.get("megatron.training.global_vars")
-    return getattr(global_vars, "_GLOBAL_ARGS", None)
 
 
 def banner(config, hgrn2: HGRN2Config, num_blocks: int, warnings: list[str]) -> None:

@@ -45,6 +45,7 @@ def install() -> None:
 
     _fake_torch_cuda()
     _CudaMeansCpu().__enter__()
+    _keep_mode_in_backward()
     _adapt_megatron_random(megatron.core.tensor_parallel.random)
     _adapt_megatron_training(megatron.training.training)
     _adapt_megatron_saving(megatron.training.initialize, megatron.core.dist_checkpointing.strategies.filesystem_async)
@@ -76,6 +77,17 @@ class _CudaMeansCpu(TorchFunctionMode):
             # Megatron's optimizers sort parameters by these names, and know those of CUDA tensors
             result = result.replace("torch.", "torch.cuda.", 1)
         return result
+
+
+def _keep_mode_in_backward() -> None:
+    """A mode is off while it handles a call, and torch.autograd.backward is one, with all that runs in it."""
+    run_backward = torch.autograd._engine_run_backward
+
+    def under_mode(*args, **kwargs):
+        with _CudaMeansCpu():
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = under_mode
 
 
 class _Stream(torch.cpu.Stream):

@@ -80,11 +80,11 @@ def _prepare_block(block) -> None:
     """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
     from megatron.core.utils import get_pg_rank
 
-    from hgrn2_megatron.block import banner, create_bounds, global_args
+    from hgrn2_megatron.block import banner, create_bounds
     from hgrn2_megatron.layer import block_submodules
 
     config, hgrn2 = block.config, HGRN2Config.of(block.config)
-    warnings = requirements.check(requirements.Settings(config, global_args()))
+    warnings = requirements.check(requirements.Settings(config, requirements.global_args()))
     # a pattern may mix layers, so every layer is saved under its own name
     config.hetereogenous_dist_checkpoint = True
     block.submodules = block_submodules(config, block.vp_stage, get_pg_rank(block.pg_collection.pp))

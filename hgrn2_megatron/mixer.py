@@ -1,6 +1,8 @@
 """HGRN2Mixer: the token mixer in the self_attention slot of Megatron's TransformerLayer."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.context_parallel import chunk_hgrn2_of_shards
+from hgrn2_megatron.context_parallel import STREAM, chunk_hgrn2_of_batch, chunk_hgrn2_of_packed, packed_layout
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
 
@@ -58,6 +60,7 @@ class HGRN2Mixer(MegatronModule):
         hidden_size = config.hidden_size
         self.layer_number = layer_number
         self.cp_group = pg_collection.cp
+        self.packed_layout = packed_layout(config)
         self.head_dim = hgrn2.expand_ratio
         self._bounds: tuple[LowerBounds, int] | None = None
         self._needs_bounds = hgrn2.lower_bounds == "learned"
@@ -118,46 +121,61 @@ class HGRN2Mixer(MegatronModule):
             attention_mask: ignored, the recurrence is causal by construction; so is what else attention takes.
             inference_context: must be None.
             packed_seq_params: Megatron's PackedSeqParams of packed sequences [t, 1, h], each of which starts from an
-                empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more.
+                empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more. Its
+                cp_group, where it has one, takes the place of the model's.
 
         Returns:
             output: like hidden_states, and None for the bias Megatron would add.
 
         Raises:
-            ValueError: generation, or sequences packed in another format or over context parallel ranks, which this
-                version does not do.
+            ValueError: generation, which this version does not do; sequences packed in another format, or dealt out to
+                context parallel ranks in an unknown layout.
         """
         if inference_context is not None:
             raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
         qfi, _ = self.in_proj(hidden_states)
         s, b, _ = qfi.shape
-        cu_seqlens = None if packed_seq_params is None else _borders(packed_seq_params, s, b, self.cp_group)
+        mix = partial(self._mix, self._operator(packed_seq_params, s, b))
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
         if self._recomputes:
-            mixed = tensor_parallel.checkpoint(self._mix, False, qfi, self.lower_bound(), cu_seqlens)
+            mixed = tensor_parallel.checkpoint(mix, False, qfi, self.lower_bound())
         else:
-            mixed = self._mix(qfi, self.lower_bound(), cu_seqlens)
+            mixed = mix(qfi, self.lower_bound())
         return self.out_proj(mixed)
 
-    def _mix(self, qfi: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _operator(self, packed_seq_params, num_tokens: int, batch: int) -> Callable:
+        """The operator of [b, s, H, 3, K] and the bound for these sequences."""
+        p = packed_seq_params
+        if p is None:
+            if self.cp_group.size() == 1:
+                return _of_whole
+            return partial(chunk_hgrn2_of_batch, group=self.cp_group)
+        if p.qkv_format != "thd" or batch != 1:
+            raise ValueError(
+                f"HGRN2 layers take packed sequences as thd with a batch of 1, got {p.qkv_format} with {batch}: "
+                "flatten the batch into one row, as Megatron's pretrain_gpt.py does"
+            )
+        borders = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
+        group, layout = getattr(p, "cp_group", None) or self.cp_group, self.packed_layout
+        # hybrid context parallelism: each batch has ranks of its own, and one rank alone no group
+        ranks = getattr(p, "local_cp_size", None)
+        if ranks:
+            layout = STREAM
+        if (ranks or group.size()) == 1:
+            end = borders.new_full((1,), num_tokens)
+            return partial(_of_whole, cu_seqlens=torch.cat([borders, end]).int())
+        if layout is None:
+            raise ValueError(
+                "PackedSeqParams does not say how packed sequences are dealt out to context parallel ranks: set "
+                "hgrn2_packed_layout of the config to documents (each is cut into 2 * cp chunks) or stream (all are)"
+            )
+        return partial(chunk_hgrn2_of_packed, group=group, cu_seqlens=borders, layout=layout)
+
+    def _mix(self, operator: Callable, qfi: Tensor, lower_bound: Tensor | None) -> Tensor:
         """The operator and the norm: qfi [b, s, H/tp, 3, K] to [s, b, h/tp]."""
-        if self.cp_group.size() > 1:
-            o = chunk_hgrn2_of_shards(qfi, lower_bound, self.cp_group)
-        else:
-            o, _ = chunk_hgrn2_fused(qfi, lower_bound, cu_seqlens=cu_seqlens)
-        return self.norm(o.transpose(0, 1).flatten(2))
+        return self.norm(operator(qfi, lower_bound).transpose(0, 1).flatten(2))
 
 
-def _borders(packed_seq_params, num_tokens: int, batch: int, cp_group) -> Tensor:
-    """cu_seqlens over all tokens, [N + 2] int32, from Megatron's PackedSeqParams."""
-    p = packed_seq_params
-    if p.qkv_format != "thd" or batch != 1:
-        raise ValueError(
-            f"HGRN2 layers take packed sequences as thd with a batch of 1, got {p.qkv_format} with {batch}: "
-            "flatten the batch into one row, as Megatron's pretrain_gpt.py does"
-        )
-    if (getattr(p, "cp_group", None) or cp_group).size() > 1:
-        raise ValueError("HGRN2 layers do not take packed sequences over context parallel ranks yet: keep them whole")
-    borders = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
-    return torch.cat([borders, borders.new_full((1,), num_tokens)]).int()
+def _of_whole(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    return chunk_hgrn2_fused(qfv, lower_bound, cu_seqlens=cu_seqlens)[0]

@@ -3,6 +3,7 @@
 docs/flags.md is the same table for people.
 """
 
+import sys
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,6 +24,12 @@ class Settings:
             if hasattr(source, name):
                 return getattr(source, name)
         return None
+
+
+def global_args():
+    """Megatron's command line where its training loop runs; None where only megatron.core is used."""
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    return getattr(global_vars, "_GLOBAL_ARGS", None)
 
 
 def check(settings: Settings, stack: bool = False) -> list[str]:
@@ -122,11 +129,6 @@ UNSUPPORTED_IN_GPT = (
     ),
 )
 UNSUPPORTED_IN_STACK = (
-    (
-        lambda s: (s.context_parallel_size or 1) > 1,
-        "--context-parallel-size above 1 in a HybridModel",
-        "use pretrain_gpt.py --spec hgrn2, or tensor parallelism with --sequence-parallel",
-    ),
     # HybridModel would train without positions
     (lambda s: s.position_embedding_type == "mrope", "--position-embedding-type mrope in a HybridModel", "give rope"),
     (
@@ -155,7 +157,7 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
     if not (s.sft or s.dataloader_inter_document_masking):
         return
     flag = "--sft" if s.sft else "--dataloader-inter-document-masking"
-    if ATTENTION in hgrn2.layer_pattern and s.transformer_impl == "local":
+    if has_own_attention(s, hgrn2):
         raise UsageError(
             f"{flag} packs sequences, which Megatron's own attention does not take: give --transformer-impl "
             "transformer_engine, or a layer pattern without attention"
@@ -170,16 +172,21 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
 def _check_context_parallel(s: Settings, hgrn2: HGRN2Config):
     if (s.context_parallel_size or 1) == 1:
         return
-    if s.sft or s.dataloader_inter_document_masking:
-        raise UsageError(
-            "--context-parallel-size above 1 does not go with packed sequences in HGRN2 layers yet: "
-            "drop --sft and --dataloader-inter-document-masking, or use tensor parallelism with --sequence-parallel"
-        )
-    if ATTENTION in hgrn2.layer_pattern and s.transformer_impl == "local":
+    if has_own_attention(s, hgrn2):
         raise UsageError(
             "--context-parallel-size above 1: Megatron's own attention does not take it; give --transformer-impl "
             "transformer_engine, or a layer pattern without attention"
         )
+    if ATTENTION in hgrn2.layer_pattern and s.dataloader_inter_document_masking and not s.sft:
+        raise UsageError(
+            "--dataloader-inter-document-masking with --context-parallel-size above 1 deals out the whole stream, and "
+            "Megatron's attention takes documents to be cut one by one: use a layer pattern without attention"
+        )
+
+
+def has_own_attention(s: Settings, hgrn2: HGRN2Config) -> bool:
+    """Whether there are attention layers of Megatron's own modules, which do not take what Transformer Engine's do."""
+    return ATTENTION in hgrn2.layer_pattern and s.transformer_impl == "local"
 
 
 def _check_dimensions(s: Settings, hgrn2: HGRN2Config):

@@ -78,6 +78,7 @@ def build_model(
 
     pattern = config.pop("hybrid_layer_pattern", None)
     positions = "rope" if "*" in (pattern or config.get("hgrn2_layer_pattern", "H")) else "none"
+    positions = config.pop("position_embedding_type", positions)
     if pattern:
         config |= dict(is_hybrid_model=True, num_layers=len(pattern.replace("|", "")))
         form = functools.partial(HybridModel, hybrid_stack_spec=hgrn2_stack, hybrid_layer_pattern=pattern)

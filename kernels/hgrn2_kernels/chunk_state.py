@@ -35,6 +35,7 @@ def chunk_state_kernel(
     y,  # [B, T, H, V] v, or do where REVERSE
     bound,  # [H, K] fp32, read where BOUNDED
     first,  # [segments, H, K, V] fp32: state before the segment (after it where REVERSE); read where HAS_FIRST
+    first_rows,  # [segments] int32, the row of first that a segment takes, -1 for zeros; read where ROWS
     states,  # [chunks, H, K, V], out where STATES: the state entering each chunk (leaving it where REVERSE), framed
     slow,  # [chunks, H, K / BK] int8, out where STATES and not REVERSE: the chunk exceeds the fast form's limit
     last,  # [segments, H, K, V] fp32, out where LAST: state after the segment (before it where REVERSE)
@@ -73,6 +74,7 @@ def chunk_state_kernel(
     DECAYS: tl.constexpr,
     BOUNDED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
     PACKED: tl.constexpr,
     TABLED: tl.constexpr,  # packed sequences are cut
     FULL: tl.constexpr,
@@ -125,7 +127,8 @@ def chunk_state_kernel(
     p_y = y + i_b * stride_yb + i_h * stride_yh
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_FIRST:
-        state = tl.load(first + (i_s * H + i_h) * K * V + o_kv, mask=m_kv, other=0.0)
+        row = tl.load(first_rows + i_s).to(tl.int64) if ROWS else i_s
+        state = tl.load(first + (row * H + i_h) * K * V + o_kv, mask=m_kv & (row >= 0), other=0.0)
     passed = tl.zeros([BK], tl.float32)
 
     for step in tl.range(0, steps, num_stages=STAGES):
@@ -165,6 +168,7 @@ def chunk_state_kernel(
 @triton.jit(do_not_specialize=["SEGMENTS"])
 def segment_scan_kernel(
     first,  # [N, H, K, V] fp32: state before the first segment (after the last where REVERSE); read where HAS_FIRST
+    first_rows,  # [N] int32, the row of first that a sequence takes, -1 for zeros; read where ROWS
     states,  # [segments, H, K, V] fp32: what each segment adds to a state; in place, the state that enters it
     decays,  # [segments, H, K] fp32, log2
     last,  # [N, H, K, V] fp32, out
@@ -178,6 +182,7 @@ def segment_scan_kernel(
     BV: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
     TABLED: tl.constexpr,
 ):
     """One program a (sequence, head, tile) steps the state over the segments."""
@@ -189,7 +194,8 @@ def segment_scan_kernel(
     o_kv = o_k[:, None] * V + o_v[None, :]
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_FIRST:
-        state = tl.load(first + i_nh * K * V + o_kv, mask=mask, other=0.0)
+        row = tl.load(first_rows + i_n).to(tl.int64) if ROWS else i_n
+        state = tl.load(first + (row * H + i_h) * K * V + o_kv, mask=mask & (row >= 0), other=0.0)
     begin, end = i_n * SEGMENTS, (i_n + 1) * SEGMENTS
     if TABLED:
         begin = tl.load(segment_first + i_n).to(tl.int64)

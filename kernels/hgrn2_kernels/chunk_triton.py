@@ -113,6 +113,8 @@ class Launches:
         reverse: bool = False,
         wants_last: bool = True,
         entering: Tensor | None = None,
+        rows: Tensor | None = None,
+        parts: tuple[Tensor, Tensor] | None = None,
     ):
         """The states of one direction.
 
@@ -120,6 +122,8 @@ class Launches:
             y: [B, T, H, V], v or do.
             first: [N, H, K, V] fp32, states at the sequences' beginnings (ends where reverse); zeros when None.
             entering: of an earlier call, which spares a pass over the segments.
+            rows: [N] int32, the row of first that each sequence takes, -1 for zeros; None for its own.
+            parts: of `totals`, which spare that pass too; overwritten.
 
         Returns:
             states: [NC, H, K, V], at the chunks' borders.
@@ -133,20 +137,27 @@ class Launches:
         states = y.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V), dtype=plan.config.dtype)
         if not plan.segments.cut:
             last = self._per_segment(y, plan.V) if wants_last else None
-            self._walk(y, reverse, first, states=states, last=last)
+            self._walk(y, reverse, first, rows, states=states, last=last)
         else:
             if entering is None:
-                added, decays = self._segment_totals(y, reverse)
-                entering, last, _ = self._scan(added, decays, first, reverse)
-            self._walk(y, reverse, entering, states=states)
+                added, decays = parts or self._segment_totals(y, reverse)
+                entering, last, _ = self._scan(added, decays, first, rows, reverse)
+            self._walk(y, reverse, entering, None, states=states)
         return states, last, entering
 
-    def totals(self, y: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
-        """State after each sequence from zeros before it [N, H, K, V], and its log2 decay [N, H, K]; fp32."""
-        added, decays = self._segment_totals(y, reverse)
+    def totals(self, y: Tensor, reverse: bool = False):
+        """What each sequence does to a state that passes it.
+
+        Returns:
+            state: [N, H, K, V] fp32, after the sequence from zeros before it (before it where reverse).
+            decay: [N, H, K] fp32, log2.
+            parts: the same of each segment; None where sequences are whole.
+        """
+        added, decays = parts = self._segment_totals(y, reverse)
         if not self.plan.segments.cut:
-            return added, decays
-        return self._scan(added, decays, None, reverse)[1:]
+            return added, decays, None
+        _, state, decay = self._scan(added.clone(), decays, None, None, reverse)
+        return state, decay, parts
 
     def _per_segment(self, like, *more):
         return like.new_empty((self.plan.segments.count, self.plan.H, self.plan.K, *more), dtype=torch.float32)
@@ -154,23 +165,24 @@ class Launches:
     def _segment_totals(self, y, reverse):
         """What each segment adds to a state that passes it, and the log2 decay of that state."""
         added, decays = self._per_segment(y, self.plan.V), self._per_segment(y)
-        self._walk(y, reverse, None, last=added, decays=decays)
+        self._walk(y, reverse, None, None, last=added, decays=decays)
         return added, decays
 
-    def _scan(self, added, decays, first, reverse):
+    def _scan(self, added, decays, first, rows, reverse):
         """States that enter the segments, in the place of added; of each sequence, state at the end and log2 decay."""
         last, total = (x.new_empty((self.plan.chunks.N, *x.shape[1:])) for x in (added, decays))
-        launch = _segment_scan(self.plan, reverse, first is not None)
-        launch(self.none if first is None else first, added, decays, last, total, self.segment_first)
+        launch = _segment_scan(self.plan, reverse, first is not None, rows is not None)
+        first, rows = (self.none if x is None else x for x in (first, rows))
+        launch(first, rows, added, decays, last, total, self.segment_first)
         return added, last, total
 
-    def _walk(self, y, reverse, first, states=None, last=None, decays=None):
+    def _walk(self, y, reverse, first, rows, states=None, last=None, decays=None):
         """One pass of chunk_state over all segments, for what is given to fill."""
-        given = [x is not None for x in (first, states, last, decays)]
-        first, states, last, decays = (self.none if x is None else x for x in (first, states, last, decays))
+        given = [x is not None for x in (first, rows, states, last, decays)]
+        first, rows, states, last, decays = (self.none if x is None else x for x in (first, rows, states, last, decays))
         launch = _chunk_state(self.plan, y.stride(), reverse, *given)
         launch(
-            *(self.q, self.f, y, self.bound, first, states, self.slow, last, decays, self.sums, self.ones),
+            *(self.q, self.f, y, self.bound, first, rows, states, self.slow, last, decays, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first),
         )
 
@@ -199,7 +211,7 @@ class Launches:
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _chunk_state(plan, stride_y, reverse, has_first, states, last, decays):
+def _chunk_state(plan, stride_y, reverse, has_first, rows, states, last, decays):
     config, segments = plan.config, plan.segments
     return Launch(
         chunk_state_kernel,
@@ -214,6 +226,7 @@ def _chunk_state(plan, stride_y, reverse, has_first, states, last, decays):
         BV=config.state_BV,
         REVERSE=reverse,
         HAS_FIRST=has_first,
+        ROWS=rows,
         STATES=states,
         LAST=last,
         DECAYS=decays,
@@ -222,7 +235,7 @@ def _chunk_state(plan, stride_y, reverse, has_first, states, last, decays):
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _segment_scan(plan, reverse, has_first):
+def _segment_scan(plan, reverse, has_first, rows):
     return Launch(
         segment_scan_kernel,
         (plan.chunks.N * plan.H, -(-plan.K // 16)),
@@ -234,6 +247,7 @@ def _segment_scan(plan, reverse, has_first):
         BV=plan.config.BV,
         REVERSE=reverse,
         HAS_FIRST=has_first,
+        ROWS=rows,
     )
 
 

@@ -100,12 +100,19 @@ def combine_states(states: Tensor, log_decays: Tensor, initial_state: Tensor | N
                 f"{name} must be {states.dtype} on {states.device} like states, got {x.dtype} on {x.device}: move it"
             )
 
-    h = torch.zeros_like(states[0]) if initial_state is None else initial_state
-    entering = []
-    for state, decay in zip(states, log_decays.exp()[..., None], strict=True):
-        entering.append(h)
-        h = decay * h + state
-    return torch.stack(entering), h
+    # segment m takes in what the `reach` segments before it do, and then reaches twice as far
+    reach = 1
+    while reach < len(states):
+        passing = log_decays[reach:].exp()[..., None] * states[:-reach]
+        states = torch.cat([states[:reach], states[reach:] + passing])
+        log_decays = torch.cat([log_decays[:reach], log_decays[reach:] + log_decays[:-reach]])
+        reach *= 2
+    if initial_state is None:
+        before = torch.zeros_like(states[:1])
+    else:
+        before = initial_state[None]
+        states = states + log_decays.exp()[..., None] * before
+    return torch.cat([before, states[:-1]]), states[-1]
 
 
 class _SegmentStates(torch.autograd.Function):

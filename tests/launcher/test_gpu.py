@@ -10,8 +10,13 @@ from training import HGRN2, assert_continues, assert_equal, saved_tensors, train
 pytestmark = pytest.mark.gpu
 
 TE, LOCAL = (("--transformer-impl", impl) for impl in ("transformer_engine", "local"))
-# the fused softmax of Megatron's own attention is an extension of NVIDIA apex
-MODEL = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "H*HH", "--no-masked-softmax-fusion")
+WITHOUT_APEX = (
+    "--no-gradient-accumulation-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--no-masked-softmax-fusion",
+)
+MODEL = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "H*HH", *WITHOUT_APEX)
 EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "allgather")
 ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 
@@ -75,9 +80,21 @@ main()
 def test_the_kernels_train_as_pytorch_does(tmp_path, flags, tolerance):
     program = tmp_path / "in_pytorch.py"
     program.write_text(IN_PYTORCH)
-    ours, output = train(*HGRN2, *flags)
-    want, _ = train(*HGRN2, *flags, launcher=(str(program),))
+    flags = (*HGRN2, *LOCAL, *WITHOUT_APEX, *flags)
+    ours, output = train(*flags)
+    want, _ = train(*flags, launcher=(str(program),))
     assert "op=triton" in output
     assert ours.keys() == want.keys()
     for iteration, loss in ours.items():
         assert abs(float(loss) - float(want[iteration])) <= tolerance, iteration
+
+
+def test_a_hybrid_model_trains_as_the_gpt_does():
+    pytest.importorskip("transformer_engine.pytorch")
+    stack = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack", "--hybrid-layer-pattern", "M-*-M-M-")
+    losses, output = train(*stack, *WITHOUT_APEX, *TE, "--bf16", script="examples/pretrain_hybrid.py")
+    assert "HGRN2: 3 of 4 layers" in output
+    gpt, _ = train(*MODEL, *TE, "--bf16")
+    assert losses.keys() == gpt.keys()
+    for iteration, loss in losses.items():
+        assert abs(float(loss) - float(gpt[iteration])) <= 5e-3, iteration

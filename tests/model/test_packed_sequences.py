@@ -73,7 +73,7 @@ def test_each_document_is_what_it_is_alone(alone, padded, behind):
     [
         ({"qkv_format": "sbhd"}, 1, "as thd with a batch of 1, got sbhd with 1"),
         ({}, 2, "as thd with a batch of 1, got thd with 2"),
-        ({"cp_group": types.SimpleNamespace(size=lambda: 2)}, 1, "context parallel ranks yet: keep them whole"),
+        ({"cp_group": types.SimpleNamespace(size=lambda: 2)}, 1, "does not say how packed sequences are dealt out"),
     ],
 )
 def test_other_packings_are_refused(change, batch, message):

@@ -25,6 +25,12 @@ MODELS = {
     # a HybridModel, whose first half has no HGRN2 layer
     "stack": {"hybrid_layer_pattern": "*-*-M-M-"},
 }
+# losses of padding do not count; Megatron's rotary positions know documents alone
+PACKED = {"calculate_per_token_loss": True}
+for packing, positions in ("documents", "rope"), ("stream", "none"):
+    own = PACKED | {"hgrn2_packed_layout": packing}
+    MODELS[f"packed-{packing}"] = own
+    MODELS[f"packed-hybrid-{packing}"] = own | {"hgrn2_layer_pattern": "H**H", "position_embedding_type": positions}
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
 # the last stage has no layer at all
 UNEVEN = [["embedding", "decoder"], ["decoder", "decoder"], ["decoder"], ["loss"]]
@@ -42,6 +48,7 @@ LAYOUTS = {
     "pp2-dp2-distributed-optimizer": (4, {"pp": 2} | DISTRIBUTED),
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
     "cp2": (2, {"cp": 2}),
+    "cp2-recompute": (2, {"cp": 2, "config": RECOMPUTE}),
     "cp4": (4, {"cp": 4}),
     "cp2-tp2-sequence-parallel": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}),
     "cp2-pp2": (4, {"cp": 2, "pp": 2}),
@@ -54,13 +61,13 @@ LAYOUTS = {
 }
 GPT_LAYOUTS = [layout for layout in LAYOUTS if "ep2" not in layout and "segment" not in layout]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
-# context parallel attention needs Transformer Engine
-CASES += [("hybrid", layout) for layout in GPT_LAYOUTS if "cp" not in layout]
+CASES += [("hybrid", layout) for layout in GPT_LAYOUTS]
 CASES += [("per-token-loss", "cp2")]
+CASES += [(model, layout) for layout in ("cp2", "cp4") for model in MODELS if model.startswith("packed")]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
 CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
 CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]
-CASES += [("stack", layout) for layout in ("tp2", "tp2-sequence-parallel", "pp2", "pp2-recompute")]
+CASES += [("stack", layout) for layout in ("tp2", "tp2-sequence-parallel", "pp2", "pp2-recompute", "cp2")]
 CASES += [("stack", layout) for layout in ("pp2-vpp2-segments", "pp2-empty-segment", "pp2-dp2-distributed-optimizer")]
 
 

@@ -1,6 +1,7 @@
 """One rank of parity runs: several steps of Megatron's own schedule and optimizer in each of a list of layouts.
 
-torchrun ... worker.py OUT CASES      CASES is JSON: {name: {"model": {...}, "layout": {...}, "weights": file in OUT}}
+torchrun ... worker.py OUT CASES
+    CASES is JSON: {name: {"model": {...}, "layout": {...}, "weights": file in OUT}}
 
 The ranks of a tensor-parallel group put what they hold together as one process would hold it, and one of them saves it.
 """
@@ -13,29 +14,65 @@ import harness
 import parity
 import torch
 
+# by a model's hgrn2_packed_layout: borders of packed sequences in a row of harness.SEQ tokens with their padding, and
+# how many tokens of each are real
+PACKINGS = {
+    # one of a single real token; 8 and 16 tokens are chunks of 2 and 4 at cp 4
+    "documents": ([0, 8, 24, 32, 40], [1, 16, 7, 8]),
+    # chunks of 10 tokens at cp 2 and of 5 at cp 4: borders within chunks, at their ends, and two within one
+    "stream": ([0, 1, 3, 5, 25, 26, 40], [1, 2, 2, 20, 1, 14]),
+}
 
-def data(step: int, dp_rank: int, dp_size: int):
-    """This rank's micro-batches of one sequence of a step: (tokens, labels, mask of the losses that count)."""
+
+def data(step: int, dp_rank: int, dp_size: int, packing: str | None):
+    """This rank's micro-batches of one row of a step: (tokens, labels, mask of losses, PackedSeqParams or None)."""
     tokens, labels = harness.batch(seed=step, size=parity.GLOBAL_BATCH)
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.7).float()
+    params = None
+    if packing:
+        borders, real = PACKINGS[packing]
+        params = packed_seq_params(borders, real)
+        for start, end, length in zip(borders, borders[1:], real, strict=False):
+            mask[:, start + length : end] = 0
     for rows in zip(*(x.split(1) for x in (tokens, labels, mask)), strict=True):
         if dp_rank == 0:
-            yield _own_tokens(*rows)
+            yield *_own_tokens(rows, packing), params
         dp_rank = (dp_rank - 1) % dp_size
 
 
-def _own_tokens(tokens, labels, mask):
-    """The context parallel rank's, as Megatron deals them out."""
+def packed_seq_params(borders: list[int], real: list[int]):
+    """As Megatron's pretrain_gpt.py makes them, but for the real lengths, which it forgets."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    cu_seqlens, padded = torch.tensor([0, *real]).cumsum(0).int(), torch.tensor(borders).int()
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=max(real),
+        max_seqlen_kv=max(real),
+    )
+
+
+def _own_tokens(rows, packing: str | None):
+    """The context parallel rank's; those of packed documents without Megatron's partitioner, which needs TE."""
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
+    from reference_attention import own_tokens
 
-    batch = {"tokens": tokens, "labels": labels, "loss_mask": mask, "cu_seqlens": None}
-    own = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    group = parallel_state.get_context_parallel_group()
+    if packing:
+        places = own_tokens(rows[0].shape[1], PACKINGS[packing][0], packing, group.rank(), group.size())
+        return [x[:, places] for x in rows]
+    batch = dict(zip(("tokens", "labels", "loss_mask"), rows, strict=True), cu_seqlens=None)
+    own = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     return own["tokens"], own["labels"], own["loss_mask"]
 
 
 def forward_step(data_iterator, model):
-    tokens, labels, mask = next(data_iterator)
+    tokens, labels, mask, params = next(data_iterator)
 
     def loss_func(losses):
         if model.config.calculate_per_token_loss:
@@ -45,7 +82,7 @@ def forward_step(data_iterator, model):
         loss = losses.mean() / model.config.context_parallel_size
         return loss, {"loss": torch.stack((losses.mean(), torch.ones(()))).detach()}
 
-    return model(tokens, None, None, labels=labels), loss_func
+    return model(tokens, None, None, labels=labels, packed_seq_params=params), loss_func
 
 
 def run(model: dict, layout: dict, weights: dict) -> dict:
@@ -55,12 +92,12 @@ def run(model: dict, layout: dict, weights: dict) -> dict:
 
     chunks, optimizer = parity.build(model, layout, weights)
     dp_group = parallel_state.get_data_parallel_group()
-    losses, norms = [], []
+    losses, norms, packing = [], [], model.get("hgrn2_packed_layout")
     for step in range(parity.STEPS):
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        iterators = [data(step, dp_group.rank(), dp_group.size()) for _ in chunks]
+        iterators = [data(step, dp_group.rank(), dp_group.size(), packing) for _ in chunks]
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -86,8 +123,20 @@ def run(model: dict, layout: dict, weights: dict) -> dict:
     return result
 
 
+def use_reference_attention():
+    """In the place of Megatron's own, which takes neither context parallelism nor packed sequences."""
+    from megatron.core.models.backends import LocalSpecProvider
+    from reference_attention import ReferenceAttention
+
+    from hgrn2_megatron import requirements
+
+    LocalSpecProvider.core_attention = lambda self: ReferenceAttention
+    requirements.has_own_attention = lambda settings, hgrn2: False
+
+
 def main(out: Path, cases: dict):
     harness.start_megatron(cpu_mode=True)
+    use_reference_attention()
     for name, case in cases.items():
         print(name, flush=True)
         parity.start_layout(case["layout"])
