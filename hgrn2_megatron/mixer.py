@@ -14,9 +14,10 @@ from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.context_parallel import STREAM, chunk_hgrn2_of_batch, chunk_hgrn2_of_packed, packed_layout
+from hgrn2_megatron.context_parallel import chunk_hgrn2_of_batch, chunk_hgrn2_of_packed, packed_layout
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
+from hgrn2_megatron.pieces import STREAM
 
 
 @dataclasses.dataclass

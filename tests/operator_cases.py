@@ -33,6 +33,10 @@ GATES = {
     "over-16": lambda x: slower(x, 16),
     "over-256": lambda x: slower(x, 256),
     "times-16": lambda x: 16 * x,
+    # as far as gates of a trained model go, and further
+    "times-4": lambda x: 4 * x,
+    "closing": lambda x: x - 6,
+    "nearly-closed": lambda x: x - 12,
     "all-closed": lambda x: x - 30,
     "closed-now-and-then": closed_now_and_then,
     "open": lambda x: x + 6,

@@ -138,8 +138,11 @@ def chunk_gradient_kernel(
                         p_next = do + next_b * stride_ob + next_t.to(tl.int64) * stride_ot + next_h * stride_oh
                         prefetch_rows(p_next, stride_ot, V, C)
             # gradient of the chunk's total decay, through the state that passes it
-            if EXACT or DT == tl.float32:
-                passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+            if DT == tl.float32:
+                # a reduction would hand its result on through shared memory, written more than once
+                passing = dot(b_h * b_dh, tl.full([BV, C], 1.0, tl.float32), zero)
+            elif EXACT:
+                passing = tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)[:, None]
             # [i, j]: gradient of the score of query i and key j
             dscores = tl.where(i >= j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
             eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
@@ -153,7 +156,7 @@ def chunk_gradient_kernel(
                 dpairs = tl.where(i > j, dscores.to(tl.float32), dscores_t).to(DT)
                 dq_sum, dk_sum, balance = zero, zero, zero
                 shift = LEVELS
-                for _ in tl.range(0, LEVELS, num_stages=1):
+                for _ in tl.range(0, is_slow.to(tl.int32), num_stages=1):
                     decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
                     shift -= 1
                     second = ((j >> shift) & 1) != 0
@@ -166,6 +169,18 @@ def chunk_gradient_kernel(
                     raw *= factor
                     dq_sum += tl.where(second, raw, 0.0)
                     dk_sum += tl.where(second, 0.0, raw)
+                if shift > 0:
+                    # within the last blocks the fast form works
+                    decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
+                    qd = rounded(a * exp2(decay), DT)
+                    kd = rounded(k * exp2(-decay), DT)
+                    within = tl.where(((i ^ j) >> shift) == 0, tl.where(i > j, dscores.to(tl.float32), 0.0), 0.0).to(DT)
+                    raw = dot(qd.to(DT), within, zero)
+                    dk_sum += exp2(-decay) * raw
+                    balance -= kd * raw
+                    raw = dot(kd.to(DT), tl.trans(within), zero)
+                    dq_sum += exp2(decay) * raw
+                    balance += qd * raw
                 # a token with itself: no gate in between
                 diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 0)[None, :]
                 dq_sum += diagonal * k
@@ -180,7 +195,7 @@ def chunk_gradient_kernel(
                 raw = exp2(later - leaves[:, None]) * dot(b_dh.to(DT), tl.trans(b_v), zero)
                 written = k * raw
                 k_dk = k * (dk_sum + raw)
-                passing *= exp2((first_half - enters) + (second_half - leaves))
+                passing *= exp2((first_half - enters) + (second_half - leaves))[:, None]
             else:
                 decay = sum_gates(g, load_matrix(sums, LEVELS, C), EXACT)
                 factor = exp2(decay)
@@ -190,7 +205,7 @@ def chunk_gradient_kernel(
                 written = kd * raw
                 if DT != tl.float32:
                     # all that is written, from which balance takes what is written after a gate
-                    passing = tl.sum(written, 1)
+                    passing = tl.sum(written, 1)[:, None]
                 raw = dot(qd.to(DT), dscores, raw)
                 k_dk = kd * raw
                 raw = dot(kd.to(DT), tl.trans(dscores), dot(b_h.to(DT), tl.trans(b_do), zero))
@@ -211,8 +226,10 @@ def chunk_gradient_kernel(
             if not EXACT and DT != tl.float32:
                 # the states' product from shared memory; earlier, it would take registers for long
                 corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
-                passing += tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)
-            dg = sum_tokens(balance, load_matrix(ones, 2, C)) + passing[:, None]
+                passing += tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)[
+                    :, None
+                ]
+            dg = sum_tokens(balance, load_matrix(ones, 2, C)) + passing
             if EXACT or DT == tl.float32:
                 # a closed gate leaves of each sum what is far below its largest term: no term may enter and be
                 # taken out

@@ -111,8 +111,8 @@ def chunk_output_kernel(
                 shift = LEVELS
                 same = i >= 0
                 if EXACT:
-                    # halve the blocks until their operands fit: at the bottom a block is one token
-                    for _ in tl.range(0, tl.where(tl.load(slow + place * NK + i_k) != 0, LEVELS, 0), num_stages=1):
+                    # halve the blocks until their operands fit, if need be down to one token
+                    for _ in tl.range(0, tl.load(slow + place * NK + i_k).to(tl.int32), num_stages=1):
                         decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
                         shift -= 1
                         second = ((j >> shift) & 1) != 0

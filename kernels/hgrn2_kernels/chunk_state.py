@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
-    LIMIT,
     channels,
     dot,
     exp2,
     frame,
     gate,
-    halves_matrix,
+    halves,
+    halvings,
     load_matrix,
     load_tokens,
     padded,
+    parts_matrix,
     silu,
     sum_gates,
-    sum_halves,
 )
 
 
@@ -37,7 +37,7 @@ def chunk_state_kernel(
     first,  # [segments, H, K, V] fp32: state before the segment (after it where REVERSE); read where HAS_FIRST
     first_rows,  # [segments] int32, the row of first that a segment takes, -1 for zeros; read where ROWS
     states,  # [chunks, H, K, V], out where STATES: the state entering each chunk (leaving it where REVERSE), framed
-    slow,  # [chunks, H, K / BK] int8, out where STATES and not REVERSE: the chunk exceeds the fast form's limit
+    slow,  # [chunks, H, K / BK] int8, out where STATES and not REVERSE: halvings that the fast form needs
     last,  # [segments, H, K, V] fp32, out where LAST: state after the segment (before it where REVERSE)
     decays,  # [segments, H, K] fp32, out where DECAYS: log2 decay of a state that passes the segment
     sums,
@@ -116,7 +116,7 @@ def chunk_state_kernel(
     o_kv = o_k[:, None] * V + o_v[None, :]
     # gates between a token and the end of the chunk that its part of the state is written at
     matrix = load_matrix(sums, LEVELS + 1 if REVERSE else LEVELS + 2, C)
-    halves = halves_matrix(C, DT)
+    parts = parts_matrix(C, DT)
     eye = load_matrix(ones, 0, C).to(f.dtype.element_ty)
     b = tl.zeros([BK], tl.float32)
     if BOUNDED:
@@ -139,7 +139,8 @@ def chunk_state_kernel(
         b_y = load_tokens(p_y + t * stride_yt, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
         g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None], DT)
         decay = sum_gates(g, matrix, False)
-        first_half, second_half = sum_halves(g, halves)
+        decays_of_parts = sum_gates(g, parts, False)
+        first_half, second_half = halves(decays_of_parts)
         whole = exp2(first_half + second_half)[:, None]
 
         if STATES:
@@ -147,8 +148,7 @@ def chunk_state_kernel(
             stored = state * exp2(frame(second_half if REVERSE else first_half))[:, None]
             tl.store(states + place * K * V + o_kv, stored.to(states.dtype.element_ty), mask=m_kv)
             if not REVERSE:
-                is_slow = tl.min(tl.minimum(first_half, second_half), 0) < -LIMIT
-                tl.store(slow + place * NK + i_k, is_slow.to(tl.int8))
+                tl.store(slow + place * NK + i_k, halvings(decays_of_parts, LEVELS).to(tl.int8))
         if DECAYS:
             passed += first_half + second_half
 

@@ -149,11 +149,14 @@ def sum_tokens(x, matrix):
 
 
 @triton.jit
-def halves_matrix(C: tl.constexpr, DT: tl.constexpr):
-    """[C, 16]: (g matrix) has the decay of a chunk's first half in column 0 and of its second in column 1."""
+def parts_matrix(C: tl.constexpr, DT: tl.constexpr):
+    """[C, 16]: (g matrix) has the decay of a chunk's halves in columns 0 and 1, then its quarters, then its eighths."""
     i = tl.arange(0, C)[:, None]
-    half = tl.arange(0, 16)[None, :]
-    ones = ((half == 0) & (i < C // 2)) | ((half == 1) & (i >= C // 2))
+    part = tl.arange(0, 16)[None, :]
+    halves = (part < 2) & (i // (C // 2) == part)
+    quarters = (part >= 2) & (part < 6) & (i // (C // 4) == part - 2)
+    eighths = (part >= 6) & (i // (C // 8) == part - 6)
+    ones = halves | quarters | eighths
     if DT == tl.float32:
         return tl.where(ones, 1.0, 0.0)
     else:
@@ -161,11 +164,23 @@ def halves_matrix(C: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def sum_halves(g, halves):
-    """Decay of the first and of the second half of a chunk, [D] each, summed from what sum_gates sums."""
-    both = sum_gates(g, halves, False)
-    half = tl.arange(0, 16)[None, :]
-    return tl.sum(tl.where(half == 0, both, 0.0), 1), tl.sum(tl.where(half == 1, both, 0.0), 1)
+def halves(parts):
+    """Decay of the first and of the second half of a chunk, [D] each, from [D, 16], the decay of its parts."""
+    part = tl.arange(0, 16)[None, :]
+    return tl.sum(tl.where(part == 0, parts, 0.0), 1), tl.sum(tl.where(part == 1, parts, 0.0), 1)
+
+
+@triton.jit
+def halvings(parts, LEVELS: tl.constexpr):
+    """How often to halve the blocks of a chunk until the fast form works in each, from [D, 16], the decay of its parts.
+
+    A quarter is half a block that has been halved once, an eighth one that has been twice; beyond, blocks of one token.
+    """
+    part = tl.arange(0, 16)[None, :]
+    once = tl.min(tl.min(tl.where(part < 2, parts, 0.0), 1), 0) < -LIMIT
+    twice = tl.min(tl.min(tl.where((part >= 2) & (part < 6), parts, 0.0), 1), 0) < -LIMIT
+    more = tl.min(tl.min(tl.where(part >= 6, parts, 0.0), 1), 0) < -LIMIT
+    return tl.where(more, LEVELS, once.to(tl.int32) + twice.to(tl.int32))
 
 
 @triton.jit

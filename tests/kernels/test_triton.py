@@ -55,6 +55,17 @@ def test_fp32_is_the_recurrence_for_any_gate(gate):
     check(on_device(make_inputs((1, 70, 2, 32, 16), gate, "half-zero", dtype=torch.float32)))
 
 
+def test_a_chunk_is_halved_as_often_as_its_gates_need():
+    """Four chunks of 32 tokens whose gates, of one strength each, decay by 4, 8, 16 and 32 powers of two a token."""
+    log2_gate = torch.tensor([-4.0, -8, -16, -32], dtype=torch.float64).repeat_interleave(32)
+    # a 16-channel block of which one channel is so strong
+    f = torch.full((1, 128, 1, 16), 3.0)
+    f[0, :, 0, 5] = torch.logit(log2_gate.exp2()).float()
+    q, _, v, _, _ = make_inputs((1, 128, 1, 16, 16), dtype=torch.float32)
+    *_, halvings = torch.ops.hgrn2.chunk(*(x.to(DEVICE) for x in (q, f, v)), None, None, None, 1.0, True)
+    assert halvings.flatten().tolist() == [0, 1, 2, 5]
+
+
 @pytest.mark.parametrize("bound", ["none", "zero", "learned"])
 def test_fp32_with_every_kind_of_bound(bound):
     check(on_device(make_inputs((2, 40, 1, 16, 32), "times-16", bound, dtype=torch.float32)))
