@@ -103,7 +103,7 @@ def chunk_gradient_kernel(
     if BOUNDED:
         b = tl.load(bound + i_h * K + o_k, mask=o_k < K, other=0.0)
     i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-    # two pieces of code, as in chunk_output
+    # two pieces of code, as in chunk_output; but to halve less often than down to single tokens gains nothing here
     for EXACT in tl.static_range(2):
         if (start < end) & ((is_slow != 0) == (EXACT == 1)):
             t = start.to(tl.int64)
@@ -156,7 +156,7 @@ def chunk_gradient_kernel(
                 dpairs = tl.where(i > j, dscores.to(tl.float32), dscores_t).to(DT)
                 dq_sum, dk_sum, balance = zero, zero, zero
                 shift = LEVELS
-                for _ in tl.range(0, is_slow.to(tl.int32), num_stages=1):
+                for _ in tl.range(0, LEVELS, num_stages=1):
                     decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
                     shift -= 1
                     second = ((j >> shift) & 1) != 0
@@ -169,18 +169,6 @@ def chunk_gradient_kernel(
                     raw *= factor
                     dq_sum += tl.where(second, raw, 0.0)
                     dk_sum += tl.where(second, 0.0, raw)
-                if shift > 0:
-                    # within the last blocks the fast form works
-                    decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
-                    qd = rounded(a * exp2(decay), DT)
-                    kd = rounded(k * exp2(-decay), DT)
-                    within = tl.where(((i ^ j) >> shift) == 0, tl.where(i > j, dscores.to(tl.float32), 0.0), 0.0).to(DT)
-                    raw = dot(qd.to(DT), within, zero)
-                    dk_sum += exp2(-decay) * raw
-                    balance -= kd * raw
-                    raw = dot(kd.to(DT), tl.trans(within), zero)
-                    dq_sum += exp2(decay) * raw
-                    balance += qd * raw
                 # a token with itself: no gate in between
                 diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 0)[None, :]
                 dq_sum += diagonal * k
@@ -226,9 +214,8 @@ def chunk_gradient_kernel(
             if not EXACT and DT != tl.float32:
                 # the states' product from shared memory; earlier, it would take registers for long
                 corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
-                passing += tl.sum(tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0), 1)[
-                    :, None
-                ]
+                diagonal = tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0)
+                passing += tl.sum(diagonal, 1)[:, None]
             dg = sum_tokens(balance, load_matrix(ones, 2, C)) + passing
             if EXACT or DT == tl.float32:
                 # a closed gate leaves of each sum what is far below its largest term: no term may enter and be

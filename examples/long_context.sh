@@ -1,0 +1,29 @@
+#!/bin/sh
+# Train HGRN2 on sequences longer than one GPU holds: context parallelism that hands on states and moves no token.
+#
+#   MEGATRON_LM=<checkout> sh examples/long_context.sh [more Megatron flags]      128K tokens a sequence on two GPUs
+#   GPUS=8 SEQ=1048576 ...                                                        1M tokens on the eight of one node
+#   NODES=8 NODE_RANK=<0..7> MASTER_ADDR=<node 0> GPUS=8 SEQ=4194304 ...          4M tokens on 64, once on each node
+#
+# PATTERN='HHH*' mixes in attention, whose ranks pass keys and values around (--cp-comm-type). DATA=<prefix of a file that
+# examples/prepare_bytes.py or Megatron's preprocess_data.py wrote> takes the place of mock data.
+set -eu
+: "${MEGATRON_LM:?set it to a Megatron-LM checkout}"
+GPUS=${GPUS:-2} NODES=${NODES:-1} SEQ=${SEQ:-131072} PATTERN=${PATTERN:-H}
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+data="--mock-data"
+[ -z "${DATA:-}" ] || data="--data-path $DATA --split 99,1,0"
+# a word a flag
+# shellcheck disable=SC2086
+exec torchrun --nproc_per_node "$GPUS" --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" \
+    --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}" \
+    -m hgrn2_megatron "$MEGATRON_LM/pretrain_gpt.py" --spec hgrn2 --hgrn2-layer-pattern "$PATTERN" \
+    --context-parallel-size $((GPUS * NODES)) --seq-length "$SEQ" --max-position-embeddings "$SEQ" \
+    --micro-batch-size 1 --global-batch-size 1 \
+    --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 \
+    --untie-embeddings-and-output-weights --bf16 --transformer-impl transformer_engine \
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \
+    --cross-entropy-loss-fusion --cross-entropy-fusion-impl native \
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
+    $data --tokenizer-type NullTokenizer --vocab-size 32000 \
+    --train-iters 20 --lr 3e-4 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --eval-interval 1000 "$@"
