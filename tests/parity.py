@@ -6,6 +6,7 @@ settings that only this layout has. Tensors go by the names that they have in on
 """
 
 import re
+from pathlib import Path
 
 import harness
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor
 STEPS, GLOBAL_BATCH = 5, 8
 
 
-def start_layout(layout: dict):
-    """Megatron's process groups for a layout, in place of those of the one before."""
+def start_layout(layout: dict, meeting: Path):
+    """Megatron's process groups for a layout, in place of those of the one before; the ranks meet in a new file."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
+    # groups have threads, which would add up over layouts
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.get("tp", 1),
         pipeline_model_parallel_size=layout.get("pp", 1),

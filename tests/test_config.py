@@ -51,7 +51,16 @@ def hgrn2_settings(**changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**base | changes)
 
 
-@pytest.mark.parametrize("changes", [{"sft": True, "micro_batch_size": 2}, {"context_parallel_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sft": True, "micro_batch_size": 2},
+        {"context_parallel_size": 2},
+        {"context_parallel_size": 2, "sft": True},
+        {"context_parallel_size": 2, "dataloader_inter_document_masking": True},
+    ],
+    ids=str,
+)
 def test_packed_or_split_sequences_pass(changes):
     assert check(Settings(hgrn2_settings(**changes))) == []
 
@@ -80,7 +89,15 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ),
         ({"hidden_size": 48, "hgrn2_expand_ratio": 24, "fp8": "e4m3", "fp8_recipe": "mxfp8"}, "--fp8-format"),
         ({"context_parallel_size": 2, "hgrn2_layer_pattern": "HH*"}, "--context-parallel-size .* transformer_engine"),
-        ({"context_parallel_size": 2, "sft": True}, "--context-parallel-size .* packed sequences"),
+        (
+            {
+                "context_parallel_size": 2,
+                "hgrn2_layer_pattern": "HH*",
+                "dataloader_inter_document_masking": True,
+                "transformer_impl": "transformer_engine_in_a_test",
+            },
+            "--dataloader-inter-document-masking with --context-parallel-size",
+        ),
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant"),

@@ -8,6 +8,7 @@ The ranks of a tensor-parallel group put what they hold together as one process 
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import harness
@@ -146,8 +147,8 @@ def main(out: Path, cases: dict):
     use_reference_attention()
     move_short_documents()
     for name, case in cases.items():
-        print(name, flush=True)
-        parity.start_layout(case["layout"])
+        print(time.strftime("%X"), name, flush=True)
+        parity.start_layout(case["layout"], out / f"{name}.meeting")
         from megatron.core import parallel_state
 
         result = run(case["model"], case["layout"], torch.load(out / case["weights"]))
