@@ -25,5 +25,6 @@ exec torchrun --nproc_per_node "$GPUS" --nnodes "$NODES" --node_rank "${NODE_RAN
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \
     --cross-entropy-loss-fusion --cross-entropy-fusion-impl native \
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
+    --no-create-attention-mask-in-dataloader \
     $data --tokenizer-type NullTokenizer --vocab-size 32000 \
     --train-iters 20 --lr 3e-4 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --eval-interval 1000 "$@"
