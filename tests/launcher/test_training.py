@@ -72,6 +72,26 @@ def test_lower_bounds_can_be_off():
     assert float(losses[8]) < float(losses[1])
 
 
+def assert_equal_losses(got, want):
+    assert got.keys() == want.keys()
+    assert all(abs(float(got[i]) - float(want[i])) <= 2e-6 for i in want), (got, want)
+
+
+def test_context_parallel_ranks_log_what_one_process_does(run):
+    losses, _ = train(*HGRN2, "--context-parallel-size", 2, num_processes=2)
+    assert_equal_losses(losses, run[0])
+
+
 def test_unmodified_megatron_lm_script(run, megatron_lm):
     losses, _ = train(*HGRN2, script=str(megatron_lm / "pretrain_gpt.py"))
     assert losses == run[0]
+
+
+def test_packed_streams_of_an_unmodified_script_over_context_parallel_ranks(run, megatron_lm):
+    flags = (*HGRN2, "--dataloader-inter-document-masking")
+    losses, ranks = (
+        train(*flags, "--context-parallel-size", n, num_processes=n, script=str(megatron_lm / "pretrain_gpt.py"))[0]
+        for n in (1, 2)
+    )
+    assert losses[8] != run[0][8]
+    assert_equal_losses(ranks, losses)
