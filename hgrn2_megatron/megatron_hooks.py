@@ -142,6 +142,7 @@ def install_arguments(defaults: dict) -> None:
     _wrap(arguments, "validate_args", ["args"], make_validation)
     _wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
     install_checkpoint()
+    install_reports()
 
 
 def install_checkpoint() -> None:
@@ -194,3 +195,39 @@ def install_checkpoint() -> None:
 
     _wrap(checkpointing, "load_args_from_checkpoint", ["args"], make_restore)
     _wrap(checkpointing, "_load_base_checkpoint", ["load_dir", "args", "rank0", "sharded_state_dict"], make_base_load)
+
+
+def install_reports() -> None:
+    """Wrap what Megatron says of a run: it would count every HGRN2 layer as attention, in operations and in memory."""
+    import megatron.training.theoretical_memory_usage as memory
+    import megatron.training.training as training
+
+    from hgrn2_megatron import arguments as ours
+    from hgrn2_megatron.flops import model_flops
+
+    def make_count(num_floating_point_operations):
+        signature = inspect.signature(num_floating_point_operations)
+
+        def wrapped(args, batch_size, *rest, **kwargs):
+            if not ours.is_hgrn2_spec(args.spec):
+                return num_floating_point_operations(args, batch_size, *rest, **kwargs)
+            given = signature.bind(args, batch_size, *rest, **kwargs).arguments
+            tokens = given.get("total_real_tokens_in_batch")
+            tokens = batch_size * args.seq_length if tokens is None else tokens
+            return model_flops(
+                args, tokens, lambda others: num_floating_point_operations(others, batch_size, *rest, **kwargs)
+            )
+
+        return wrapped
+
+    def make_memory(report_theoretical_memory):
+        def wrapped(args, *rest, **kwargs):
+            if not ours.is_hgrn2_spec(args.spec):
+                return report_theoretical_memory(args, *rest, **kwargs)
+            print("Theoretical memory footprints are not known for models with HGRN2 layers.")
+            return None
+
+        return wrapped
+
+    _wrap(training, "num_floating_point_operations", ["args", "batch_size"], make_count)
+    _wrap(memory, "report_theoretical_memory", ["args"], make_memory)

@@ -69,7 +69,8 @@ def deal_of(cu_seqlens: Tensor, num_tokens: int, layout: str, rank: int, cp: int
         ValueError: sequences or a stream that are not cut into 2 * cp chunks.
     """
     made = _kept.setdefault(cu_seqlens, {})
-    key = num_tokens, layout, rank, cp, state_cost
+    # whoever writes other borders into the same tensor changes its version
+    key = cu_seqlens._version, num_tokens, layout, rank, cp, state_cost
     if key not in made:
         borders = cu_seqlens.tolist()
         if layout == DOCUMENTS:

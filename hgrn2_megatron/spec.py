@@ -31,3 +31,5 @@ hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
 megatron_hooks.install_block(HGRN2Layer, hgrn2_stack)
 if "megatron.training.checkpointing" in sys.modules:
     megatron_hooks.install_checkpoint()
+if "megatron.training.training" in sys.modules:
+    megatron_hooks.install_reports()

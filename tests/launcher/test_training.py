@@ -8,7 +8,7 @@ from training import HGRN2, assert_continues, launch, train
 def run(tmp_path_factory):
     """An uninterrupted run that saved its state after iteration 4: (losses, output, checkpoint folder)."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    losses, output = train(*HGRN2, "--save", folder, "--save-interval", 4)
+    losses, output = train(*HGRN2, "--save", folder, "--save-interval", 4, "--log-throughput")
     return losses, output, folder
 
 
@@ -18,6 +18,8 @@ def test_the_loss_falls_and_the_banner_says_what_was_built(run):
     assert float(losses[8]) < float(losses[1]) - 0.3
     assert "HGRN2: 2 of 2 layers, expand 32, lower bounds learned, op=pytorch" in output
     assert "HGRN2 warning" not in output
+    assert "throughput per GPU (TFLOP/s/GPU)" in output
+    assert "Theoretical memory footprints are not known for models with HGRN2 layers." in output
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(run):
