@@ -11,7 +11,8 @@ import sys
 
 from hgrn2_megatron.config import UsageError
 
-USAGE = "usage: [torchrun ...] -m hgrn2_megatron SCRIPT [Megatron's flags] --spec hgrn2 [--hgrn2-* flags]"
+USAGE = """usage: [torchrun ...] -m hgrn2_megatron SCRIPT [Megatron's flags] --spec hgrn2 [--hgrn2-* flags]
+       python -m hgrn2_megatron doctor      what this machine has, and whether it computes HGRN2"""
 
 
 def resolve_spec(argv: list[str]) -> tuple[list[str], list[str] | None]:
@@ -77,6 +78,10 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] == "doctor":
+        from hgrn2_megatron import doctor
+
+        sys.exit(doctor.main())
     try:
         launch(sys.argv[1:])
     except UsageError as error:
