@@ -61,7 +61,7 @@ LAYOUTS = {
 }
 GPT_LAYOUTS = [layout for layout in LAYOUTS if "ep2" not in layout and "segment" not in layout]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
-CASES += [("hybrid", layout) for layout in GPT_LAYOUTS]
+CASES += [("hybrid", layout) for layout in GPT_LAYOUTS if not layout.startswith("cp2-")]
 CASES += [("per-token-loss", "cp2")]
 CASES += [(model, layout) for layout in ("cp2", "cp4") for model in MODELS if model.startswith("packed")]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
