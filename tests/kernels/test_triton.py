@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from operator_cases import CEILING, GATES, NAMES, bounds, make_inputs, relative_error, run
+from operator_cases import ALL_GATES, CEILING, NAMES, bounds, make_inputs, relative_error, run
 from rounding_twin import twin
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +50,7 @@ def check(inputs, cu_seqlens=None):
         assert error <= min(ceiling, max(2 * allowed, FP32_ERROR)), (name, error, allowed)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ALL_GATES)
 def test_fp32_is_the_recurrence_for_any_gate(gate):
     check(on_device(make_inputs((1, 70, 2, 32, 16), gate, "half-zero", dtype=torch.float32)))
 
@@ -234,7 +234,7 @@ def segments_in_pytorch(f, v, b, cu_seqlens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ALL_GATES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_dtype_on_the_gpu(dtype, gate):
     check(on_device(make_inputs((2, 150, 3, 128, 128), gate, "half-zero"), dtype))
