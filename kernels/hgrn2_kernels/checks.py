@@ -24,6 +24,17 @@ def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
         check_like_state("initial_state", initial_state, (N, H, K, v.shape[-1]), q)
 
 
+def split_fused(qfv):
+    """q, f and v, [B, T, H, K] each, of one projection [B, T, H, 3, K].
+
+    Raises:
+        ValueError: another shape.
+    """
+    if qfv.dim() != 5 or qfv.shape[3] != 3:
+        raise ValueError(f"qfv must be [B, T, H, 3, K], got {shape_of(qfv)}: split it with unflatten(-1, (H, 3, K))")
+    return qfv.unbind(-2)
+
+
 def check_kernels(q, v, scale=1.0):
     """What the Triton kernels ask beyond `check_chunk`.
 

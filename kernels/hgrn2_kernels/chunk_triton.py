@@ -6,6 +6,7 @@ path is a flag that chunk_state leaves in memory.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -150,14 +151,14 @@ class Launches:
 
         Returns:
             state: [N, H, K, V] fp32, after the sequence from zeros before it (before it where reverse).
-            decay: [N, H, K] fp32, log2.
-            parts: the same of each segment; None where sequences are whole.
+            log_decay: [N, H, K] fp32, nats.
+            parts: state and log2 decay of each segment; None where sequences are whole.
         """
         added, decays = parts = self._segment_totals(y, reverse)
         if not self.plan.segments.cut:
-            return added, decays, None
+            return added, decays * math.log(2), None
         _, state, decay = self._scan(added.clone(), decays, None, None, reverse)
-        return state, decay, parts
+        return state, decay * math.log(2), parts
 
     def _per_segment(self, like, *more):
         return like.new_empty((self.plan.segments.count, self.plan.H, self.plan.K, *more), dtype=torch.float32)

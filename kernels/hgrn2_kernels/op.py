@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels, shape_of
+from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels, split_fused
 from hgrn2_kernels.chunkwise import ChunkHGRN2
 
 
@@ -105,9 +105,7 @@ def chunk_hgrn2_fused(
     Raises:
         ValueError: as `chunk_hgrn2`, and on another shape of qfv.
     """
-    if qfv.dim() != 5 or qfv.shape[3] != 3:
-        raise ValueError(f"qfv must be [B, T, H, 3, K], got {shape_of(qfv)}: split it with unflatten(-1, (H, 3, K))")
-    q, f, v = qfv.unbind(-2)
+    q, f, v = split_fused(qfv)
     options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if implementation(q.device, q.dtype) == "pytorch":
         return chunk_hgrn2_pytorch(q, f, v, lower_bound, output_final_state=output_final_state, **options)

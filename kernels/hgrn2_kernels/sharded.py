@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hgrn2_kernels.checks import check_chunk, check_kernels, shape_of
+from hgrn2_kernels.checks import check_chunk, check_kernels, split_fused
 from hgrn2_kernels.op import chunk_hgrn2_pytorch, implementation
 from hgrn2_kernels.segments import segment_states
 
@@ -101,9 +101,7 @@ def chunk_hgrn2_sharded(
     Raises:
         ValueError: as `chunk_hgrn2_fused`.
     """
-    if qfv.dim() != 5 or qfv.shape[3] != 3:
-        raise ValueError(f"qfv must be [B, T, H, 3, K], got {shape_of(qfv)}: split it with unflatten(-1, (H, 3, K))")
-    q, f, v = qfv.unbind(-2)
+    q, f, v = split_fused(qfv)
     check_chunk(q, f, v, lower_bound, None, None if pieces is None else pieces.cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation(q.device, q.dtype) == "triton":

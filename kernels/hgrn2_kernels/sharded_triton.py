@@ -1,7 +1,5 @@
 """`chunk_hgrn2_sharded` on a GPU: the operator's own launches, with the exchange between them."""
 
-import math
-
 import torch
 
 from hgrn2_kernels.chunk_triton import Launches, dense_like, unit_stride
@@ -42,9 +40,7 @@ def _hand_on(run, y, lower_bound, hand_on, scale, pieces, reverse):
     own = run
     if pieces is not None and (pieces.heads if reverse else pieces.tails) is not None:
         own = Launches(run.q, run.f, y, lower_bound, scale, pieces.borders(reverse))
-    state, decay, parts = own.totals(y, reverse)
-    # from powers of two
-    decay = decay * math.log(2)
+    state, log_decay, parts = own.totals(y, reverse)
     if pieces is not None:
-        state, decay = pieces.choose(state, decay, reverse)
-    return hand_on(state, decay, reverse), parts if own is run else None
+        state, log_decay = pieces.choose(state, log_decay, reverse)
+    return hand_on(state, log_decay, reverse), parts if own is run else None
