@@ -167,6 +167,26 @@ def batch(seed: int = 2, size: int = BATCH) -> tuple[Tensor, Tensor]:
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
+def packed_seq_params(lengths: list[int], padded: list[int] | None = None):
+    """PackedSeqParams as Megatron's pretrain_gpt.py makes them, of sequences of these lengths, with their padding."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    def borders(sizes):
+        return torch.tensor([0, *sizes]).cumsum(0).int()
+
+    real = borders(lengths)
+    with_padding = None if padded is None else borders(padded)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=with_padding,
+        cu_seqlens_kv_padded=with_padding,
+        max_seqlen_q=max(padded or lengths),
+        max_seqlen_kv=max(padded or lengths),
+    )
+
+
 def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
     """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
     path = ":".join([PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])])

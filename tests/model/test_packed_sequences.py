@@ -5,28 +5,8 @@ import types
 import harness
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 LENGTHS = [1, 17, 70, 12]
-
-
-def packed(lengths, padded=None):
-    """PackedSeqParams as Megatron's pretrain_gpt.py makes them, of sequences of these lengths."""
-
-    def borders(sizes):
-        return torch.tensor([0, *sizes]).cumsum(0).int()
-
-    real = borders(lengths)
-    with_padding = None if padded is None else borders(padded)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=real,
-        cu_seqlens_kv=real,
-        cu_seqlens_q_padded=with_padding,
-        cu_seqlens_kv_padded=with_padding,
-        max_seqlen_q=max(padded or lengths),
-        max_seqlen_kv=max(padded or lengths),
-    )
 
 
 def gradients(model, losses) -> dict[str, torch.Tensor]:
@@ -60,7 +40,7 @@ def test_each_document_is_what_it_is_alone(alone, padded, behind):
         places.append(slice(start, start + document.shape[1] - 1))
         tokens[:, places[-1]], labels[:, places[-1]] = document[:, :-1], document[:, 1:]
         start += size
-    losses = model(tokens, None, None, labels=labels, packed_seq_params=packed(LENGTHS, padded))
+    losses = model(tokens, None, None, labels=labels, packed_seq_params=harness.packed_seq_params(LENGTHS, padded))
     got = [losses[:, place] for place in places]
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -78,7 +58,7 @@ def test_each_document_is_what_it_is_alone(alone, padded, behind):
 )
 def test_other_packings_are_refused(change, batch, message):
     harness.start_megatron()
-    params = packed([harness.SEQ])
+    params = harness.packed_seq_params([harness.SEQ])
     for name, value in change.items():
         setattr(params, name, value)
     tokens, _ = harness.batch(size=batch)

@@ -6,6 +6,7 @@ torchrun ... worker.py OUT CASES
 The ranks of a tensor-parallel group put what they hold together as one process would hold it, and one of them saves it.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -32,29 +33,14 @@ def data(step: int, dp_rank: int, dp_size: int, packing: str | None):
     params = None
     if packing:
         borders, real = PACKINGS[packing]
-        params = packed_seq_params(borders, real)
+        sizes = [end - start for start, end in itertools.pairwise(borders)]
+        params = harness.packed_seq_params(real, sizes)
         for start, end, length in zip(borders, borders[1:], real, strict=False):
             mask[:, start + length : end] = 0
     for rows in zip(*(x.split(1) for x in (tokens, labels, mask)), strict=True):
         if dp_rank == 0:
             yield *_own_tokens(rows, packing), params
         dp_rank = (dp_rank - 1) % dp_size
-
-
-def packed_seq_params(borders: list[int], real: list[int]):
-    """As Megatron's pretrain_gpt.py makes them, but for the real lengths, which it forgets."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    cu_seqlens, padded = torch.tensor([0, *real]).cumsum(0).int(), torch.tensor(borders).int()
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-        max_seqlen_q=max(real),
-        max_seqlen_kv=max(real),
-    )
 
 
 def _own_tokens(rows, packing: str | None):
