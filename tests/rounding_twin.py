@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 LN2 = math.log(2)
 # as in hgrn2_kernels.triton_math
-UNIT, LIMIT = 512.0, 80.0
+UNIT, LIMIT, LIMIT_FP32 = 512.0, 96.0, 20.0
 
 
 def twin(q, f, v, lower_bound, *, initial_state, output_final_state=True, cu_seqlens=None, dtype, C):
@@ -58,15 +58,15 @@ def _chunk(a, k, g, v, h, dtype):
     C = a.shape[2]
     i = torch.arange(C, device=a.device)
     through, after = (_decay(rows, g, dtype, exact=True) for rows in (i <= i[:, None], i > i[:, None]))
-    first, second = through[:, :, None, C // 2 - 1], after[:, :, None, C // 2 - 1]
-    enters, leaves = (x.detach().clamp_min(-LIMIT) for x in (first, second))
-    framed = torch.exp2(enters).mT * h
-    slow = torch.minimum(first, second).amin(-1, keepdim=True) < -LIMIT
-    o, scores = _within_limit(a, k, g, framed, first - enters, dtype)
-    exact = Product.apply(Operand.apply(a, through - enters, dtype), framed, dtype), _exactly(a, k, g, dtype)
+    half = through[:, :, -1:] / 2
+    frame = half.detach().clamp_min(-LIMIT)
+    framed = torch.exp2(frame).mT * h
+    slow = half.amin(-1, keepdim=True) < -(LIMIT_FP32 if dtype == torch.float32 else LIMIT)
+    o, scores = _within_limit(a, k, g, framed, half - frame, dtype)
+    exact = Product.apply(Operand.apply(a, through - frame, dtype), framed, dtype), _exactly(a, k, g, dtype)
     o, scores = (torch.where(slow, x, y) for x, y in zip(exact, (o, scores), strict=True))
-    written = Product.apply(Operand.apply(k, after - leaves, dtype).mT, v, dtype)
-    h = Passing.apply(h, through[:, :, -1:].mT, enters.mT, leaves.mT, dtype) + torch.exp2(leaves).mT * written
+    written = Product.apply(Operand.apply(k, after - frame, dtype).mT, v, dtype)
+    h = Passing.apply(h, 2 * half.mT, frame.mT, dtype) + torch.exp2(frame).mT * written
     return o + Product.apply(scores, v, dtype), h
 
 
@@ -75,10 +75,8 @@ def _within_limit(a, k, g, framed, rest, dtype):
 
     rest, 0 within the limit, carries the gradient of the frame.
     """
-    C = a.shape[2]
-    i = torch.arange(C, device=a.device)
-    middle = C // 2 - 1
-    sums = ((i > middle) & (i <= i[:, None])).float() - ((i > i[:, None]) & (i <= middle)).float()
+    i = torch.arange(a.shape[2], device=a.device)
+    sums = (i <= i[:, None]).float() - 0.5
     # where it exceeds the limit the result is not taken, and has to be a number
     decay = _decay(sums, g, dtype).clamp(-LIMIT, LIMIT)
     qd, kd = Operand.apply(a, decay, dtype), Operand.apply(k, -decay, dtype, True)
@@ -165,17 +163,17 @@ class Passing(torch.autograd.Function):
     """h 2^decay for h [B, H, K, V]; the decay's gradient is a product of states as the kernels store them."""
 
     @staticmethod
-    def forward(ctx, h, decay, enters, leaves, dtype):
-        ctx.save_for_backward(h, decay, enters, leaves)
+    def forward(ctx, h, decay, frame, dtype):
+        ctx.save_for_backward(h, decay, frame)
         ctx.dtype = dtype
         return torch.exp2(decay) * h
 
     @staticmethod
     def backward(ctx, dh):
-        h, decay, enters, leaves = ctx.saved_tensors
-        stored, dstored = ((torch.exp2(frame) * x).to(ctx.dtype).float() for frame, x in ((enters, h), (leaves, dh)))
-        ddecay = torch.exp2(decay - enters - leaves) * (stored * dstored).sum(-1, keepdim=True)
-        return torch.exp2(decay) * dh, ddecay * LN2, None, None, None
+        h, decay, frame = ctx.saved_tensors
+        stored, dstored = ((torch.exp2(frame) * x).to(ctx.dtype).float() for x in (h, dh))
+        ddecay = torch.exp2(decay - 2 * frame) * (stored * dstored).sum(-1, keepdim=True)
+        return torch.exp2(decay) * dh, ddecay * LN2, None, None
 
 
 class Product(torch.autograd.Function):

@@ -26,6 +26,7 @@ from hgrn2_kernels.triton_math import (
     silu,
     span,
     store_tokens,
+    sum_all_gates,
     sum_gates,
     sum_tokens,
 )
@@ -157,10 +158,9 @@ def chunk_gradient_kernel(
                 dq_sum, dk_sum, balance = zero, zero, zero
                 shift = LEVELS
                 for _ in tl.range(0, LEVELS, num_stages=1):
-                    decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
+                    factor = exp2(sum_gates(g, load_matrix(sums, LEVELS + shift, C), EXACT))
                     shift -= 1
                     second = ((j >> shift) & 1) != 0
-                    factor = exp2(-tl.abs(decay))
                     operand = rounded(tl.where(second, a, k) * factor, DT)
                     # the highest bit in which two tokens differ says at which level they meet
                     raw = dot(operand.to(DT), tl.where(((i ^ j) >> shift) == 1, dpairs, 0.0), zero)
@@ -173,17 +173,17 @@ def chunk_gradient_kernel(
                 diagonal = tl.sum(tl.where(i == j, dscores.to(tl.float32), 0.0), 0)[None, :]
                 dq_sum += diagonal * k
                 dk_sum += diagonal * a
-                earlier = sum_gates(g, load_matrix(sums, LEVELS + 1, C), EXACT)
-                later = sum_gates(g, load_matrix(sums, LEVELS + 2, C), EXACT)
-                first_half, second_half = column(earlier, C // 2 - 1), column(later, C // 2 - 1)
-                enters, leaves = frame(first_half), frame(second_half)
-                raw = exp2(earlier - enters[:, None]) * dot(b_h.to(DT), tl.trans(b_do), zero)
+                earlier = sum_gates(g, load_matrix(sums, 2 * LEVELS + 1, C), EXACT)
+                later = sum_gates(g, load_matrix(sums, 2 * LEVELS + 2, C), EXACT)
+                # of the digits that chunk_state took
+                framed = frame(sum_all_gates(g, ones, C))
+                raw = exp2(earlier - framed) * dot(b_h.to(DT), tl.trans(b_do), zero)
                 balance += a * raw
                 dq_sum += raw
-                raw = exp2(later - leaves[:, None]) * dot(b_dh.to(DT), tl.trans(b_v), zero)
+                raw = exp2(later - framed) * dot(b_dh.to(DT), tl.trans(b_v), zero)
                 written = k * raw
                 k_dk = k * (dk_sum + raw)
-                passing *= exp2((first_half - enters) + (second_half - leaves))[:, None]
+                passing *= exp2(column(earlier, C - 1)[:, None] - 2 * framed)
             else:
                 decay = sum_gates(g, load_matrix(sums, LEVELS, C), EXACT)
                 factor = exp2(decay)

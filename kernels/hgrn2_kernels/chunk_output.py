@@ -10,7 +10,6 @@ import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
     channels,
-    column,
     dot,
     exp2,
     frame,
@@ -22,6 +21,7 @@ from hgrn2_kernels.triton_math import (
     silu,
     span,
     store_tokens,
+    sum_all_gates,
     sum_gates,
 )
 
@@ -92,6 +92,11 @@ def chunk_output_kernel(
             if FULL and V == BV:
                 # needed last, and there are no registers to load it early
                 prefetch_rows(p_y, stride_yt, V, C)
+                if EXACT and K % BK == 0:
+                    # no pipeline fetches these
+                    prefetch_rows(p_f, stride_ft, K, C)
+                    prefetch_rows(p_q, stride_qt, K, C)
+                    prefetch_rows(states + place * K * V, V, V, K)
             scores = tl.zeros([C, C], tl.float32)
             out = tl.zeros([C, BV], tl.float32)
             if EXACT:
@@ -113,15 +118,15 @@ def chunk_output_kernel(
                 if EXACT:
                     # halve the blocks until their operands fit, if need be down to one token
                     for _ in tl.range(0, tl.load(slow + place * NK + i_k).to(tl.int32), num_stages=1):
-                        decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
+                        decay = sum_gates(g, load_matrix(sums, LEVELS + shift, C), False)
                         shift -= 1
                         second = ((j >> shift) & 1) != 0
-                        operand = (tl.where(second, a, k) * exp2(-tl.abs(decay))).to(DT)
+                        operand = (tl.where(second, a, k) * exp2(decay)).to(DT)
                         product = dot(tl.trans(operand), operand, tl.zeros([C, C], tl.float32))
                         # the highest bit in which two tokens differ says at which level they meet
                         scores += tl.where((apart >> shift) == 1, product, 0.0)
                     same = (i >> shift) == (j >> shift)
-                decay = sum_gates(g, load_matrix(sums, shift, C), EXACT)
+                decay = sum_gates(g, load_matrix(sums, shift, C), False)
                 qd = (a * exp2(decay)).to(DT)
                 kd = (k * exp2(-decay)).to(DT)
                 # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
@@ -130,13 +135,14 @@ def chunk_output_kernel(
                 else:
                     scores += tl.where((i >= j) & same, dot(tl.trans(qd), kd, tl.zeros([C, C], tl.float32)), 0.0)
                 if EXACT:
-                    # to the border that the state is at, less the half it has been decayed by
+                    # to the border that the state is at, less what it has been decayed by towards the middle
+                    framed = frame(sum_all_gates(g, ones, C))
                     if REVERSE:
-                        decay = sum_gates(g, load_matrix(sums, LEVELS + 2, C), EXACT)
-                        kd = (k * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
+                        decay = sum_gates(g, load_matrix(sums, 2 * LEVELS + 2, C), False)
+                        kd = (k * exp2(decay - framed)).to(DT)
                     else:
-                        decay = sum_gates(g, load_matrix(sums, LEVELS + 1, C), EXACT)
-                        qd = (a * exp2(decay - frame(column(decay, C // 2 - 1))[:, None])).to(DT)
+                        decay = sum_gates(g, load_matrix(sums, 2 * LEVELS + 1, C), False)
+                        qd = (a * exp2(decay - framed)).to(DT)
                 if REVERSE:
                     out = dot(tl.trans(kd), b_h.to(DT), out)
                 else:

@@ -13,11 +13,11 @@ import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
     channels,
+    column,
     dot,
     exp2,
     frame,
     gate,
-    halves,
     halvings,
     load_matrix,
     load_tokens,
@@ -115,7 +115,7 @@ def chunk_state_kernel(
     m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
     # gates between a token and the end of the chunk that its part of the state is written at
-    matrix = load_matrix(sums, LEVELS + 1 if REVERSE else LEVELS + 2, C)
+    matrix = load_matrix(sums, 2 * LEVELS + 1 if REVERSE else 2 * LEVELS + 2, C)
     parts = parts_matrix(C, DT)
     eye = load_matrix(ones, 0, C).to(f.dtype.element_ty)
     b = tl.zeros([BK], tl.float32)
@@ -140,24 +140,23 @@ def chunk_state_kernel(
         g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None], DT)
         decay = sum_gates(g, matrix, False)
         decays_of_parts = sum_gates(g, parts, False)
-        first_half, second_half = halves(decays_of_parts)
-        whole = exp2(first_half + second_half)[:, None]
+        whole = column(decays_of_parts, 0)
 
         if STATES:
             place = (chunk + i_t) * H + i_h
-            stored = state * exp2(frame(second_half if REVERSE else first_half))[:, None]
+            stored = state * exp2(frame(whole))[:, None]
             tl.store(states + place * K * V + o_kv, stored.to(states.dtype.element_ty), mask=m_kv)
             if not REVERSE:
-                tl.store(slow + place * NK + i_k, halvings(decays_of_parts, LEVELS).to(tl.int8))
+                tl.store(slow + place * NK + i_k, halvings(decays_of_parts, LEVELS, DT).to(tl.int8))
         if DECAYS:
-            passed += first_half + second_half
+            passed += whole
 
         if REVERSE:
             b_q = load_tokens(p_q + t * stride_qt, stride_qt, o_k, left, K, BK, C, FULL)
             operand = (silu(channels(b_q, eye), inverse_scale) * exp2(decay)).to(DT)
         else:
             operand = (k * exp2(decay)).to(DT)
-        state = dot(operand, b_y, state * whole)
+        state = dot(operand, b_y, state * exp2(whole)[:, None])
 
     if LAST:
         tl.store(last + (i_s * H + i_h) * K * V + o_kv, state, mask=m_kv)

@@ -15,9 +15,11 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 # raw gate of a padding token: so open that the state passes unchanged (forget 1, key 0)
 OPEN = tl.constexpr(1.0e4)
-# largest decay, in powers of two, between the middle of a chunk and its ends that the fast path takes: its operands
-# carry the decay and its inverse, and have to stay inside the exponents of bf16 with room for their product
-LIMIT = tl.constexpr(80.0)
+# largest decay, in powers of two, between the middle of a block of tokens and its ends that the fast form takes: its
+# operands carry the decay and its inverse, and have to stay inside the exponents of bf16 with room for their product
+LIMIT = tl.constexpr(96.0)
+# the same for fp32, where the roundings of larger decays would show
+LIMIT_FP32 = tl.constexpr(20.0)
 # log gates lie in [-125, 0]: in fp16, this many to a power of two, they keep 11 bits down to 2^-23
 UNIT = tl.constexpr(512.0)
 
@@ -94,10 +96,10 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def load_matrix(matrices, n, C: tl.constexpr):
-    """Matrix n of a stack [_, C, C], see matrices.py."""
-    o_c = tl.arange(0, C)
-    return tl.load(matrices + n * C * C + o_c[:, None] * C + o_c[None, :])
+def load_matrix(matrices, n, C: tl.constexpr, R: tl.constexpr = None):
+    """Matrix n of a stack [_, C, C], see matrices.py; its first R rows and columns, for blocks of R tokens."""
+    o_r = tl.arange(0, C if R is None else R)
+    return tl.load(matrices + n * C * C + o_r[:, None] * C + o_r[None, :])
 
 
 @triton.jit
@@ -117,6 +119,16 @@ def sum_gates(g, matrix, EXACT: tl.constexpr):
         if EXACT:
             zero = dot((units - hi.to(tl.float32)).to(tl.float16), matrix, zero)
         return dot(hi, matrix, zero)
+
+
+@triton.jit
+def sum_all_gates(g, ones, C: tl.constexpr):
+    """Decay of a chunk of log gates g [D, C], of the digits that sum_gates takes: [D, 1], or each column of [D, C]."""
+    if ones.dtype.element_ty == tl.float32:
+        # a reduction would hand its result on through shared memory, written more than once
+        return sum_tokens(g, load_matrix(ones, 4, C))
+    else:
+        return tl.sum((g * UNIT).to(tl.float16).to(tl.float32), 1)[:, None] * (1.0 / UNIT)
 
 
 @triton.jit
@@ -150,13 +162,13 @@ def sum_tokens(x, matrix):
 
 @triton.jit
 def parts_matrix(C: tl.constexpr, DT: tl.constexpr):
-    """[C, 16]: (g matrix) has the decay of a chunk's halves in columns 0 and 1, then its quarters, then its eighths."""
+    """[C, 16]: (g matrix) has the decay of a chunk in column 0, then those of its halves, its quarters, its eighths."""
     i = tl.arange(0, C)[:, None]
     part = tl.arange(0, 16)[None, :]
-    halves = (part < 2) & (i // (C // 2) == part)
-    quarters = (part >= 2) & (part < 6) & (i // (C // 4) == part - 2)
-    eighths = (part >= 6) & (i // (C // 8) == part - 6)
-    ones = halves | quarters | eighths
+    halves = (part >= 1) & (part < 3) & (i // (C // 2) == part - 1)
+    quarters = (part >= 3) & (part < 7) & (i // (C // 4) == part - 3)
+    eighths = (part >= 7) & (i // (C // 8) == part - 7)
+    ones = (part == 0) | halves | quarters | eighths
     if DT == tl.float32:
         return tl.where(ones, 1.0, 0.0)
     else:
@@ -164,23 +176,16 @@ def parts_matrix(C: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def halves(parts):
-    """Decay of the first and of the second half of a chunk, [D] each, from [D, 16], the decay of its parts."""
-    part = tl.arange(0, 16)[None, :]
-    return tl.sum(tl.where(part == 0, parts, 0.0), 1), tl.sum(tl.where(part == 1, parts, 0.0), 1)
-
-
-@triton.jit
-def halvings(parts, LEVELS: tl.constexpr):
+def halvings(parts, LEVELS: tl.constexpr, DT: tl.constexpr):
     """How often to halve the blocks of a chunk until the fast form works in each, from [D, 16], the decay of its parts.
 
-    A quarter is half a block that has been halved once, an eighth one that has been twice; beyond, blocks of one token.
+    As long as there is a block whose middle is too far from its ends; beyond eighths of a chunk, blocks of one token. A
+    block decays by no less than a part of it.
     """
     part = tl.arange(0, 16)[None, :]
-    once = tl.min(tl.min(tl.where(part < 2, parts, 0.0), 1), 0) < -LIMIT
-    twice = tl.min(tl.min(tl.where((part >= 2) & (part < 6), parts, 0.0), 1), 0) < -LIMIT
-    more = tl.min(tl.min(tl.where(part >= 6, parts, 0.0), 1), 0) < -LIMIT
-    return tl.where(more, LEVELS, once.to(tl.int32) + twice.to(tl.int32))
+    needed = 1 + (part >= 1).to(tl.int32) + (part >= 3).to(tl.int32) + (LEVELS - 3) * (part >= 7).to(tl.int32)
+    far = parts < -2 * (LIMIT_FP32 if DT == tl.float32 else LIMIT)
+    return tl.max(tl.max(tl.where(far, needed, 0), 1), 0)
 
 
 @triton.jit
@@ -190,9 +195,9 @@ def column(x, n: tl.constexpr):
 
 
 @triton.jit
-def frame(half):
-    """Decay of a stored state towards the middle of its chunk: through the half, as far as bf16 has exponents."""
-    return tl.maximum(half, -LIMIT)
+def frame(whole):
+    """Decay of a stored state towards the middle of a chunk that decays by `whole`, as far as bf16 has exponents."""
+    return tl.maximum(0.5 * whole, -LIMIT)
 
 
 @triton.jit

@@ -56,14 +56,14 @@ def test_fp32_is_the_recurrence_for_any_gate(gate):
 
 
 def test_a_chunk_is_halved_as_often_as_its_gates_need():
-    """Four chunks of 32 tokens whose gates, of one strength each, decay by 4, 8, 16 and 32 powers of two a token."""
-    log2_gate = torch.tensor([-4.0, -8, -16, -32], dtype=torch.float64).repeat_interleave(32)
+    """Five chunks of 32 tokens whose gates, of one strength each, decay by 1, 2, 4, 8 and 16 powers of two a token."""
+    log2_gate = torch.tensor([-1.0, -2, -4, -8, -16], dtype=torch.float64).repeat_interleave(32)
     # a 16-channel block of which one channel is so strong
-    f = torch.full((1, 128, 1, 16), 3.0)
+    f = torch.full((1, 160, 1, 16), 6.0)
     f[0, :, 0, 5] = torch.logit(log2_gate.exp2()).float()
-    q, _, v, _, _ = make_inputs((1, 128, 1, 16, 16), dtype=torch.float32)
+    q, _, v, _, _ = make_inputs((1, 160, 1, 16, 16), dtype=torch.float32)
     *_, halvings = torch.ops.hgrn2.chunk(*(x.to(DEVICE) for x in (q, f, v)), None, None, None, 1.0, True)
-    assert halvings.flatten().tolist() == [0, 1, 2, 5]
+    assert halvings.flatten().tolist() == [0, 1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("bound", ["none", "zero", "learned"])
