@@ -5,8 +5,8 @@
 Runs the script as `python -m hgrn2_megatron` does on one GPU. At the first iteration and at every Nth (default 100) it
 prints one table line a layer: mean and standard deviation of the raw gate over everything and of its mean and deviation
 a channel over channels, quantiles of the raw gate, mean and largest lower bound, mean forget gate, the largest decay of
-half a chunk (32 tokens) in powers of two, of which the fast form takes 80, and the share of (chunk, block of channels)
-that is halved once, twice, and down to single tokens.
+a chunk (64 tokens) in powers of two, of which the fast form takes 192, and the share of (chunk, block of channels)
+that is halved once, twice, thrice, and down to single tokens.
 """
 
 import sys
@@ -19,7 +19,7 @@ from hgrn2_megatron import mixer
 from hgrn2_megatron.__main__ import main
 
 HEAD = """\
-| iteration | layer | f | channel means | channel deviations | f 0.1%, 99.9% | bound | forget | half a chunk | halved |
+| iteration | layer | f | channel means | channel deviations | f 0.1%, 99.9% | bound | forget | chunk | halved |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -33,13 +33,13 @@ def line(iteration: int, layer: int, qfv: torch.Tensor, bound: torch.Tensor | No
     some = x.flatten()[:: max(1, x.numel() // 2**20)]
     low, high = some.quantile(torch.tensor([1e-3, 1 - 1e-3], device=x.device)).tolist()
     forget = b + (1 - b) * torch.sigmoid(x)
-    half = forget.log2()[:, : x.shape[1] // 32 * 32].unflatten(1, (-1, 32)).sum(2).amin().item()
+    chunk = forget.log2()[:, : x.shape[1] // 64 * 64].unflatten(1, (-1, 64)).sum(2).amin().item()
     _, _, (_, halvings) = chunk_forward(q, f, v, bound, None, None, 1.0, save_states=True)
-    halved = " ".join(f"{(halvings == n).float().mean():.1%}" for n in (1, 2, 6))
+    halved = " ".join(f"{(halvings == n).float().mean():.1%}" for n in (1, 2, 3, 6))
     return (
         f"| {iteration} | {layer} | {x.mean():.2f} +- {x.std():.2f} | +- {means.std():.2f} | "
         f"{deviations.mean():.2f}, at most {deviations.max():.2f} | {low:.1f}, {high:.1f} | {b.mean():.3f}, at most "
-        f"{b.max():.3f} | {forget.mean():.3f} | {-half:.0f} | {halved} |"
+        f"{b.max():.3f} | {forget.mean():.3f} | {-chunk:.0f} | {halved} |"
     )
 
 

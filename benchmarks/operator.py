@@ -211,9 +211,9 @@ def measure(shape: str, gate: str, peers: dict) -> dict:
 
 
 def halved(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> list[float]:
-    """Share of (chunk, block of channels) that is halved once, twice, and down to single tokens, to be exact."""
+    """Share of (chunk, block of channels) that is halved once, twice, thrice, and down to single tokens."""
     *_, halvings = torch.ops.hgrn2.chunk(*(x.detach() for x in (q, f, v, bound)), None, None, 1.0, True)
-    return [(halvings == n).float().mean().item() for n in (1, 2, 6)]
+    return [(halvings == n).float().mean().item() for n in (1, 2, 3, 6)]
 
 
 HEAD = """\
