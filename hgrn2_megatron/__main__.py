@@ -1,10 +1,11 @@
 """The launcher: `torchrun ... -m hgrn2_megatron pretrain_gpt.py --spec hgrn2 ...` runs any unmodified Megatron script.
 
-It resolves the one-word spec, refuses one that cannot be imported, adds the `--hgrn2-*` flags, sets what makes a true
+It takes the one-word spec, refuses one that cannot be imported, adds the `--hgrn2-*` flags, sets what makes a true
 HGRN2 block where the user is silent, and turns the CPU mode on where there is no CUDA device.
 """
 
 import importlib
+import importlib.metadata
 import os
 import runpy
 import sys
@@ -12,37 +13,33 @@ import sys
 from hgrn2_megatron.config import UsageError
 
 USAGE = """usage: [torchrun ...] -m hgrn2_megatron SCRIPT [Megatron's flags] --spec hgrn2 [--hgrn2-* flags]
-       python -m hgrn2_megatron doctor      what this machine has, and whether it computes HGRN2"""
+       python -m hgrn2_megatron doctor      what this machine has, and whether it computes HGRN2
+       python -m hgrn2_megatron patch MEGATRON_LM [--check | --reverse]
+                                            make --spec hgrn2 work in a checkout without this launcher"""
 
 
-def resolve_spec(argv: list[str]) -> tuple[list[str], list[str] | None]:
-    """Rewrite `--spec hgrn2` to the two words Megatron takes.
+def check_spec(spec: list[str] | None) -> None:
+    """Refuse a spec that is unknown or cannot be imported, for which Megatron 0.19 would silently train attention.
 
     Args:
-        argv: command line, script first.
-
-    Returns:
-        The command line with the spec in full, and the spec's words, None where no --spec was given.
+        spec: the words of --spec, None where it is not given.
 
     Raises:
-        UsageError: a spec that is unknown or cannot be imported; Megatron 0.19 would silently train attention.
+        UsageError: it says what is wrong with the spec.
     """
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--spec=") else [arg])]
-    if "--spec" not in argv:
-        return argv, None
-    start = argv.index("--spec") + 1
-    end = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
-    spec = argv[start:end]
-    if spec in (["hgrn2"], ["hgrn2_stack"]):
-        spec = ["hgrn2_megatron.spec", *spec]
-    elif len(spec) == 1 and spec != ["local"]:  # the one word that some Megatron scripts know
-        raise UsageError(f"--spec {spec[0]}: unknown; did you mean --spec hgrn2?")
-    if len(spec) == 2:
-        _import_spec(*spec)
-    return argv[:start] + spec + argv[end:], spec
+    from hgrn2_megatron import arguments
+
+    match arguments.full_spec(spec):
+        case [module, name]:
+            _import_spec(module, name)
+        # the one word that some Megatron scripts know, and those that a patched Megatron does
+        case [word] if (
+            word != "local" and word not in importlib.metadata.entry_points(group="megatron.layer_specs").names
+        ):
+            raise UsageError(f"--spec {word}: unknown; did you mean --spec hgrn2?")
 
 
-def _import_spec(module: str, name: str):
+def _import_spec(module: str, name: str) -> None:
     try:
         found = hasattr(importlib.import_module(module), name)
     except ImportError as error:
@@ -63,14 +60,11 @@ def launch(argv: list[str]) -> None:
 
     # before anything imports Megatron, which decides at import whether to compile
     cpu.install()
-    sys.argv, spec = resolve_spec(argv)
-
     from hgrn2_megatron import arguments, megatron_hooks
 
-    defaults = dict(cpu.DEFAULTS) if cpu.needed() else {}
-    if arguments.is_hgrn2_spec(spec):
-        defaults |= arguments.silent_defaults()
-    megatron_hooks.install_arguments(defaults)
+    sys.argv = argv
+    check_spec(arguments.spec_of(argv[1:]))
+    megatron_hooks.install_arguments(cpu.DEFAULTS if cpu.needed() else {})
     runpy.run_path(script, run_name="__main__")
 
 
@@ -83,6 +77,10 @@ def main() -> None:
 
         sys.exit(doctor.main())
     try:
+        if sys.argv[1] == "patch":
+            from hgrn2_megatron import patch
+
+            return patch.main(sys.argv[2:])
         launch(sys.argv[1:])
     except UsageError as error:
         print(f"hgrn2_megatron: error: {error}", file=sys.stderr, flush=True)

@@ -52,18 +52,32 @@ class HGRN2TransformerConfig(TransformerConfig):
     hgrn2_packed_layout: str | None = None
 
 
+def spec_of(argv: list[str]) -> list[str] | None:
+    """The words of `--spec` on a command line, None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--spec", nargs="*")
+    return parser.parse_known_args(argv)[0].spec
+
+
+def full_spec(spec: list[str] | None) -> list[str] | None:
+    """A spec as checkpoints keep it: the two words for which the one word of an HGRN2 model stands, others as is."""
+    return [MODULE, *spec] if spec in ([GPT], [STACK]) else spec
+
+
 def is_hgrn2_spec(spec: list[str] | None) -> bool:
-    """Whether Megatron's `args.spec` names an HGRN2 model, a GPT or a HybridModel."""
-    return spec is not None and list(spec) in ([MODULE, GPT], [MODULE, STACK])
+    """Whether Megatron's `args.spec`, of one word or two, names an HGRN2 model, a GPT or a HybridModel."""
+    return spec is not None and full_spec(list(spec)) in ([MODULE, GPT], [MODULE, STACK])
 
 
 def is_stack_spec(spec: list[str] | None) -> bool:
-    """Whether Megatron's `args.spec` names the HGRN2 HybridModel."""
-    return spec is not None and list(spec) == [MODULE, STACK]
+    """Whether Megatron's `args.spec`, of one word or two, names the HGRN2 HybridModel."""
+    return spec is not None and full_spec(list(spec)) == [MODULE, STACK]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Register the plugin's flags."""
+    """Register the plugin's flags, once: the launcher and a patched Megatron both do."""
+    if parser.get_default("hgrn2_expand_ratio") is not None:
+        return parser
     group = parser.add_argument_group("hgrn2")
     group.add_argument(
         "--hgrn2-expand-ratio",

@@ -1,16 +1,18 @@
 """Every runtime patch of Megatron, one function each: what it wraps, why there, and a check of its target."""
 
+import argparse
 import functools
 import inspect
 import sys
 from collections.abc import Callable
 
+from hgrn2_megatron import arguments as ours
 from hgrn2_megatron import requirements
 from hgrn2_megatron.config import HGRN2Config, UsageError
 
 
 def _wrap(owner, name: str, parameters: list[str], make: Callable) -> None:
-    """Replace `owner.name` by `make(original)` once, and wherever a loaded Megatron module bound it by name.
+    """Replace `owner.name` by `make(original)` once, and wherever a loaded module, the script too, bound it by name.
 
     Raises:
         RuntimeError: the target is not there or takes other parameters: an unknown Megatron release.
@@ -27,8 +29,8 @@ def _wrap(owner, name: str, parameters: list[str], make: Callable) -> None:
     replacement = functools.wraps(original)(make(original))
     replacement._hgrn2_original = original
     setattr(owner, name, replacement)
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("megatron.") and getattr(module, name, None) is original:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, replacement)
 
 
@@ -93,35 +95,56 @@ def _prepare_block(block) -> None:
         banner(config, hgrn2, config.num_layers, warnings)
 
 
+def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add to Megatron's parser what a run without the launcher needs: the entry point in group megatron.extra_args.
+
+    Runs of other models get the flags, and nothing else.
+    """
+    is_hgrn2 = ours.is_hgrn2_spec(ours.spec_of(sys.argv[1:]))
+    # the checkpoint may be the one that names the spec
+    if is_hgrn2 or "--use-checkpoint-args" in sys.argv:
+        install_training()
+    return _set_defaults(ours.add_arguments(parser), ours.silent_defaults() if is_hgrn2 else {})
+
+
+def _set_defaults(parser: argparse.ArgumentParser, defaults: dict) -> argparse.ArgumentParser:
+    missing = sorted(set(defaults) - {action.dest for action in parser._actions})
+    if missing:
+        raise RuntimeError(f"hgrn2_megatron does not know this Megatron release: no flags for {missing}")
+    parser.set_defaults(**defaults)
+    return parser
+
+
 def install_arguments(defaults: dict) -> None:
-    """Wrap the parser, the validation and the config builder of megatron.training: flags without a patched tree.
+    """Wrap the parser of megatron.training, and what follows it: flags without a patched tree.
 
     Scripts hand `pretrain` their own extra_args_provider, so the only place for a plugin's flags is the function
-    that adds Megatron's. Validation is where the model's flags are final, the checkpoint's included.
+    that adds Megatron's.
 
     Args:
         defaults: attribute -> value for the parser, of flags that the user did not give.
+    """
+    import megatron.training.arguments as arguments
+
+    def make_parser(add_megatron_arguments):
+        return lambda parser: _set_defaults(extra_args(add_megatron_arguments(parser)), defaults)
+
+    _wrap(arguments, "add_megatron_arguments", ["parser"], make_parser)
+    install_training()
+
+
+def install_training() -> None:
+    """Wrap the validation and the config builder of megatron.training, its checkpoints and its reports.
+
+    Validation is where the model's flags are final, the checkpoint's included.
     """
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as arguments
     from megatron.core.transformer import TransformerConfig
 
-    from hgrn2_megatron import arguments as ours
-
-    def make_parser(add_megatron_arguments):
-        def wrapped(parser):
-            parser = ours.add_arguments(add_megatron_arguments(parser))
-            known = {action.dest for action in parser._actions}
-            missing = sorted(set(defaults) - known)
-            if missing:
-                raise RuntimeError(f"hgrn2_megatron does not know this Megatron release: no flags for {missing}")
-            parser.set_defaults(**defaults)
-            return parser
-
-        return wrapped
-
     def make_validation(validate_args):
         def wrapped(args, *rest, **kwargs):
+            args.spec = ours.full_spec(args.spec)
             if ours.is_hgrn2_spec(args.spec):
                 ours.fill_silent(args)
                 requirements.check(requirements.Settings(args), stack=ours.is_stack_spec(args.spec))
@@ -138,7 +161,6 @@ def install_arguments(defaults: dict) -> None:
 
         return wrapped
 
-    _wrap(arguments, "add_megatron_arguments", ["parser"], make_parser)
     _wrap(arguments, "validate_args", ["args"], make_validation)
     _wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
     install_checkpoint()
@@ -153,7 +175,6 @@ def install_checkpoint() -> None:
     """
     import megatron.training.checkpointing as checkpointing
 
-    from hgrn2_megatron import arguments as ours
     from hgrn2_megatron import checkpoint
 
     # --use-checkpoint-args reads a checkpoint whose args need not be those of the command line
@@ -202,7 +223,6 @@ def install_reports() -> None:
     import megatron.training.theoretical_memory_usage as memory
     import megatron.training.training as training
 
-    from hgrn2_megatron import arguments as ours
     from hgrn2_megatron.flops import model_flops
 
     def make_count(num_floating_point_operations):

@@ -5,39 +5,44 @@ import argparse
 import pytest
 
 from hgrn2_megatron import UsageError, arguments
-from hgrn2_megatron.__main__ import resolve_spec
+from hgrn2_megatron.__main__ import check_spec
 
 FULL = ["hgrn2_megatron.spec", "hgrn2"]
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
+    "argv",
     [
-        (["--spec", "hgrn2"], ["--spec", *FULL]),
-        (["--spec", "hgrn2", "--lr", "1"], ["--spec", *FULL, "--lr", "1"]),
-        (["--spec=hgrn2", "--lr", "1"], ["--spec", *FULL, "--lr", "1"]),
-        (["--lr", "1", "--spec", *FULL], ["--lr", "1", "--spec", *FULL]),
+        ["--spec", "hgrn2"],
+        ["--spec", "hgrn2", "--lr", "1"],
+        ["--spec=hgrn2", "--lr", "1"],
+        ["--lr", "1", "--spec", *FULL],
     ],
 )
-def test_every_way_to_write_the_spec(argv, expected):
-    assert resolve_spec(["script.py", *argv]) == (["script.py", *expected], FULL)
+def test_every_way_to_write_the_spec(argv):
+    spec = arguments.spec_of(argv)
+    assert arguments.full_spec(spec) == FULL
+    assert arguments.is_hgrn2_spec(spec) and not arguments.is_stack_spec(spec)
 
 
 def test_the_spec_of_a_hybrid_model_has_a_short_form_too():
     stack = [FULL[0], "hgrn2_stack"]
     for given in (["hgrn2_stack"], stack):
-        assert resolve_spec(["script.py", "--spec", *given]) == (["script.py", "--spec", *stack], stack)
+        assert arguments.full_spec(given) == stack and arguments.is_stack_spec(given)
 
 
-def test_a_command_without_a_spec_is_left_alone():
-    assert resolve_spec(["script.py", "--lr", "1"]) == (["script.py", "--lr", "1"], None)
+def test_a_command_without_a_spec_has_none():
+    assert arguments.spec_of(["--lr", "1"]) is None
+    check_spec(None)
 
 
 def test_specs_of_others_pass_if_they_can_be_imported():
     stock = ["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"]
-    assert resolve_spec(["script.py", "--spec", *stock])[1] == stock
+    assert arguments.full_spec(stock) == stock
+    check_spec(stock)
+    check_spec(["local"])
     with pytest.raises(UsageError, match="--spec no_such_module thing"):
-        resolve_spec(["script.py", "--spec", "no_such_module", "thing"])
+        check_spec(["no_such_module", "thing"])
 
 
 def test_flags_are_typed_and_every_config_field_has_one():
