@@ -2,6 +2,8 @@
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# the oldest release that is supported, found before the one that is installed
+OLDER := $(VENV)/megatron-core-0.18.2
 
 .PHONY: quickstart compare test lint clean
 
@@ -11,8 +13,9 @@ quickstart: $(VENV)/.installed  ## pretrain a small HGRN2 GPT on real text, eval
 compare: $(VENV)/.installed  ## attention, HGRN2 and the hybrid on the same bytes, in one picture
 	$(RUN) examples/compare.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(OLDER)
 	$(RUN) -m pytest
+	PYTHONPATH=$(OLDER) $(RUN) -m pytest -m releases
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -22,6 +25,10 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && "$$python" -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(OLDER): $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $@ megatron-core==0.18.2
 	touch $@
 
 clean:

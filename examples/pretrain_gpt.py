@@ -14,14 +14,22 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import broadcast_data
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
+
+try:
+    from megatron.training.argument_utils import gpt_config_from_args
+except ImportError:
+    # megatron-core 0.18, whose loop takes a function that builds the model
+    gpt_config_from_args = None
 
 NOT_HERE = (
     "sft",
@@ -109,6 +117,27 @@ def use_prebuilt_dataset_helpers():
         dataset_utils.compile_helpers = lambda: None
 
 
+def build_gpt(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    """A pipeline stage's chunk of the GPT of Megatron's args, for megatron-core 0.18."""
+    args = get_args()
+    if args.spec is None:
+        raise ValueError("without --spec this needs megatron-core 0.19, or Megatron-LM's own pretrain_gpt.py")
+    return GPTModel(
+        config=config or core_transformer_config_from_args(args),
+        transformer_layer_spec=import_module(args.spec),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
 def main(model_config=gpt_config_from_args):
     """Train the model that `model_config` makes of Megatron's args."""
     use_prebuilt_dataset_helpers()
@@ -118,8 +147,12 @@ def main(model_config=gpt_config_from_args):
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: run Megatron-LM's own script through the launcher for that")
-    config = pretrain_cfg_container_from_args(args, model_config(args))
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    if model_config is None:
+        config = pretrain_cfg_container_from_args(args)
+        pretrain(config, datasets_provider, build_gpt, ModelType.encoder_or_decoder, forward_step)
+    else:
+        config = pretrain_cfg_container_from_args(args, model_config(args))
+        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """GPU tests skip where there is no GPU; tests against a Megatron-LM checkout where none is named."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides when a kernel is decorated whether to interpret it, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_report_header():
+    return f"megatron-core {importlib.metadata.version('megatron-core')}"
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ def run(tmp_path_factory):
     return losses, output, folder
 
 
+@pytest.mark.releases
 def test_the_loss_falls_and_the_banner_says_what_was_built(run):
     losses, output, _ = run
     assert sorted(losses) == list(range(1, 9))
@@ -22,6 +23,7 @@ def test_the_loss_falls_and_the_banner_says_what_was_built(run):
     assert "Theoretical memory footprints are not known for models with HGRN2 layers." in output
 
 
+@pytest.mark.releases
 def test_a_resumed_run_repeats_the_uninterrupted_one(run):
     resumed, _ = train(*HGRN2, "--load", run[2], "--ckpt-step", 4)
     assert_continues(resumed, run[0])

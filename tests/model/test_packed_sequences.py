@@ -6,6 +6,8 @@ import harness
 import pytest
 import torch
 
+pytestmark = pytest.mark.releases
+
 LENGTHS = [1, 17, 70, 12]
 
 

@@ -8,6 +8,8 @@ import torch
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron import mixer
 
+pytestmark = pytest.mark.releases
+
 LAYERS, HEAD_DIM = 3, 16
 
 

@@ -71,9 +71,16 @@ CASES += [("stack", layout) for layout in ("tp2", "tp2-sequence-parallel", "pp2"
 CASES += [("stack", layout) for layout in ("pp2-vpp2-segments", "pp2-empty-segment", "pp2-dp2-distributed-optimizer")]
 
 
+# those that also run against the older release of megatron-core
+ON_RELEASES = [("hgrn2", "tp2-sequence-parallel"), ("hybrid", "pp2-vpp2"), ("hgrn2", "dp2-distributed-optimizer")]
+PARAMETERS = [pytest.param(*case, marks=pytest.mark.releases if case in ON_RELEASES else ()) for case in CASES]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Every run of the cases by (model, layout), those of as many processes in the same ones."""
+def results(request, tmp_path_factory):
+    """Every run of the selected cases by (model, layout), those of as many processes in the same ones."""
+    params = [item.callspec.params for item in request.session.items if item.path == request.path]
+    cases = [(p["model"], p["layout"]) for p in params]
     folder = tmp_path_factory.mktemp("parity")
     harness.start_megatron()
     for name, model in MODELS.items():
@@ -81,10 +88,10 @@ def results(tmp_path_factory):
 
     @functools.cache
     def run(num_processes: int):
-        chosen = [c for c in CASES if LAYOUTS[c[1]][0] == num_processes]
+        chosen = [c for c in cases if LAYOUTS[c[1]][0] == num_processes]
         if num_processes == 1:
-            chosen = [(model, "one") for model in dict(CASES)]
-        cases = {
+            chosen = [(model, "one") for model in dict(cases)]
+        runs = {
             f"{model}-{layout}": {
                 "weights": f"{model}.weights",
                 "model": MODELS[model] | DEPTH,
@@ -93,7 +100,7 @@ def results(tmp_path_factory):
             for model, layout in chosen
         }
         worker = harness.ROOT / "tests" / "parallel" / "worker.py"
-        done = harness.torchrun(num_processes, str(worker), str(folder), json.dumps(cases))
+        done = harness.torchrun(num_processes, str(worker), str(folder), json.dumps(runs))
         assert done.returncode == 0, done.stdout[-6000:]
 
     def result(model: str, layout: str):
@@ -104,6 +111,6 @@ def results(tmp_path_factory):
     return result
 
 
-@pytest.mark.parametrize(("model", "layout"), CASES)
+@pytest.mark.parametrize(("model", "layout"), PARAMETERS)
 def test_layout_equals_one_process(model, layout, results):
     harness.assert_all_close(results(model, layout), results(model, "one"), tolerance=1e-5)
