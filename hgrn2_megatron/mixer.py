@@ -15,6 +15,7 @@ from torch import Tensor
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.context_parallel import chunk_hgrn2_of_batch, chunk_hgrn2_of_packed, packed_layout
+from hgrn2_megatron.generation import advance
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
 from hgrn2_megatron.pieces import STREAM
@@ -120,7 +121,7 @@ class HGRN2Mixer(MegatronModule):
         Args:
             hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
             attention_mask: ignored, the recurrence is causal by construction; so is what else attention takes.
-            inference_context: must be None.
+            inference_context: Megatron's StaticInferenceContext in generation, which keeps the states; else None.
             packed_seq_params: Megatron's PackedSeqParams of packed sequences [t, 1, h], each of which starts from an
                 empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more. Its
                 cp_group, where it has one, takes the place of the model's.
@@ -129,21 +130,33 @@ class HGRN2Mixer(MegatronModule):
             output: like hidden_states, and None for the bias Megatron would add.
 
         Raises:
-            ValueError: generation, which this version does not do; sequences packed in another format, or dealt out to
+            ValueError: generation by another engine or layout; sequences packed in another format, or dealt out to
                 context parallel ranks in an unknown layout.
         """
-        if inference_context is not None:
-            raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
         qfi, _ = self.in_proj(hidden_states)
         s, b, _ = qfi.shape
-        mix = partial(self._mix, self._operator(packed_seq_params, s, b))
+        if inference_context is None:
+            operator = self._operator(packed_seq_params, s, b)
+        else:
+            self._check_generation(inference_context, packed_seq_params)
+            operator = partial(advance, context=inference_context, layer_number=self.layer_number)
+        mix = partial(self._mix, operator)
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
-        if self._recomputes:
+        if self._recomputes and inference_context is None:
             mixed = tensor_parallel.checkpoint(mix, False, qfi, self.lower_bound())
         else:
             mixed = mix(qfi, self.lower_bound())
         return self.out_proj(mixed)
+
+    def _check_generation(self, context, packed_seq_params):
+        if not context.is_static_batching():
+            raise ValueError("HGRN2 layers generate with Megatron's static engine: dynamic batching is not built yet")
+        if self.config.sequence_parallel or self.cp_group.size() > 1 or packed_seq_params is not None:
+            raise ValueError(
+                "HGRN2 layers generate from unpacked sequences without sequence or context parallelism: drop "
+                "--sequence-parallel and --context-parallel-size"
+            )
 
     def _operator(self, packed_seq_params, num_tokens: int, batch: int) -> Callable:
         """The operator of [b, s, H, 3, K] and the bound for these sequences."""

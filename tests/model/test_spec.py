@@ -63,11 +63,3 @@ def test_megatrons_command_line_counts_when_the_model_is_built(monkeypatch):
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", types.SimpleNamespace(reset_attention_mask=True))
     with pytest.raises(ValueError, match="--reset-attention-mask"):
         build()
-
-
-def test_the_mixer_refuses_what_it_cannot_do():
-    import torch
-
-    mixer = build().decoder.layers[0].self_attention
-    with pytest.raises(ValueError, match="yet"):
-        mixer(torch.zeros(8, 1, 64), inference_context=object())
