@@ -32,7 +32,8 @@ def advance(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int)
         # of the batch before
         states.zero_()
     if s == 1:
-        return step_hgrn2(*qfv.unbind(-2), lower_bound, states)
+        q, f, v = qfv.unbind(-2)
+        return step_hgrn2(q, f, v, lower_bound, states)
     o, final_states = chunk_hgrn2_fused(qfv, lower_bound, initial_state=states, output_final_state=True)
     states.copy_(final_states)
     return o
