@@ -1,10 +1,6 @@
 """RMSNorms in plain PyTorch: over a hidden dimension sharded over TP, and over a whole one under SP."""
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -55,14 +51,7 @@ class HiddenShardedRMSNorm(torch.nn.Module):
         if self.tp_group.size() == 1:
             # one pass over memory on a GPU, and nothing kept in fp32
             return torch.nn.functional.rms_norm(x, (self.hidden_size,), self.weight, self.eps).to(x.dtype)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        square_sum = wide.square().sum(-1, keepdim=True)
-        # the two mappings make an all-reduce in the forward and in the backward: every rank's output
-        # depends on the sum, so the sum's gradient is complete only when summed over the ranks as well
-        square_sum = reduce_from_tensor_model_parallel_region(square_sum, group=self.tp_group)
-        square_sum = copy_to_tensor_model_parallel_region(square_sum, group=self.tp_group)
-        normed = wide * torch.rsqrt(square_sum / self.hidden_size + self.eps)
-        return (normed * self.weight).to(x.dtype)
+        return _ShardedRMSNorm.apply(x, self.weight, self.hidden_size, self.eps, self.tp_group)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Megatron's distributed checkpoint entry: `weight`, sharded over TP on axis 0."""
@@ -74,6 +63,32 @@ class HiddenShardedRMSNorm(torch.nn.Module):
             tp_group=self.tp_group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
+
+
+class _ShardedRMSNorm(torch.autograd.Function):
+    """The norm of a slice; what is kept for the backward is x in its own dtype, and one number a token."""
+
+    @staticmethod
+    def forward(ctx, x, weight, hidden_size, eps, group):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        square_sum = wide.square().sum(-1, keepdim=True)
+        torch.distributed.all_reduce(square_sum, group=group)
+        scale = torch.rsqrt(square_sum / hidden_size + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.hidden_size, ctx.group = hidden_size, group
+        return (wide * scale * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        normed, dy = x.to(scale.dtype) * scale, dy.to(scale.dtype)
+        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        dnormed = dy * weight
+        # every rank's output depends on the sum of squares, so its gradient is summed over the ranks as well
+        shared = (dnormed * normed).sum(-1, keepdim=True)
+        torch.distributed.all_reduce(shared, group=ctx.group)
+        dx = scale * (dnormed - normed * (shared / ctx.hidden_size))
+        return dx.to(x.dtype), dweight, None, None, None
 
 
 class LocalRMSNorm:
