@@ -1,4 +1,4 @@
-"""examples/generate.py on a checkpoint that Megatron's loop has just written."""
+"""examples/generate.py on a checkpoint that Megatron's loop has just written, and Megatron's static engine."""
 
 import re
 
@@ -36,3 +36,9 @@ def test_ranks_agree_and_say_what_is_kept(pattern, tmp_path):
     assert kept(one) == 4 * (layers["H"] + layers[pattern[-1]])
     assert kept(two) == kept(one) // 2
     assert re.search(r"then [\d,.]+ tokens/s", one)
+
+
+@pytest.mark.parametrize("pattern", ["H", "H*H"])
+def test_megatrons_static_engine_takes_the_likeliest_tokens(pattern):
+    done = harness.python("tests/launcher/static_engine.py", pattern)
+    assert done.stdout.count("40 of 40 right") == 3, done.stdout[-3000:]
