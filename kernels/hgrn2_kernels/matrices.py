@@ -32,7 +32,7 @@ def matrices(device: torch.device, C: int, dtype: torch.dtype) -> tuple[Tensor, 
     levels = C.bit_length() - 1
     frames = [_to_middle(i, j, n) for n in range(levels + 1)]
     sums = frames + [_between_halves(i, j, n) for n in range(1, levels + 1)] + [i <= j, i > j]
-    ones = [i == j, i == j, i >= j, i < j, i >= 0 * j]
+    ones = [i == j, i == j, i >= j, i < j, torch.ones_like(i == j)]
     narrow, unit = (torch.float32, 1.0) if dtype == torch.float32 else (torch.float16, 1 / UNIT.value)
     return torch.stack([x.float() * unit for x in sums]).to(narrow), torch.stack(ones).to(dtype)
 

@@ -96,10 +96,10 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def load_matrix(matrices, n, C: tl.constexpr, R: tl.constexpr = None):
-    """Matrix n of a stack [_, C, C], see matrices.py; its first R rows and columns, for blocks of R tokens."""
-    o_r = tl.arange(0, C if R is None else R)
-    return tl.load(matrices + n * C * C + o_r[:, None] * C + o_r[None, :])
+def load_matrix(matrices, n, C: tl.constexpr):
+    """Matrix n of a stack [_, C, C], see matrices.py."""
+    o_c = tl.arange(0, C)
+    return tl.load(matrices + n * C * C + o_c[:, None] * C + o_c[None, :])
 
 
 @triton.jit
