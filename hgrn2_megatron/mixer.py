@@ -151,7 +151,10 @@ class HGRN2Mixer(MegatronModule):
 
     def _check_generation(self, context, packed_seq_params):
         if not context.is_static_batching():
-            raise ValueError("HGRN2 layers generate with Megatron's static engine: dynamic batching is not built yet")
+            raise ValueError(
+                "HGRN2 layers do not take dynamic batching yet: give Megatron's StaticInferenceEngine legacy=True, or "
+                "the model a StaticInferenceContext, as examples/generate.py does"
+            )
         if self.config.sequence_parallel or self.cp_group.size() > 1 or packed_seq_params is not None:
             raise ValueError(
                 "HGRN2 layers generate from unpacked sequences without sequence or context parallelism: drop "

@@ -72,7 +72,7 @@ def test_engines_that_are_not_built_are_refused():
     dynamic = StaticInferenceContext(1, LENGTH)
     dynamic.is_static_batching = lambda: False
     mixer = model.decoder.layers[0].self_attention
-    with pytest.raises(ValueError, match="static engine"):
+    with pytest.raises(ValueError, match="legacy=True"):
         mixer(torch.zeros(4, 1, 64), inference_context=dynamic)
     with pytest.raises(ValueError, match="unpacked sequences"):
         params = harness.packed_seq_params([4])
