@@ -15,7 +15,9 @@ from hgrn2_megatron.config import UsageError
 USAGE = """usage: [torchrun ...] -m hgrn2_megatron SCRIPT [Megatron's flags] --spec hgrn2 [--hgrn2-* flags]
        python -m hgrn2_megatron doctor      what this machine has, and whether it computes HGRN2
        python -m hgrn2_megatron patch MEGATRON_LM [--check | --reverse]
-                                            make --spec hgrn2 work in a checkout without this launcher"""
+                                            make --spec hgrn2 work in a checkout without this launcher
+       python -m hgrn2_megatron convert SOURCE OUT [--dtype bf16|fp32] [--no-check] [...]
+                                            a Hugging Face model of fla's HGRN2 to a Megatron checkpoint, or back"""
 
 
 def check_spec(spec: list[str] | None) -> None:
@@ -81,6 +83,10 @@ def main() -> None:
             from hgrn2_megatron import patch
 
             return patch.main(sys.argv[2:])
+        if sys.argv[1] == "convert":
+            from hgrn2_megatron import convert
+
+            return convert.main(sys.argv[2:])
         launch(sys.argv[1:])
     except UsageError as error:
         print(f"hgrn2_megatron: error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,162 @@
+"""The end of a conversion: logits of the Hugging Face folder and of the Megatron checkpoint on the same tokens.
+
+The one side is fla's model written out in PyTorch, with the recurrence token by token, the other one Megatron's model.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgrn2_kernels import recurrent_hgrn2
+from hgrn2_megatron import cpu
+from hgrn2_megatron.arguments import HGRN2TransformerConfig
+from hgrn2_megatron.config import HGRN2Config, UsageError
+from hgrn2_megatron.hf_config import megatron_args, query_groups
+from hgrn2_megatron.weight_files import HFTensors, checkpoint_folder, read_args, read_json
+
+BATCH, TIME = 2, 40
+# of the largest logit; both sides compute in fp32
+TOLERANCE = 1e-3
+
+
+def compare(hf: Path, megatron: Path) -> str:
+    """One line that says by how much the logits differ, in fp32.
+
+    Raises:
+        UsageError: they differ by more than rounding.
+    """
+    model = megatron_args(read_json(hf / "config.json"))
+    tensors = HFTensors(hf)
+    tensors.split_gates(model.ffn_hidden_size)
+    tokens = torch.randint(model.vocab_size, (BATCH, TIME), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        theirs = hf_logits(model, lambda name: tensors.read(name).float(), tokens)
+    ours = megatron_logits(megatron, tokens)[..., : model.vocab_size]
+    difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    line = f"logits of {BATCH} x {TIME} tokens differ by at most {difference:.1e}, the largest is {largest:.1e}"
+    if not difference <= TOLERANCE * largest:
+        raise UsageError(f"{hf} and {megatron} are different models: {line}")
+    return line
+
+
+def hf_logits(args: argparse.Namespace, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
+    """fla's HGRN2ForCausalLM.
+
+    Args:
+        args: as `megatron_args` reads them from config.json.
+        read: name -> weight, fp32.
+        tokens: [B, T] int64.
+
+    Returns:
+        logits: [B, T, vocab] fp32.
+    """
+    hgrn2, d = HGRN2Config.of(args), args.hidden_size
+    bounds: list[Tensor | None] = [None] * args.num_layers
+    if hgrn2.lower_bounds == "learned":
+        p = read("model.lower_bounds").softmax(0)
+        bounds = [*(p.cumsum(0) - p[0]).unflatten(1, (-1, hgrn2.expand_ratio))]
+    x = read("model.embeddings.weight")[tokens]
+    for layer, bound in enumerate(bounds):
+
+        def linear(name, x, layer=layer):
+            return F.linear(x, read(f"model.layers.{layer}.{name}_proj.weight"))
+
+        def norm(name, x, eps=args.layernorm_epsilon, layer=layer):
+            return F.rms_norm(x, (d,), read(f"model.layers.{layer}.{name}_norm.weight"), eps)
+
+        y = norm("attn", x)
+        if hgrn2.is_hgrn2_layer(layer):
+            q, f, i = (linear(f"attn.{name}", y).unflatten(2, (-1, hgrn2.expand_ratio)) for name in "qfi")
+            y = norm("attn.g", recurrent_hgrn2(q, f, i, bound)[0].flatten(2), hgrn2.norm_eps)
+        else:
+            q, k, v = (linear(f"attn.{name}", y).unflatten(2, (-1, args.kv_channels)).transpose(1, 2) for name in "qkv")
+            q, k = (_rotate(part, args.rotary_base) for part in (q, k))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        x = x + linear("attn.o", y)
+        y = norm("mlp", x)
+        x = x + linear("mlp.down", F.silu(linear("mlp.gate", y)) * linear("mlp.up", y))
+    x = F.rms_norm(x, (d,), read("model.norm.weight"), args.layernorm_epsilon)
+    head = "lm_head.weight" if args.untie_embeddings_and_output_weights else "model.embeddings.weight"
+    return F.linear(x, read(head))
+
+
+def _rotate(x: Tensor, base: float) -> Tensor:
+    """RoPE of x [B, H, T, D]: channel j turns with channel j + D/2."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(x.shape[-2])[:, None] * base ** -(torch.arange(half) / half)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
+def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
+    """Megatron's model of a torch_dist checkpoint, on one process in fp32, on the GPU where there is one.
+
+    Args:
+        checkpoint: what `--load` takes, or the folder of one iteration.
+        tokens: [B, T] int64.
+
+    Returns:
+        logits: [B, T, padded vocabulary] fp32, on the CPU.
+    """
+    cpu.install()
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from hgrn2_megatron.checkpoint import adapt
+    from hgrn2_megatron.spec import hgrn2
+
+    folder = checkpoint_folder(checkpoint)
+    args = read_args(folder)
+    hgrn2_config = HGRN2Config.of(args)
+    backend = "gloo" if cpu.needed() else "nccl"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    config = HGRN2TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=query_groups(args),
+        normalization=args.normalization,
+        layernorm_epsilon=args.layernorm_epsilon,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **{f"hgrn2_{name}": value for name, value in vars(hgrn2_config).items()},
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=hgrn2,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=TIME,
+        position_embedding_type=args.position_embedding_type,
+        rotary_base=args.rotary_base,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+    )
+    wanted = {"model": model.sharded_state_dict()}
+    # the state of FP8, which a model in fp32 has none of, may be saved or not
+    ours, saved = (argparse.Namespace(spec=args.spec, transformer_impl=name) for name in ("local", "another"))
+    adapt(ours, wanted, saved, str(folder))
+    model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
+    causal = torch.ones(1, 1, TIME, TIME, dtype=torch.bool).triu(1).cuda()
+    positions = torch.arange(TIME).expand(BATCH, -1)
+    with torch.inference_mode():
+        logits = model.cuda().eval()(tokens.cuda(), positions.cuda(), causal)
+    torch.distributed.destroy_process_group()
+    return logits.float().cpu()

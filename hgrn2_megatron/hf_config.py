@@ -1,0 +1,215 @@
+"""fla's HGRN2 config on Hugging Face and the args of a Megatron checkpoint, each from the other.
+
+Source: fla-org/flash-linear-attention 0.6.0, fla/models/hgrn2/configuration_hgrn2.py and
+fla/models/configuration_utils.py.
+"""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from hgrn2_megatron.arguments import GPT, MODULE, full_spec
+from hgrn2_megatron.config import ATTENTION, HGRN2, HGRN2Config, UsageError
+
+# Megatron's default for --make-vocab-size-divisible-by, which every usual TP size divides
+VOCAB_MULTIPLE = 128
+
+
+def query_groups(args: argparse.Namespace) -> int:
+    """Heads of keys and values in an attention layer."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
+def _refuse(field: str, value: Any, reason: str):
+    raise UsageError(f"config.json: {field} is {value!r}: {reason}")
+
+
+def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
+    """Megatron's args of the model that a config.json describes.
+
+    Args:
+        config: of fla's HGRN2Config, of any release; absent fields have fla's defaults.
+
+    Returns:
+        What a checkpoint says of its model: all that --use-checkpoint-args reads, and what is compared on loading.
+
+    Raises:
+        UsageError: it names the field that has no place in Megatron's model.
+    """
+    c = {"hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "norm_eps": 1e-6} | config
+    if c.get("model_type") != "hgrn2":
+        _refuse("model_type", c.get("model_type"), "only hgrn2 is converted")
+    if c.get("use_short_conv"):
+        _refuse("use_short_conv", True, "there are no short convolutions here")
+    if c.get("attnres_block_size") is not None:
+        _refuse("attnres_block_size", c["attnres_block_size"], "there are no attention residuals here")
+    if c.get("hidden_act", "swish") not in ("swish", "silu"):
+        _refuse("hidden_act", c["hidden_act"], "the channel mixer here is a SiLU-gated linear unit (swish)")
+    if c.get("elementwise_affine", True) is False:
+        _refuse("elementwise_affine", False, "the mixer's norm has a weight here")
+    if c.get("quantization_config"):
+        _refuse("quantization_config", c["quantization_config"], "convert the weights before they were quantized")
+    d, depth, vocab = c["hidden_size"], c["num_hidden_layers"], c["vocab_size"]
+    expand = c.get("expand_ratio", 128)
+    if expand is None:
+        if not c.get("num_heads") or d % c["num_heads"]:
+            _refuse("num_heads", c.get("num_heads"), "without expand_ratio it must divide hidden_size")
+        expand = d // c["num_heads"]
+    attention = _attention(c.get("attn"), d, depth)
+    width = c.get("intermediate_size") or 256 * -(-int(d * (c.get("hidden_ratio") or 4) * 2 / 3) // 256)
+    positions = c.get("max_position_embeddings", 2048)
+    layers = attention["layers"]
+    hgrn2 = HGRN2Config(
+        expand_ratio=expand,
+        layer_pattern="".join(ATTENTION if layer in layers else HGRN2 for layer in range(depth)) if layers else HGRN2,
+        lower_bounds="learned" if c.get("use_lower_bound", True) else "none",
+    )
+    heads = attention.get("num_heads") or hgrn2.num_heads(d)
+    groups = attention.get("num_kv_heads") or heads
+    hgrn2.num_heads(d)
+    dtype = str(c.get("dtype") or c.get("torch_dtype")).removeprefix("torch.")
+    return argparse.Namespace(
+        spec=[MODULE, GPT],
+        **{f"hgrn2_{name}": value for name, value in dataclasses.asdict(hgrn2).items()},
+        num_layers=depth,
+        hidden_size=d,
+        ffn_hidden_size=width,
+        num_attention_heads=heads,
+        kv_channels=d // heads,
+        group_query_attention=groups != heads,
+        num_query_groups=groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=c["norm_eps"],
+        apply_layernorm_1p=False,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        swiglu=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        position_embedding_type="rope" if layers else "none",
+        add_position_embedding=True,
+        rotary_base=attention.get("rope_theta") or 10000,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        init_method_std=c.get("initializer_range", 0.02),
+        seq_length=positions,
+        max_position_embeddings=positions,
+        untie_embeddings_and_output_weights=not c.get("tie_word_embeddings", False),
+        vocab_size=vocab,
+        make_vocab_size_divisible_by=VOCAB_MULTIPLE,
+        padded_vocab_size=VOCAB_MULTIPLE * -(-vocab // VOCAB_MULTIPLE),
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        # of neither: what only one of Megatron's implementations saves beside the weights starts fresh on loading
+        transformer_impl="huggingface",
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        ckpt_format="torch_dist",
+    )
+
+
+def _attention(attn: Any, hidden_size: int, depth: int) -> dict[str, Any]:
+    """The one description of a hybrid's attention layers, with "layers" empty for a pure model."""
+    specs = [attn] if isinstance(attn, dict) else list(attn or ())
+    for spec in specs:
+        if not {"layers", "num_heads"} <= spec.keys() or not set(spec["layers"]) <= set(range(depth)):
+            _refuse("attn", spec, f"it must name its layers, each below {depth}, and its num_heads")
+    if not specs:
+        return {"layers": []}
+    merged = specs[0] | {"layers": [layer for spec in specs for layer in spec["layers"]]}
+    for spec in specs:
+        for name, value in spec.items():
+            if name not in ("layers", "num_heads", "num_kv_heads", "rope_theta") and value:
+                _refuse(f"attn {name}", value, "Megatron's attention here has nothing for it")
+            if name != "layers" and value != merged.get(name):
+                _refuse(f"attn {name}", value, f"it is {merged.get(name)} in other layers, and must be equal in all")
+    heads, groups = merged["num_heads"], merged.get("num_kv_heads") or merged["num_heads"]
+    if hidden_size % heads or heads % groups:
+        _refuse("attn num_heads", heads, f"it must divide hidden_size {hidden_size}, and num_kv_heads {groups} it")
+    return merged
+
+
+# of a Megatron model, what fla's has no place for: attribute -> flag, where it is set
+NOT_IN_FLA = {
+    "num_experts": "--num-experts",
+    "mtp_num_layers": "--mtp-num-layers",
+    "add_bias_linear": "biases of linear layers (--disable-bias-linear)",
+    "use_mup": "--use-mup",
+    "apply_layernorm_1p": "--apply-layernorm-1p",
+}
+NOT_IN_FLA_ATTENTION = {
+    "add_qkv_bias": "--add-qkv-bias",
+    "qk_layernorm": "--qk-layernorm",
+    "qk_l2_norm": "--qk-l2-norm",
+    "window_size": "--window-size",
+    "attention_output_gate": "--attention-output-gate",
+    "multi_latent_attention": "--multi-latent-attention",
+    "rotary_interleaved": "--rotary-interleaved",
+    "rotary_seq_len_interpolation_factor": "--rotary-seq-len-interpolation-factor",
+    "use_rope_scaling": "--use-rope-scaling",
+    "no_rope_freq": "--no-rope-freq",
+}
+
+
+def hf_config(args: argparse.Namespace, vocab_size: int, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a Megatron model.
+
+    Args:
+        args: of the run that saved it.
+        vocab_size: without Megatron's padding.
+        dtype: of the weights: "bfloat16", "float32", "float16".
+        token_ids: bos_token_id and kin, which Megatron does not know.
+
+    Raises:
+        UsageError: a model that fla's format cannot say, by flag.
+    """
+    spec = full_spec(list(getattr(args, "spec", None) or ["none"]))
+    if spec != [MODULE, GPT]:
+        raise UsageError(f"the checkpoint is of --spec {' '.join(spec or ())}: only --spec hgrn2 is converted")
+    hgrn2, d = HGRN2Config.of(args), args.hidden_size
+    if hgrn2.norm_eps != HGRN2Config.norm_eps:
+        raise UsageError(f"--hgrn2-norm-eps is {hgrn2.norm_eps}: fla's models have {HGRN2Config.norm_eps} fixed")
+    layers = [layer for layer in range(args.num_layers) if not hgrn2.is_hgrn2_layer(layer)]
+    for name, flag in (NOT_IN_FLA | (NOT_IN_FLA_ATTENTION if layers else {})).items():
+        if getattr(args, name, None):
+            raise UsageError(f"{flag} is set in the checkpoint: fla's HGRN2 models have nothing for it")
+    attn = None
+    if layers:
+        needed = {"position_embedding_type": "rope", "kv_channels": d // args.num_attention_heads}
+        for name, value in (needed | {"rotary_percent": 1.0, "softmax_type": "vanilla"}).items():
+            if getattr(args, name, None) not in (None, value):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is {getattr(args, name)}: attention in fla's HGRN2 models has {value}")
+        attn = {
+            "layers": layers,
+            "num_heads": args.num_attention_heads,
+            "num_kv_heads": query_groups(args),
+            "qkv_bias": False,
+            "window_size": None,
+            "rope_theta": float(args.rotary_base),
+        }
+    return {
+        "architectures": ["HGRN2ForCausalLM"],
+        "attn": attn,
+        "attn_mode": "chunk",
+        "conv_size": 4,
+        "elementwise_affine": True,
+        "expand_ratio": hgrn2.expand_ratio,
+        "hidden_act": "swish",
+        "hidden_ratio": 4,
+        "hidden_size": d,
+        "initializer_range": getattr(args, "init_method_std", 0.02),
+        "intermediate_size": args.ffn_hidden_size,
+        "max_position_embeddings": args.max_position_embeddings or args.seq_length,
+        "model_type": "hgrn2",
+        "norm_eps": args.layernorm_epsilon,
+        "num_heads": hgrn2.num_heads(d),
+        "num_hidden_layers": args.num_layers,
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "use_lower_bound": hgrn2.lower_bounds == "learned",
+        "use_short_conv": False,
+        "vocab_size": vocab_size,
+        **token_ids,
+    }
