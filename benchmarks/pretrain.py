@@ -45,15 +45,16 @@ MODELS = {
         [*BLOCK, "--position-embedding-type", "none", "--spec", "hgrn2_megatron.spec", "hgrn2"],
     ),
 }
+SELECTIVE = "--recompute-granularity selective".split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 # how a row is run -> (length, micro-batch, flags)
 SETTINGS: dict[str, tuple[int, int, list[str]]] = {
     "4096": (4096, 4, []),
     "4096 FP8": (4096, 4, ["--fp8-format", "hybrid", "--fp8-recipe", "delayed"]),
-    "16384 selective": (16384, 1, ["--recompute-granularity", "selective"]),
+    "16384 selective": (16384, 1, SELECTIVE),
     "16384": (16384, 1, []),
     "32768 full": (32768, 1, FULL),
-    "32768 selective": (32768, 1, ["--recompute-granularity", "selective"]),
+    "32768 selective": (32768, 1, SELECTIVE),
     "32768": (32768, 1, []),
 }
 ROWS = [f"{model}, {setting}" for setting in SETTINGS for model in (ATTENTION, HGRN2)]
@@ -96,9 +97,9 @@ def tokens_per_second(log: str) -> float | None:
     return TOKENS / statistics.median(times) * 1000 if times else None
 
 
-def row(name: str, log: str, beside: float | None) -> str:
-    """One line of the table, or what went wrong; `beside` are attention's tokens/s, where there are any."""
-    losses, tokens = numbers("lm loss", log), tokens_per_second(log)
+def row(name: str, log: str, tokens: float | None, beside: float | None) -> str:
+    """One line of the table, or what went wrong; of this run and of attention's the tokens/s, where there are any."""
+    losses = numbers("lm loss", log)
     if tokens is None:
         wrong = "out of memory" if "OutOfMemoryError" in log else "failed: see the log"
         return f"| {name} | {wrong} | | | | |"
@@ -144,6 +145,11 @@ def script_in(megatron_lm: Path) -> Path:
     return script
 
 
+def file_stem(name: str) -> str:
+    """A row's name in the names of its files."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def make_table(head: list[str], runs: Iterable[tuple[str, str, str]], out: Path | None):
     """Print the lines of runs (name, log, line of the table) as they end, then the table; keep all of it in out."""
     table = list(head)
@@ -151,7 +157,7 @@ def make_table(head: list[str], runs: Iterable[tuple[str, str, str]], out: Path 
         out.mkdir(parents=True, exist_ok=True)
     for name, log, line in runs:
         if out:
-            (out / f"{name.replace(', ', '-').replace(' ', '-')}.log").write_text(log)
+            (out / f"{file_stem(name)}.log").write_text(log)
         table.append(line)
         print(line, flush=True)
     print("\n".join(table))
@@ -163,15 +169,17 @@ def runs(script: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, str
     attention: dict[str, float | None] = {}
     for name in args.rows:
         launcher, flags = command_of(name)
-        traces = args.out / "traces" / name.replace(", ", "-").replace(" ", "-") if args.profile else None
+        traces = args.out / "traces" / file_stem(name) if args.profile else None
         if traces:
             flags += [*PROFILE, "--tensorboard-dir", str(traces)]
         log = run(script, launcher, [*flags, *args.extra])
+        tokens = tokens_per_second(log)
         model, setting = name.split(", ")
         if model == ATTENTION:
-            attention[setting] = tokens_per_second(log)
-        yield name, log, row(name, log, attention.get(setting))
-        if traces:
+            attention[setting] = tokens
+        yield name, log, row(name, log, tokens, attention.get(setting))
+        # a run that failed may have left no trace
+        if traces and tokens is not None:
             (args.out / f"{traces.name}.kernels.md").write_text(kernel_table(traces))
 
 

@@ -105,16 +105,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def fill_silent(args: argparse.Namespace):
-    """Settle what depends on other flags: positions on the layer pattern, GLU width on the hidden size.
+def glu_width(hidden_size: int, ratio: int = 4) -> int:
+    """Width of the channel mixer that has the parameters of an MLP of `ratio` hidden sizes, a multiple of 256.
 
-    Source of the width: fla's HGRN2MLP, the next multiple of 256 of 8/3 hidden.
+    Source: fla's HGRN2MLP.
     """
+    return 256 * -(-int(hidden_size * ratio * 2 / 3) // 256)
+
+
+def fill_silent(args: argparse.Namespace):
+    """Settle what depends on other flags: positions on the layer pattern, GLU width on the hidden size."""
     if args.position_embedding_type is None:
         pattern = getattr(args, "hybrid_layer_pattern", None) or args.hgrn2_layer_pattern
         args.position_embedding_type = "rope" if ATTENTION in pattern else "none"
     if args.ffn_hidden_size is None and args.hidden_size is not None:
-        args.ffn_hidden_size = 256 * -(-int(args.hidden_size * 4 * 2 / 3) // 256)
+        args.ffn_hidden_size = glu_width(args.hidden_size)
 
 
 def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):

@@ -70,11 +70,10 @@ def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[
     """
     config = read_json(source / "config.json")
     args = megatron_args(config)
-    tensors = HFTensors(source)
+    tensors = HFTensors(source, args.ffn_hidden_size)
     if not args.untie_embeddings_and_output_weights:
         # a second copy of the embeddings, which fla does not read either
         tensors.stored.pop("lm_head.weight", None)
-    tensors.split_gates(args.ffn_hidden_size)
     table = {w.name: w for w in weights(args, args.vocab_size)}
     check_tensors(source, {n: s for w in table.values() for n, s in w.parts.items()}, tensors.stored)
     plan = {}

@@ -30,8 +30,7 @@ def compare(hf: Path, megatron: Path) -> str:
         UsageError: they differ by more than rounding.
     """
     model = megatron_args(read_json(hf / "config.json"))
-    tensors = HFTensors(hf)
-    tensors.split_gates(model.ffn_hidden_size)
+    tensors = HFTensors(hf, model.ffn_hidden_size)
     tokens = torch.randint(model.vocab_size, (BATCH, TIME), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         theirs = hf_logits(model, lambda name: tensors.read(name).float(), tokens)

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from hgrn2_megatron.arguments import GPT, MODULE, full_spec
+from hgrn2_megatron.arguments import GPT, MODULE, full_spec, glu_width
 from hgrn2_megatron.config import ATTENTION, HGRN2, HGRN2Config, UsageError
 
 # Megatron's default for --make-vocab-size-divisible-by, which every usual TP size divides
@@ -56,7 +56,7 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
             _refuse("num_heads", c.get("num_heads"), "without expand_ratio it must divide hidden_size")
         expand = d // c["num_heads"]
     attention = _attention(c.get("attn"), d, depth)
-    width = c.get("intermediate_size") or 256 * -(-int(d * (c.get("hidden_ratio") or 4) * 2 / 3) // 256)
+    width = c.get("intermediate_size") or glu_width(d, c.get("hidden_ratio") or 4)
     positions = c.get("max_position_embeddings", 2048)
     layers = attention["layers"]
     hgrn2 = HGRN2Config(
@@ -64,9 +64,9 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
         layer_pattern="".join(ATTENTION if layer in layers else HGRN2 for layer in range(depth)) if layers else HGRN2,
         lower_bounds="learned" if c.get("use_lower_bound", True) else "none",
     )
-    heads = attention.get("num_heads") or hgrn2.num_heads(d)
+    hgrn2_heads = hgrn2.num_heads(d)
+    heads = attention.get("num_heads") or hgrn2_heads
     groups = attention.get("num_kv_heads") or heads
-    hgrn2.num_heads(d)
     dtype = str(c.get("dtype") or c.get("torch_dtype")).removeprefix("torch.")
     return argparse.Namespace(
         spec=[MODULE, GPT],

@@ -30,6 +30,10 @@ def read_json(path: Path) -> dict[str, Any]:
 class HFTensors:
     """The tensors of a Hugging Face folder by name, in one safetensors file or several.
 
+    Args:
+        folder: where the files are.
+        width: of the channel mixer, by which a gate and its up projection in one matrix are told apart.
+
     Attributes:
         stored: name -> (shape, dtype).
 
@@ -37,7 +41,7 @@ class HFTensors:
         UsageError: a file is missing, cut off, or has a dtype that is no model's.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, width: int):
         index, whole = folder / INDEX, folder / "model.safetensors"
         names = sorted(set((read_json(index).get("weight_map") or {}).values())) if index.is_file() else [whole.name]
         self.stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -56,8 +60,9 @@ class HFTensors:
                     raise UsageError(f"{path}: {name} has dtype {part.get_dtype()}, not one of {[*DTYPES]}")
                 self.stored[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
                 self._where[name] = (file, name, slice(None))
+        self._split_gates(width)
 
-    def split_gates(self, width: int):
+    def _split_gates(self, width: int):
         """Name the halves of what fla kept as one matrix before February 2025: gate over up, under the gate's name."""
         for gate, ((rows, *rest), dtype) in list(self.stored.items()):
             up = gate.replace("gate_proj", "up_proj")

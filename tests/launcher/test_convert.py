@@ -202,18 +202,11 @@ def test_through_a_run_of_megatron(tmp_path, monkeypatch):
 
     (tmp_path / "batches").mkdir()
     monkeypatch.setenv("BATCHES", str(tmp_path / "batches"))
+    model = "--num-attention-heads 4 --num-query-groups 2 --group-query-attention --vocab-size 128".split()
+    load = ("--load", tmp_path / "megatron", "--use-checkpoint-args")
+    save = ("--save", tmp_path / "trained", "--save-interval", 2, "--exit-interval", 2)
     losses, _ = train(
-        *(*HGRN2, "--num-attention-heads", 4, "--num-query-groups", 2, "--group-query-attention"),
-        *(
-            "--load",
-            tmp_path / "megatron",
-            "--use-checkpoint-args",
-            "--vocab-size",
-            128,
-            *TP2_PP2,
-            "--sequence-parallel",
-        ),
-        *("--save", tmp_path / "trained", "--save-interval", 2, "--exit-interval", 2),
+        *(*HGRN2, *model, *TP2_PP2, "--sequence-parallel", *load, *save),
         script="tests/launcher/keeps_batches.py",
         num_processes=4,
     )
