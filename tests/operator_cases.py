@@ -38,7 +38,7 @@ GATES = {
     "open": lambda x: x + 6,
     "mixed": one_scale_a_channel,
 }
-# for the kernels alone, which halve their chunks as often as gates need: a trained model's, and stronger
+# for the kernels alone, which cut a chunk into as many bands as its gates need: a trained model's, and stronger
 ALL_GATES = GATES | {
     "times-4": lambda x: 4 * x,
     "closing": lambda x: x - 6,

@@ -53,15 +53,16 @@ def _dense(q, f, v, lower_bound, h, dtype, C):
 def _chunk(a, k, g, v, h, dtype):
     """One chunk of a, k, g [B, H, C, K], v [B, H, C, V] from state h [B, H, K, V]: its output and the next state.
 
-    The state and its gradient meet operands in the frame of the chunk's middle, as far as bf16 has exponents.
+    The state and its gradient meet operands in the frame of the chunk's middle, as far as the limit.
     """
     C = a.shape[2]
     i = torch.arange(C, device=a.device)
     through, after = (_decay(rows, g, dtype, exact=True) for rows in (i <= i[:, None], i > i[:, None]))
     half = through[:, :, -1:] / 2
-    frame = half.detach().clamp_min(-LIMIT)
+    limit = LIMIT_FP32 if dtype == torch.float32 else LIMIT
+    frame = half.detach().clamp_min(-limit)
     framed = torch.exp2(frame).mT * h
-    slow = half.amin(-1, keepdim=True) < -(LIMIT_FP32 if dtype == torch.float32 else LIMIT)
+    slow = half.amin(-1, keepdim=True) < -limit
     o, scores = _within_limit(a, k, g, framed, half - frame, dtype)
     exact = Product.apply(Operand.apply(a, through - frame, dtype), framed, dtype), _exactly(a, k, g, dtype)
     o, scores = (torch.where(slow, x, y) for x, y in zip(exact, (o, scores), strict=True))

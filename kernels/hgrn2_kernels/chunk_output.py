@@ -1,19 +1,28 @@
 """Outputs of a chunk from the state at its border: o forward, dv in the backward. One program a (chunk, head).
 
-A chunk within the limit takes one product, in the frame of its middle. The others are taken exactly, level by level: in
-each block of 2^shift tokens, queries of the second half meet keys of the first through the token between them, so that
-every exponent is at most 0. A flag of chunk_state says which.
+A chunk within the limit takes one product, in the frame of its middle. Beyond it, tokens are dealt out to bands of
+decay, in each channel by itself, from the border of the state on: of the two operands of a score the one nearer to that
+border says in which band's frame they meet, and the other may fade there, but not grow beyond the limit. Where that
+would be too many bands, the chunk is taken exactly, level by level: in each block of 2^shift tokens, queries of the
+second half meet keys of the first through the token between them, so that every exponent is at most 0. chunk_state says
+which.
 """
 
 import triton
 import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
+    BANDED,
+    EXACT,
+    FAST,
     channels,
     dot,
     exp2,
+    form_of,
     frame,
     gate,
+    in_band,
+    limit,
     load_matrix,
     load_tokens,
     padded,
@@ -33,7 +42,7 @@ def chunk_output_kernel(
     y,  # [B, T, H, V] v, or do where REVERSE
     bound,  # [H, K] fp32, read where BOUNDED
     states,  # [chunks, H, K, V], of chunk_state_kernel
-    slow,  # [chunks, H, K / BK] int8
+    bands,  # [chunks, H, K / BK] int8
     o,  # [B, T, H, V], out: o, or dv where REVERSE
     sums,
     ones,
@@ -71,19 +80,21 @@ def chunk_output_kernel(
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
     item = tl.program_id(0)
-    any_slow = tl.load(slow + item * NK)
+    most = tl.load(bands + item * NK)
     for n in tl.static_range(1, NK):
-        any_slow = any_slow | tl.load(slow + item * NK + n)
-    o_v = tl.arange(0, BV)
-    eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    i_c, i_h = item // H, item % H
-    place = item.to(tl.int64)
-    i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
-    # two pieces of code, of which a chunk runs one: together they would need more registers than there are
-    for EXACT in tl.static_range(2):
-        if (start < end) & ((any_slow != 0) == (EXACT == 1)):
+        most = tl.maximum(most, tl.load(bands + item * NK + n))
+    form = form_of(most)
+    # three pieces of code, of which a chunk runs one. Each makes all that it needs for itself: what is made before them
+    # is kept for all, and the fast form has no registers for that
+    for FORM in tl.static_range(3):
+        if form == FORM:
+            o_v = tl.arange(0, BV)
+            eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
+            i = tl.arange(0, C)[:, None]
+            j = tl.arange(0, C)[None, :]
+            i_c, i_h = item // H, item % H
+            place = item.to(tl.int64)
+            i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
             t = start.to(tl.int64)
             left = end - start
             p_q = q + i_b * stride_qb + t * stride_qt + i_h * stride_qh
@@ -92,16 +103,15 @@ def chunk_output_kernel(
             if FULL and V == BV:
                 # needed last, and there are no registers to load it early
                 prefetch_rows(p_y, stride_yt, V, C)
-                if EXACT and K % BK == 0:
+                if FORM != FAST and K % BK == 0:
                     # no pipeline fetches these
                     prefetch_rows(p_f, stride_ft, K, C)
                     prefetch_rows(p_q, stride_qt, K, C)
                     prefetch_rows(states + place * K * V, V, V, K)
             scores = tl.zeros([C, C], tl.float32)
             out = tl.zeros([C, BV], tl.float32)
-            if EXACT:
-                apart = tl.where((i < j) if REVERSE else (i > j), i ^ j, 0)
-            for i_k in tl.range(0, NK, num_stages=1 if EXACT else STAGES):
+            causal = (i <= j) if REVERSE else (i >= j)
+            for i_k in tl.range(0, NK, num_stages=STAGES if FORM == FAST else 1):
                 o_k = i_k * BK + tl.arange(0, BK)
                 b = tl.zeros([BK], tl.float32)
                 if BOUNDED:
@@ -113,40 +123,46 @@ def chunk_output_kernel(
                 g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None], DT)
                 a = silu(channels(b_q, eye), inverse_scale)
 
-                shift = LEVELS
-                same = i >= 0
-                if EXACT:
-                    # halve the blocks until their operands fit, if need be down to one token
-                    for _ in tl.range(0, tl.load(slow + place * NK + i_k).to(tl.int32), num_stages=1):
-                        decay = sum_gates(g, load_matrix(sums, LEVELS + shift, C), False)
+                zero = tl.zeros([C, C], tl.float32)
+                if FORM == FAST:
+                    decay = sum_gates(g, load_matrix(sums, 0, C), False)
+                    qd = (a * exp2(decay)).to(DT)
+                    kd = (k * exp2(-decay)).to(DT)
+                    read = kd if REVERSE else qd
+                    product = dot(tl.trans(kd), qd, zero) if REVERSE else dot(tl.trans(qd), kd, zero)
+                    # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
+                    scores += tl.where(causal, product, 0.0)
+                else:
+                    # to the border that the state is at, less what it has been decayed by towards the middle
+                    border = sum_gates(g, load_matrix(sums, LEVELS + 2 if REVERSE else LEVELS + 1, C), False)
+                    e = border - frame(sum_all_gates(g, ones, C), DT)
+                    # of a score, the operand that also reads the state, and the one that writes it in chunk_state
+                    reader, writer = (k, a) if REVERSE else (a, k)
+                    read = (reader * exp2(e)).to(DT)
+                out = dot(tl.trans(read), b_h.to(DT), out)
+                if FORM == BANDED:
+                    # masked at last: what a reader before a band would have of it is not causal, and may be infinite
+                    written = tl.where(in_band(e, DT), writer * exp2(-e), 0.0).to(DT)
+                    scores = dot(tl.trans(read), written, scores)
+                    for _ in tl.range(1, tl.load(bands + place * NK + i_k).to(tl.int32), num_stages=1):
+                        e += 2 * limit(DT)
+                        read = (reader * exp2(tl.minimum(e, limit(DT)))).to(DT)
+                        written = tl.where(in_band(e, DT), writer * exp2(-e), 0.0).to(DT)
+                        scores = dot(tl.trans(read), written, scores)
+                if FORM == EXACT:
+                    apart = tl.where(causal, i ^ j, 0)
+                    shift = LEVELS
+                    for _ in tl.range(0, LEVELS, num_stages=1):
+                        decay = sum_gates(g, load_matrix(sums, shift, C), False)
                         shift -= 1
                         second = ((j >> shift) & 1) != 0
                         operand = (tl.where(second, a, k) * exp2(decay)).to(DT)
-                        product = dot(tl.trans(operand), operand, tl.zeros([C, C], tl.float32))
                         # the highest bit in which two tokens differ says at which level they meet
+                        product = dot(tl.trans(operand), operand, zero)
                         scores += tl.where((apart >> shift) == 1, product, 0.0)
-                    same = (i >> shift) == (j >> shift)
-                decay = sum_gates(g, load_matrix(sums, shift, C), False)
-                qd = (a * exp2(decay)).to(DT)
-                kd = (k * exp2(-decay)).to(DT)
-                # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
-                if REVERSE:
-                    scores += tl.where((i <= j) & same, dot(tl.trans(kd), qd, tl.zeros([C, C], tl.float32)), 0.0)
-                else:
-                    scores += tl.where((i >= j) & same, dot(tl.trans(qd), kd, tl.zeros([C, C], tl.float32)), 0.0)
-                if EXACT:
-                    # to the border that the state is at, less what it has been decayed by towards the middle
-                    framed = frame(sum_all_gates(g, ones, C))
-                    if REVERSE:
-                        decay = sum_gates(g, load_matrix(sums, 2 * LEVELS + 2, C), False)
-                        kd = (k * exp2(decay - framed)).to(DT)
-                    else:
-                        decay = sum_gates(g, load_matrix(sums, 2 * LEVELS + 1, C), False)
-                        qd = (a * exp2(decay - framed)).to(DT)
-                if REVERSE:
-                    out = dot(tl.trans(kd), b_h.to(DT), out)
-                else:
-                    out = dot(tl.trans(qd), b_h.to(DT), out)
+                    scores += tl.where(i == j, dot(tl.trans(a.to(DT)), k.to(DT), zero), 0.0)
+            if FORM == BANDED:
+                scores = tl.where(causal, scores, 0.0)
             b_y = load_tokens(p_y, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
             rounded = scores.to(DT)
             if K < 64 and DT != tl.float32:
@@ -155,3 +171,4 @@ def chunk_output_kernel(
             out = dot(rounded, b_y, out)
             p_o = o + i_b * stride_ob + t * stride_ot + i_h * stride_oh
             store_tokens(p_o, stride_ot, o_v, left, out.to(o.dtype.element_ty), V, BV, C, FULL)
+            return

@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 
 from hgrn2_kernels.triton_math import (
+    bands_of,
     channels,
     column,
     dot,
     exp2,
     frame,
     gate,
-    halvings,
     load_matrix,
     load_tokens,
     padded,
-    parts_matrix,
     silu,
     sum_gates,
+    whole_matrix,
 )
 
 
@@ -37,7 +37,7 @@ def chunk_state_kernel(
     first,  # [segments, H, K, V] fp32: state before the segment (after it where REVERSE); read where HAS_FIRST
     first_rows,  # [segments] int32, the row of first that a segment takes, -1 for zeros; read where ROWS
     states,  # [chunks, H, K, V], out where STATES: the state entering each chunk (leaving it where REVERSE), framed
-    slow,  # [chunks, H, K / BK] int8, out where STATES and not REVERSE: halvings that the fast form needs
+    bands,  # [chunks, H, K / BK] int8, out where STATES and not REVERSE: how many the chunk is cut into
     last,  # [segments, H, K, V] fp32, out where LAST: state after the segment (before it where REVERSE)
     decays,  # [segments, H, K] fp32, out where DECAYS: log2 decay of a state that passes the segment
     sums,
@@ -115,8 +115,8 @@ def chunk_state_kernel(
     m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
     # gates between a token and the end of the chunk that its part of the state is written at
-    matrix = load_matrix(sums, 2 * LEVELS + 1 if REVERSE else 2 * LEVELS + 2, C)
-    parts = parts_matrix(C, DT)
+    matrix = load_matrix(sums, LEVELS + 1 if REVERSE else LEVELS + 2, C)
+    all_tokens = whole_matrix(C, DT)
     eye = load_matrix(ones, 0, C).to(f.dtype.element_ty)
     b = tl.zeros([BK], tl.float32)
     if BOUNDED:
@@ -139,15 +139,14 @@ def chunk_state_kernel(
         b_y = load_tokens(p_y + t * stride_yt, stride_yt, o_v, left, V, BV, C, FULL).to(DT)
         g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None], DT)
         decay = sum_gates(g, matrix, False)
-        decays_of_parts = sum_gates(g, parts, False)
-        whole = column(decays_of_parts, 0)
+        whole = column(sum_gates(g, all_tokens, False), 0)
 
         if STATES:
             place = (chunk + i_t) * H + i_h
-            stored = state * exp2(frame(whole))[:, None]
+            stored = state * exp2(frame(whole, DT))[:, None]
             tl.store(states + place * K * V + o_kv, stored.to(states.dtype.element_ty), mask=m_kv)
             if not REVERSE:
-                tl.store(slow + place * NK + i_k, halvings(decays_of_parts, LEVELS, DT).to(tl.int8))
+                tl.store(bands + place * NK + i_k, bands_of(whole, DT).to(tl.int8))
         if DECAYS:
             passed += whole
 

@@ -33,8 +33,8 @@ def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output
         o: [B, T, H, V] dtype of v.
         final_state: [N, H, K, V] fp32; None unless asked for.
         saved: what spares the backward some work. With save_states, the states [chunks, H, K, V] of `Config.dtype`
-            that enter the chunks, decayed towards their middle, and [chunks, H, blocks of K] int8, whether the exact
-            form took the chunk. Without, the states [segments, H, K, V] fp32 that enter the segments, or nothing.
+            that enter the chunks, decayed towards their middle, and [chunks, H, blocks of K] int8, how many bands
+            of decay a chunk has. Without, the states [segments, H, K, V] fp32 that enter the segments, or nothing.
     """
     q, f, v = (unit_stride(x) for x in (q, f, v))
     with torch.cuda.device_of(q):
@@ -44,7 +44,7 @@ def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output
         run.output(v, states, o)
     final_state = final_state if output_final_state else None
     if save_states:
-        return o, final_state, (states, run.slow)
+        return o, final_state, (states, run.bands)
     return o, final_state, (entering,) if run.plan.keeps_entering else ()
 
 
@@ -60,9 +60,9 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
     """
     dq, df, dv = (dense_like(x) for x in (q, f, v)) if into is None else into
     q, f, v, do = (unit_stride(x) for x in (q, f, v, do))
-    states, slow = saved if len(saved) == 2 else (None, None)
+    states, bands = saved if len(saved) == 2 else (None, None)
     with torch.cuda.device_of(q):
-        run = Launches(q, f, v, lower_bound, scale, cu_seqlens, slow)
+        run = Launches(q, f, v, lower_bound, scale, cu_seqlens, bands)
         if states is None:
             states, *_ = run.states(v, initial_state, wants_last=False, entering=saved[0] if saved else None)
         wants_last = initial_state is not None
@@ -84,20 +84,20 @@ def dense_like(x: Tensor) -> Tensor:
 class Launches:
     """The launches over one set of inputs, with the flags of the chunks where an earlier pass has set them."""
 
-    def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, slow=None):
+    def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
         packed = cu_seqlens is not None
         N = cu_seqlens.shape[0] - 1 if packed else None
         self.plan = plan = Plan.of(q, f, v, lower_bound is not None, scale, N)
-        if slow is None:
+        if bands is None:
             # packed sequences may leave chunks over, whose flags nobody writes
             flags = q.new_zeros if packed else q.new_empty
-            slow = flags((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
-        self.slow = slow
-        self.bound = slow if lower_bound is None else lower_bound.contiguous()
+            bands = flags((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
+        self.bands = bands
+        self.bound = bands if lower_bound is None else lower_bound.contiguous()
         self.q, self.f = q, f
         self.sums, self.ones = matrices(q.device, plan.config.C, plan.config.dtype)
         # pointers that a kernel does not read or write still need a tensor
-        self.none = slow
+        self.none = bands
         self.cu_seqlens = self.chunk_sequence = self.chunk_first = self.none
         self.segment_sequence = self.segment_first = self.none
         if packed:
@@ -183,7 +183,7 @@ class Launches:
         first, rows, states, last, decays = (self.none if x is None else x for x in (first, rows, states, last, decays))
         launch = _chunk_state(self.plan, y.stride(), reverse, *given)
         launch(
-            *(self.q, self.f, y, self.bound, first, rows, states, self.slow, last, decays, self.sums, self.ones),
+            *(self.q, self.f, y, self.bound, first, rows, states, self.bands, last, decays, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first),
         )
 
@@ -191,7 +191,7 @@ class Launches:
         """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the gradients of the leaving."""
         launch = _chunk_output(self.plan, y.stride(), out.stride(), reverse)
         launch(
-            *(self.q, self.f, y, self.bound, states, self.slow, out, self.sums, self.ones),
+            *(self.q, self.f, y, self.bound, states, self.bands, out, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
         )
 
@@ -205,7 +205,7 @@ class Launches:
             dbound = parts((plan.H, plan.K, plan.chunks.NC))
         launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
         launch(
-            *(self.q, self.f, v, do, self.bound, states, dstates, self.slow, dq, df, dbound, self.sums, self.ones),
+            *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, dbound, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
         )
         return dbound.sum(-1) if plan.bounded else None

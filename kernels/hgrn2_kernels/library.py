@@ -13,11 +13,11 @@ from hgrn2_kernels.chunk_triton import chunk_backward, chunk_forward, dense_like
 _library = torch.library.Library("hgrn2", "DEF")
 _library.define(
     "chunk(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor? initial_state, Tensor? cu_seqlens, float scale,"
-    " bool save_states) -> (Tensor o, Tensor final_state, Tensor states, Tensor slow)"
+    " bool save_states) -> (Tensor o, Tensor final_state, Tensor states, Tensor bands)"
 )
 _library.define(
     "chunk_backward(Tensor do, Tensor dfinal_state, Tensor q, Tensor f, Tensor v, Tensor? lower_bound,"
-    " Tensor? initial_state, Tensor? cu_seqlens, Tensor states, Tensor slow, float scale)"
+    " Tensor? initial_state, Tensor? cu_seqlens, Tensor states, Tensor bands, float scale)"
     " -> (Tensor dq, Tensor df, Tensor dv, Tensor dlower_bound, Tensor dinitial_state)"
 )
 
@@ -26,12 +26,12 @@ def _chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states):
     inputs = q, f, v, lower_bound, initial_state, cu_seqlens
     o, final_state, saved = chunk_forward(*inputs, scale, save_states=save_states)
     # what enters the segments is not kept: its shape would tie traced code to one length
-    states, slow = saved if save_states else (o.new_empty(0), o.new_empty(0, dtype=torch.int8))
-    return o, final_state, states, slow
+    states, bands = saved if save_states else (o.new_empty(0), o.new_empty(0, dtype=torch.int8))
+    return o, final_state, states, bands
 
 
-def _chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, slow, scale):
-    saved = (states, slow) if states.numel() else ()
+def _chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, bands, scale):
+    saved = (states, bands) if states.numel() else ()
     dq, df, dv, dbound, dinitial = chunk_backward(
         do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved
     )
@@ -54,20 +54,20 @@ def _chunk_fake(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_sta
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     config = Config.of(q.dtype, K, V)
     final_state = v.new_empty((N, H, K, V), dtype=torch.float32)
-    states, slow = [0], [0]
+    states, bands = [0], [0]
     if save_states:
         NC = Chunks.of(q.shape[0], q.shape[1], None if cu_seqlens is None else N, config.C).NC
-        states, slow = [NC, H, K, V], [NC, H, config.blocks(K)]
+        states, bands = [NC, H, K, V], [NC, H, config.blocks(K)]
     return (
         dense_like(v),
         final_state,
         v.new_empty(states, dtype=config.dtype),
-        v.new_empty(slow, dtype=torch.int8),
+        v.new_empty(bands, dtype=torch.int8),
     )
 
 
 @torch.library.register_fake("hgrn2::chunk_backward", lib=_library)
-def _chunk_backward_fake(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, slow, scale):
+def _chunk_backward_fake(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, bands, scale):
     dbound = _or_empty(None if lower_bound is None else torch.empty_like(lower_bound), q)
     dinitial = _or_empty(None if initial_state is None else initial_state.new_empty(initial_state.shape), q)
     return dense_like(q), dense_like(f), dense_like(v), dbound, dinitial
@@ -134,10 +134,10 @@ def _setup_context(ctx, inputs, output):
     ctx.scale = scale
 
 
-def _backward(ctx, do, dfinal_state, _states, _slow):
-    *tensors, states, slow = ctx.saved_tensors
+def _backward(ctx, do, dfinal_state, _states, _bands):
+    *tensors, states, bands = ctx.saved_tensors
     _, _, _, lower_bound, initial_state, _ = tensors
-    dq, df, dv, dbound, dinitial = torch.ops.hgrn2.chunk_backward(do, dfinal_state, *tensors, states, slow, ctx.scale)
+    dq, df, dv, dbound, dinitial = torch.ops.hgrn2.chunk_backward(do, dfinal_state, *tensors, states, bands, ctx.scale)
     dbound = None if lower_bound is None else dbound
     dinitial = None if initial_state is None else dinitial
     return dq, df, dv, dbound, dinitial, None, None, None

@@ -15,11 +15,18 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 # raw gate of a padding token: so open that the state passes unchanged (forget 1, key 0)
 OPEN = tl.constexpr(1.0e4)
-# largest decay, in powers of two, between the middle of a block of tokens and its ends that the fast form takes: its
-# operands carry the decay and its inverse, and have to stay inside the exponents of bf16 with room for their product
+# largest decay, in powers of two, between the middle of a chunk, or of a band of it, and its ends: operands carry the
+# decay and its inverse, and have to stay inside the exponents of bf16 with room for their product
 LIMIT = tl.constexpr(96.0)
 # the same for fp32, where the roundings of larger decays would show
 LIMIT_FP32 = tl.constexpr(20.0)
+LARGEST, LARGEST_FP32 = tl.constexpr(2.0**LIMIT.value), tl.constexpr(2.0**LIMIT_FP32.value)
+# the most bands that a chunk is cut into: with more, what each token reads of its own write would drown what closed
+# gates leave of the others', and the exact form is hardly slower. In fp32 it would do so from the second band on
+BANDS = tl.constexpr(4)
+BANDS_FP32 = tl.constexpr(1)
+# the forms of a chunk: one product, a product a band, or exact
+FAST, BANDED, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # log gates lie in [-125, 0]: in fp16, this many to a power of two, they keep 11 bits down to 2^-23
 UNIT = tl.constexpr(512.0)
 
@@ -161,31 +168,37 @@ def sum_tokens(x, matrix):
 
 
 @triton.jit
-def parts_matrix(C: tl.constexpr, DT: tl.constexpr):
-    """[C, 16]: (g matrix) has the decay of a chunk in column 0, then those of its halves, its quarters, its eighths."""
-    i = tl.arange(0, C)[:, None]
-    part = tl.arange(0, 16)[None, :]
-    halves = (part >= 1) & (part < 3) & (i // (C // 2) == part - 1)
-    quarters = (part >= 3) & (part < 7) & (i // (C // 4) == part - 3)
-    eighths = (part >= 7) & (i // (C // 8) == part - 7)
-    ones = (part == 0) | halves | quarters | eighths
-    if DT == tl.float32:
-        return tl.where(ones, 1.0, 0.0)
-    else:
-        return tl.where(ones, 1.0 / UNIT, 0.0).to(tl.float16)
+def limit(DT: tl.constexpr):
+    return LIMIT_FP32 if DT == tl.float32 else LIMIT
 
 
 @triton.jit
-def halvings(parts, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """How often to halve the blocks of a chunk until the fast form works in each, from [D, 16], the decay of its parts.
+def whole_matrix(C: tl.constexpr, DT: tl.constexpr):
+    """[C, 16]: each column of (g matrix) is the decay of a chunk."""
+    if DT == tl.float32:
+        return tl.full([C, 16], 1.0, tl.float32)
+    else:
+        return tl.full([C, 16], 1.0 / UNIT, tl.float16)
 
-    As long as there is a block whose middle is too far from its ends; beyond eighths of a chunk, blocks of one token. A
-    block decays by no less than a part of it.
-    """
-    part = tl.arange(0, 16)[None, :]
-    needed = 1 + (part >= 1).to(tl.int32) + (part >= 3).to(tl.int32) + (LEVELS - 3) * (part >= 7).to(tl.int32)
-    far = parts < -2 * (LIMIT_FP32 if DT == tl.float32 else LIMIT)
-    return tl.max(tl.max(tl.where(far, needed, 0), 1), 0)
+
+@triton.jit
+def bands_of(whole, DT: tl.constexpr):
+    """How many bands a chunk needs whose channels decay by `whole` [D]: 1 within the limit, BANDS + 1 for too many."""
+    # bands are told apart by whole powers of two, and sums of the other kernels may differ in the last digit
+    needed = ((tl.max(-whole, 0) + 1.5) * (0.5 / limit(DT))).to(tl.int32) + 1
+    return tl.where(needed <= (BANDS_FP32 if DT == tl.float32 else BANDS), needed, BANDS + 1)
+
+
+@triton.jit
+def form_of(n):
+    """The form that a chunk of n bands takes; none where n is 0, for a chunk that packed sequences leave over."""
+    return tl.where(n == 0, -1, tl.where(n == 1, FAST, tl.where(n <= BANDS, BANDED, EXACT)))
+
+
+@triton.jit
+def in_band(e, DT: tl.constexpr):
+    """Of exponents e in a band's frame, those of its own tokens: every token is in one band."""
+    return (e <= limit(DT)) & (e > -limit(DT))
 
 
 @triton.jit
@@ -195,9 +208,9 @@ def column(x, n: tl.constexpr):
 
 
 @triton.jit
-def frame(whole):
-    """Decay of a stored state towards the middle of a chunk that decays by `whole`, as far as bf16 has exponents."""
-    return tl.maximum(0.5 * whole, -LIMIT)
+def frame(whole, DT: tl.constexpr):
+    """Decay of a stored state towards the middle of a chunk that decays by `whole`, as far as the limit."""
+    return tl.maximum(0.5 * whole, -limit(DT))
 
 
 @triton.jit

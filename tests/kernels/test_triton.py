@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from operator_cases import ALL_GATES, CEILING, NAMES, bounds, make_inputs, relative_error, run
+from operator_cases import ALL_GATES, CEILING, NAMES, assert_equal, bounds, make_inputs, relative_error, run
 from rounding_twin import twin
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_plan, chunk_triton, library, recurrent_hgrn2, segment_states
+from hgrn2_kernels import chunk_plan, chunk_triton, library, recurrent_hgrn2, segment_states, triton_math
 from hgrn2_kernels.segments_triton import SegmentStates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,15 +55,33 @@ def test_fp32_is_the_recurrence_for_any_gate(gate):
     check(on_device(make_inputs((1, 70, 2, 32, 16), gate, "half-zero", dtype=torch.float32)))
 
 
-def test_a_chunk_is_halved_as_often_as_its_gates_need():
+@pytest.mark.parametrize(("most", "expected"), [(1, [1, 5, 5, 5, 5]), (4, [1, 2, 4, 5, 5])], ids=str)
+def test_a_chunk_has_as_many_bands_as_its_gates_need(most, expected, monkeypatch):
     """Five chunks of 32 tokens whose gates, of one strength each, decay by 1, 2, 4, 8 and 16 powers of two a token."""
+    in_fp32(most, monkeypatch)
     log2_gate = torch.tensor([-1.0, -2, -4, -8, -16], dtype=torch.float64).repeat_interleave(32)
     # a 16-channel block of which one channel is so strong
     f = torch.full((1, 160, 1, 16), 6.0)
     f[0, :, 0, 5] = torch.logit(log2_gate.exp2()).float()
     q, _, v, _, _ = make_inputs((1, 160, 1, 16, 16), dtype=torch.float32)
-    *_, halvings = torch.ops.hgrn2.chunk(*(x.to(DEVICE) for x in (q, f, v)), None, None, None, 1.0, True)
-    assert halvings.flatten().tolist() == [0, 1, 2, 3, 5]
+    *_, bands = torch.ops.hgrn2.chunk(*(x.to(DEVICE) for x in (q, f, v)), None, None, None, 1.0, True)
+    assert bands.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("gate", ["times-4", "closed-now-and-then", "mixed"])
+def test_bands_are_the_recurrence_too(gate, monkeypatch):
+    """What fp32 leaves to the exact form, to what a band's exponents, whole 2^-13, leave of fp32."""
+    in_fp32(4, monkeypatch)
+    inputs = on_device(make_inputs((1, 70, 2, 32, 16), gate, "half-zero", dtype=torch.float32))
+    gold, got = run(recurrent_hgrn2, inputs, dtype=torch.float64), run(triton_op, inputs)
+    assert_equal(got, gold, 1e-4, inputs[3])
+
+
+def in_fp32(most, monkeypatch):
+    """Let fp32 take up to that many bands."""
+    if DEVICE == "cuda" and most > 1:
+        pytest.skip("compiled kernels keep their constants; on a GPU 16-bit inputs have bands")
+    monkeypatch.setattr(triton_math, "BANDS_FP32", triton_math.tl.constexpr(most))
 
 
 @pytest.mark.parametrize("bound", ["none", "zero", "learned"])
