@@ -23,7 +23,7 @@ exec torchrun --nproc_per_node "$GPUS" --nnodes "$NODES" --node_rank "${NODE_RAN
     --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 \
     --untie-embeddings-and-output-weights --bf16 --transformer-impl transformer_engine \
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \
-    --cross-entropy-loss-fusion --cross-entropy-fusion-impl native \
+    --hgrn2-loss-chunk-size 8192 \
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
     --no-create-attention-mask-in-dataloader \
     $data --tokenizer-type NullTokenizer --vocab-size 32000 \

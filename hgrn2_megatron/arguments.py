@@ -20,6 +20,8 @@ SILENT = {
     "attention_dropout": 0.0,
     # decided once the layer pattern is known
     "position_embedding_type": None,
+    # of the states in Megatron's dynamic batching
+    "mamba_inference_ssm_states_dtype": "fp32",
 }
 
 
@@ -43,6 +45,7 @@ class HGRN2TransformerConfig(TransformerConfig):
     Attributes:
         hgrn2_packed_layout: how packed sequences are dealt out to context parallel ranks, "documents" or "stream";
             None where Megatron's command line says so.
+        hgrn2_loss_chunk_size: tokens whose logits exist at a time in training; None for Megatron's own loss.
     """
 
     hgrn2_expand_ratio: int = HGRN2Config.expand_ratio
@@ -50,6 +53,7 @@ class HGRN2TransformerConfig(TransformerConfig):
     hgrn2_lower_bounds: str = HGRN2Config.lower_bounds
     hgrn2_norm_eps: float = HGRN2Config.norm_eps
     hgrn2_packed_layout: str | None = None
+    hgrn2_loss_chunk_size: int | None = None
 
 
 def spec_of(argv: list[str]) -> list[str] | None:
@@ -102,6 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=HGRN2Config.norm_eps,
         help="epsilon of the RMSNorm inside the HGRN2 mixer; --norm-epsilon is that of the block's norms",
     )
+    group.add_argument(
+        "--hgrn2-loss-chunk-size",
+        type=int,
+        metavar="TOKENS",
+        help="compute output layer and cross-entropy by chunks of so many of a rank's tokens, so that the logits of no "
+        "more exist at a time; without it Megatron makes those of the whole micro-batch",
+    )
     return parser
 
 
@@ -120,6 +131,8 @@ def fill_silent(args: argparse.Namespace):
         args.position_embedding_type = "rope" if ATTENTION in pattern else "none"
     if args.ffn_hidden_size is None and args.hidden_size is not None:
         args.ffn_hidden_size = glu_width(args.hidden_size)
+    # Megatron's tools/run_text_generation_server.py asks for the flag under a name that it does not have
+    args.inference_max_sequence_length = getattr(args, "inference_max_seq_length", None)
 
 
 def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):

@@ -61,10 +61,12 @@ def banner(config, hgrn2: HGRN2Config, num_blocks: int, warnings: list[str]) -> 
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     op = implementation(device, config.params_dtype)
+    size = getattr(config, "hgrn2_loss_chunk_size", None)
+    loss = f", loss by {size} tokens" if size else ""
     for warning in warnings:
         print(f"HGRN2 warning: {warning}", flush=True)
     print(
         f"HGRN2: {hgrn2.num_hgrn2_layers(num_blocks)} of {num_blocks} layers, "
-        f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op={op}",
+        f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op={op}{loss}",
         flush=True,
     )

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import types
 
 import torch
@@ -39,6 +40,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # torch._dynamo indexes torch functions by identity when Megatron first imports it: patch after that
     import megatron.core.dist_checkpointing.strategies.filesystem_async
+    import megatron.core.inference.communication_utils
     import megatron.core.tensor_parallel.random
     import megatron.training.initialize
     import megatron.training.training
@@ -46,8 +48,11 @@ def install() -> None:
     _fake_torch_cuda()
     _CudaMeansCpu().__enter__()
     _keep_mode_in_backward()
+    _keep_mode_in_threads()
     _adapt_megatron_random(megatron.core.tensor_parallel.random)
-    _adapt_megatron_training(megatron.training.training)
+    _adapt_megatron_training(megatron.training)
+    # an assertion before tensors are sent
+    megatron.core.inference.communication_utils._is_cuda = lambda tensor: None
     _adapt_megatron_saving(megatron.training.initialize, megatron.core.dist_checkpointing.strategies.filesystem_async)
     _keep_rng_over_dataloader_start()
     if os.environ.get("RANK", "0") == "0":
@@ -90,6 +95,17 @@ def _keep_mode_in_backward() -> None:
     torch.autograd._engine_run_backward = under_mode
 
 
+def _keep_mode_in_threads() -> None:
+    """A mode is its thread's own; Megatron's text generation server answers each request in a new one."""
+    run = threading.Thread.run
+
+    def under_mode(self):
+        with _CudaMeansCpu():
+            run(self)
+
+    threading.Thread.run = under_mode
+
+
 class _Stream(torch.cpu.Stream):
     def __init__(self, *args, **kwargs): ...
 
@@ -106,7 +122,15 @@ class _Event(torch.cpu.Event):
         return 0.0
 
 
+class _Generator(torch.Generator):
+    """Megatron's text generation makes one by the number of a device."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
 def _fake_torch_cuda() -> None:
+    torch.Generator = _Generator
     for name in ("device_count", "set_device", "synchronize", "stream"):
         setattr(torch.cuda, name, getattr(torch.cpu, name))
     stream = _Stream()
@@ -130,10 +154,13 @@ def _adapt_megatron_random(random) -> None:
     logging.getLogger(random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
 
 
-def _adapt_megatron_training(training) -> None:
-    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+def _adapt_megatron_training(package) -> None:
+    initialize = functools.partial(package.initialize.initialize_megatron, allow_no_cuda=True)
+    # Megatron's loop and scripts that have one of their own
+    for module in (package, package.initialize, package.training):
+        module.initialize_megatron = initialize
     # a warm-up of fused kernels that would draw from the CPU's random numbers
-    training.set_jit_fusion_options = lambda *args, **kwargs: None
+    package.training.set_jit_fusion_options = lambda *args, **kwargs: None
 
 
 def _adapt_megatron_saving(initialize, filesystem_async) -> None:

@@ -95,6 +95,83 @@ def _prepare_block(block) -> None:
         banner(config, hgrn2, config.num_layers, warnings)
 
 
+def install_loss() -> None:
+    """Wrap GPTModel: with `hgrn2_loss_chunk_size` of its config, its output layer computes the losses by chunks.
+
+    A spec has no say in the output layer, which the model builds itself. Megatron lets whoever calls the model put an
+    output_processor between hidden states and loss, but that is its script; one that a caller gives is left alone.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    from hgrn2_megatron.chunked_loss import LossLayer, output_losses
+
+    def size_of(model) -> int | None:
+        return getattr(model.config, "hgrn2_loss_chunk_size", None)
+
+    def make_init(init):
+        def __init__(self, *args, **kwargs):
+            init(self, *args, **kwargs)
+            if size_of(self) and self.post_process:
+                LossLayer.take_over(self.output_layer)
+
+        return __init__
+
+    def make_postprocess(postprocess):
+        signature = inspect.signature(postprocess)
+        if "output_processor" not in signature.parameters:
+            raise RuntimeError(
+                "hgrn2_megatron does not know this Megatron release: GPTModel._postprocess has no output_processor"
+            )
+
+        def _postprocess(self, *args, **kwargs):
+            if not size_of(self):
+                return postprocess(self, *args, **kwargs)
+            given = signature.bind(self, *args, **kwargs).arguments
+            if given["labels"] is not None and given.get("output_processor") is None:
+                given["output_processor"] = output_losses
+            return postprocess(**given)
+
+        return _postprocess
+
+    _wrap(GPTModel, "__init__", ["self", "config", "transformer_layer_spec", "vocab_size"], make_init)
+    _wrap(GPTModel, "_postprocess", ["self", "hidden_states", "input_ids", "position_ids", "labels"], make_postprocess)
+
+
+def install_generation() -> None:
+    """Wrap what Megatron's dynamic batching asks of a model's layers: MambaInferenceStateConfig and the context.
+
+    They read the states' shape from Mamba's layers, take a model's dtype for theirs, and find out in the first step
+    that flash-attn is not there.
+    """
+    from megatron.core.inference.config import MambaInferenceStateConfig
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.utils import get_attr_wrapped_model
+
+    def make_states(from_model):
+        def wrapped(model, conv_states_dtype=None, ssm_states_dtype=None):
+            decoder = get_attr_wrapped_model(model, "decoder")
+            if not hasattr(decoder, "hgrn2_bounds"):
+                return from_model(model, conv_states_dtype, ssm_states_dtype)
+            from hgrn2_megatron.generation import HGRN2StateConfig
+
+            return HGRN2StateConfig.of_block(decoder, ssm_states_dtype)
+
+        return wrapped
+
+    def make_context(init):
+        def __init__(self, model_config, inference_config, *rest, **kwargs):
+            from hgrn2_megatron.generation import HGRN2StateConfig
+
+            if isinstance(states := inference_config.mamba_inference_state_config, HGRN2StateConfig):
+                states.check()
+            init(self, model_config, inference_config, *rest, **kwargs)
+
+        return __init__
+
+    _wrap(MambaInferenceStateConfig, "from_model", ["model", "conv_states_dtype", "ssm_states_dtype"], make_states)
+    _wrap(DynamicInferenceContext, "__init__", ["self", "model_config", "inference_config"], make_context)
+
+
 def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add to Megatron's parser what a run without the launcher needs: the entry point in group megatron.extra_args.
 
@@ -148,6 +225,10 @@ def install_training() -> None:
             if ours.is_hgrn2_spec(args.spec):
                 ours.fill_silent(args)
                 requirements.check(requirements.Settings(args), stack=ours.is_stack_spec(args.spec))
+            elif getattr(args, "hgrn2_loss_chunk_size", None) is not None:
+                raise UsageError(
+                    "--hgrn2-loss-chunk-size would do nothing without --spec hgrn2: give it, or drop the flag"
+                )
             return validate_args(args, *rest, **kwargs)
 
         return wrapped

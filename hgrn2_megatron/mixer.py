@@ -10,12 +10,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.context_parallel import chunk_hgrn2_of_batch, chunk_hgrn2_of_packed, packed_layout
-from hgrn2_megatron.generation import advance
+from hgrn2_megatron.generation import advance, advance_dynamic
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
 from hgrn2_megatron.pieces import STREAM
@@ -41,6 +42,8 @@ class HGRN2Mixer(MegatronModule):
         submodules: the two projections.
         layer_number: 1-based over all layers of the model, as Megatron counts them.
         pg_collection: process groups; Megatron's global ones when None.
+        pp_layer_offset: layers in the pipeline stages before, which HybridStack alone gives; None where Megatron's
+            config says it.
         name: module name for Megatron's quantization recipes.
         ignored: what Megatron hands every mixer and HGRN2 has no use for (cp_comm_type, attn_mask_type).
 
@@ -53,6 +56,7 @@ class HGRN2Mixer(MegatronModule):
         submodules: HGRN2MixerSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
         name: str | None = None,
         **ignored,
     ):
@@ -61,7 +65,8 @@ class HGRN2Mixer(MegatronModule):
         hgrn2 = HGRN2Config.of(config)
         hidden_size = config.hidden_size
         self.layer_number = layer_number
-        self.cp_group = pg_collection.cp
+        self.pp_layer_offset = pp_layer_offset
+        self.pp_group, self.cp_group = pg_collection.pp, pg_collection.cp
         self.packed_layout = packed_layout(config)
         self.head_dim = hgrn2.expand_ratio
         self._bounds: tuple[LowerBounds, int] | None = None
@@ -121,7 +126,8 @@ class HGRN2Mixer(MegatronModule):
         Args:
             hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
             attention_mask: ignored, the recurrence is causal by construction; so is what else attention takes.
-            inference_context: Megatron's StaticInferenceContext in generation, which keeps the states; else None.
+            inference_context: Megatron's StaticInferenceContext or DynamicInferenceContext in generation, which keeps
+                the states; else None. The dynamic one has packed the tokens of all requests into one row.
             packed_seq_params: Megatron's PackedSeqParams of packed sequences [t, 1, h], each of which starts from an
                 empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more. Its
                 cp_group, where it has one, takes the place of the model's.
@@ -130,16 +136,15 @@ class HGRN2Mixer(MegatronModule):
             output: like hidden_states, and None for the bias Megatron would add.
 
         Raises:
-            ValueError: generation by another engine or layout; sequences packed in another format, or dealt out to
-                context parallel ranks in an unknown layout.
+            ValueError: generation in another layout, or with what the context's own states do not allow; sequences
+                packed in another format, or dealt out to context parallel ranks in an unknown layout.
         """
         qfi, _ = self.in_proj(hidden_states)
         s, b, _ = qfi.shape
         if inference_context is None:
             operator = self._operator(packed_seq_params, s, b)
         else:
-            self._check_generation(inference_context, packed_seq_params)
-            operator = partial(advance, context=inference_context, layer_number=self.layer_number)
+            operator = self._generator(inference_context, packed_seq_params)
         mix = partial(self._mix, operator)
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
@@ -149,17 +154,19 @@ class HGRN2Mixer(MegatronModule):
             mixed = mix(qfi, self.lower_bound())
         return self.out_proj(mixed)
 
-    def _check_generation(self, context, packed_seq_params):
-        if not context.is_static_batching():
-            raise ValueError(
-                "HGRN2 layers do not take dynamic batching yet: give Megatron's StaticInferenceEngine legacy=True, or "
-                "the model a StaticInferenceContext, as examples/generate.py does"
-            )
+    def _generator(self, context, packed_seq_params) -> Callable:
+        """The operator of [b, s, H, 3, K] and the bound for the next tokens of what this context generates."""
         if self.config.sequence_parallel or self.cp_group.size() > 1 or packed_seq_params is not None:
             raise ValueError(
                 "HGRN2 layers generate from unpacked sequences without sequence or context parallelism: drop "
                 "--sequence-parallel and --context-parallel-size"
             )
+        if context.is_static_batching():
+            return partial(advance, context=context, layer_number=self.layer_number)
+        offset = self.pp_layer_offset
+        if offset is None:
+            offset = get_transformer_layer_offset(self.config, pp_rank=self.pp_group.rank())
+        return partial(advance_dynamic, context=context, layer_number=self.layer_number - offset)
 
     def _operator(self, packed_seq_params, num_tokens: int, batch: int) -> Callable:
         """The operator of [b, s, H, 3, K] and the bound for these sequences."""

@@ -51,6 +51,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
+    _check_loss(settings, stack)
     return _warnings(settings, hgrn2)
 
 
@@ -207,6 +208,36 @@ def _check_dimensions(s: Settings, hgrn2: HGRN2Config):
                 f"--fp8-format {s.fp8} ({s.fp8_recipe}) needs the {local} channels of a TP rank to be a multiple "
                 f"of {multiple}: change --hidden-size {s.hidden_size} or --tensor-model-parallel-size {tp}"
             )
+
+
+# what --hgrn2-loss-chunk-size does not go with, as above
+NOT_WITH_CHUNKED_LOSS = (
+    (lambda s: s.cross_entropy_loss_fusion, "--cross-entropy-loss-fusion", "drop one of them"),
+    (lambda s: s.defer_embedding_wgrad_compute, "--defer-embedding-wgrad-compute", "drop one of them"),
+    (lambda s: s.fp8_output_proj, "--fp8-output-proj", "drop one of them"),
+    (lambda s: s.logit_dtype, "--output-logit-dtype", "drop it: the loss is computed in fp32 from the model's dtype"),
+    (
+        lambda s: (s.tensor_parallel_num_weight_shards or 1) > (s.tensor_model_parallel_size or 1),
+        "--tensor-parallel-num-weight-shards",
+        "drop one of them",
+    ),
+)
+
+
+def _check_loss(s: Settings, stack: bool):
+    size = s.hgrn2_loss_chunk_size
+    if size is None:
+        return
+    if size < 1:
+        raise UsageError(f"--hgrn2-loss-chunk-size must be at least 1, got {size}")
+    if stack:
+        raise UsageError(
+            "--hgrn2-loss-chunk-size is for a GPT, and Megatron's HybridModel computes its loss itself: drop it, "
+            "or give pretrain_gpt.py --spec hgrn2"
+        )
+    for asked, flag, instead in NOT_WITH_CHUNKED_LOSS:
+        if asked(s):
+            raise UsageError(f"--hgrn2-loss-chunk-size does not go with {flag}: {instead}")
 
 
 def _warnings(s: Settings, hgrn2: HGRN2Config) -> list[str]:

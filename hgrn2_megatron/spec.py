@@ -1,4 +1,7 @@
-"""What `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel. Importing this hooks TransformerBlock."""
+"""What `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
+
+Importing this hooks TransformerBlock, GPTModel and MambaInferenceStateConfig.
+"""
 
 import sys
 
@@ -29,6 +32,8 @@ hgrn2 = ModuleSpec(module=HGRN2Layer)
 hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
 
 megatron_hooks.install_block(HGRN2Layer, hgrn2_stack)
+megatron_hooks.install_loss()
+megatron_hooks.install_generation()
 if "megatron.training.checkpointing" in sys.modules:
     megatron_hooks.install_checkpoint()
 if "megatron.training.training" in sys.modules:

@@ -77,14 +77,6 @@ class HGRN2Stack(HybridStack):
         if pre_process:
             banner(config, hgrn2, num_blocks, warnings)
 
-    def mamba_state_shapes_per_request(self):
-        """Refuse Megatron's inference contexts, which ask for this.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("HGRN2 layers do not generate with an inference context yet: recompute the prefix")
-
 
 def _rows(symbols: str, start: int, length: int) -> list[int]:
     """For each of `length` layers from `start` on, the mixers before it in the whole pattern."""

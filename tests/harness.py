@@ -29,7 +29,7 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tol
     assert not wrong, wrong
 
 
-def start_megatron(tp: int = 1, cpu_mode: bool = False):
+def start_megatron(tp: int = 1, cpu_mode: bool = False, pp: int = 1):
     """Join the process group (one process where there is no torchrun) and set Megatron's parallel state.
 
     `cpu_mode` switches on the project's own CPU mode, which Megatron's data parallelism needs and a plain forward
@@ -51,7 +51,7 @@ def start_megatron(tp: int = 1, cpu_mode: bool = False):
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
 
 
@@ -187,18 +187,23 @@ def packed_seq_params(lengths: list[int], padded: list[int] | None = None):
     )
 
 
-def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
-    """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
+def environment() -> dict[str, str]:
+    """Of a process that imports this project and its tests."""
     path = ":".join([PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # a Megatron-LM checkout builds its dataset helpers with the python3 of PATH
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TRITON_INTERPRET"):
         environment.pop(name, None)
+    return environment
+
+
+def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
+    """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         timeout=timeout,
         text=True,
         stdout=subprocess.PIPE,

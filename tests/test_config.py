@@ -6,7 +6,7 @@ import pytest
 import torch.nn.functional as F
 
 from hgrn2_megatron import HGRN2Config, UsageError
-from hgrn2_megatron.requirements import UNSUPPORTED, UNSUPPORTED_IN_GPT, Settings, check
+from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSUPPORTED_IN_GPT, Settings, check
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,27 @@ def test_every_unsupported_flag_is_in_the_table_above():
         assert any(asked(Settings(settings)) for settings in tried), flag
 
 
+CHUNKED_LOSS_CLASHES = [
+    ({"cross_entropy_loss_fusion": True}, "--cross-entropy-loss-fusion"),
+    ({"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
+    ({"fp8_output_proj": True}, "--fp8-output-proj"),
+    ({"logit_dtype": "fp32"}, "--output-logit-dtype"),
+    ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards"),
+]
+
+
+@pytest.mark.parametrize(("changes", "flag"), CHUNKED_LOSS_CLASHES)
+def test_what_the_loss_by_chunks_does_not_go_with_is_refused_by_flag(changes, flag):
+    check(Settings(hgrn2_settings(**changes)))
+    check(Settings(hgrn2_settings(hgrn2_loss_chunk_size=8192)))
+    with pytest.raises(UsageError, match=f"--hgrn2-loss-chunk-size does not go with {flag}: "):
+        check(Settings(hgrn2_settings(hgrn2_loss_chunk_size=8192, **changes)))
+
+
+def test_every_clash_with_the_loss_by_chunks_is_in_the_table_above():
+    assert [flag for _, flag, _ in NOT_WITH_CHUNKED_LOSS] == [flag for _, flag in CHUNKED_LOSS_CLASHES]
+
+
 def stack_settings(**changes) -> types.SimpleNamespace:
     """Args of a HybridModel with HGRN2 layers, with changes."""
     return hgrn2_settings(**dict(hybrid_layer_pattern="M-M-*-", position_embedding_type="rope") | changes)
@@ -161,6 +182,7 @@ def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
         ({"hybrid_layer_pattern": "*-*-"}, "has no M:"),
         ({"hgrn2_layer_pattern": "H*"}, "--hgrn2-layer-pattern 'H\\*' is for a GPT"),
         ({"hybrid_layer_pattern": "MEM-"}, "--num-experts"),
+        ({"hgrn2_loss_chunk_size": 8192}, "--hgrn2-loss-chunk-size is for a GPT"),
         ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope"),
         ({"normalization": "LayerNorm"}, "--normalization"),
         ({"context_parallel_size": 2}, "--context-parallel-size"),

@@ -20,6 +20,7 @@ ORDER = [
     "stack",
     "requirements",
     "block",
+    "chunked_loss",
     "layer",
     "mixer",
     "lower_bounds",

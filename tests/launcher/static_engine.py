@@ -1,6 +1,8 @@
 """Megatron's static engine on a small model in the CPU mode: prints, of each prompt, how many greedy tokens are right.
 
-python static_engine.py LAYER_PATTERN
+python static_engine.py LAYER_PATTERN [legacy]
+
+Without `legacy` the engine is Megatron's dynamic one underneath.
 """
 
 import sys
@@ -24,7 +26,7 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
-def main(pattern: str):
+def main(pattern: str, legacy: bool):
     harness.start_megatron(cpu_mode=True)
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines.static_engine import StaticInferenceEngine
@@ -35,12 +37,10 @@ def main(pattern: str):
     model = harness.build_model(hgrn2_layer_pattern=pattern).eval()
     model.load_state_dict(harness.full_weights(model), strict=False)
     wrapped = GPTInferenceWrapper(model, StaticInferenceContext(len(PROMPTS), 80))
-    # it asks for a generator by the number of a device
-    generator = torch.Generator
-    torch.Generator = lambda device=None: generator()
     controller = TextGenerationController(wrapped, Numbers())
-    torch.Generator = generator
-    engine = StaticInferenceEngine(controller, max_batch_size=len(PROMPTS), legacy=True)
+    engine = StaticInferenceEngine(controller, max_batch_size=len(PROMPTS), legacy=legacy, buffer_size_gb=0.01)
+    # it would go on as the legacy one if the other could not be made
+    assert engine.legacy == legacy
     # no token ends a text
     sampling = SamplingParams(num_tokens_to_generate=TOKENS, top_k=1, termination_id=-1)
     requests = engine.generate(PROMPTS, sampling_params=sampling)
@@ -54,4 +54,4 @@ def main(pattern: str):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:] == ["legacy"])

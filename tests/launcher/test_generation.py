@@ -1,6 +1,14 @@
-"""examples/generate.py on a checkpoint that Megatron's loop has just written, and Megatron's static engine."""
+"""examples/generate.py and Megatron's server on checkpoints that its loop has just written, and Megatron's engines."""
 
+import contextlib
+import json
 import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 import harness
 import pytest
@@ -38,7 +46,80 @@ def test_ranks_agree_and_say_what_is_kept(pattern, tmp_path):
     assert re.search(r"then [\d,.]+ tokens/s", one)
 
 
-@pytest.mark.parametrize("pattern", ["H", "H*H"])
-def test_megatrons_static_engine_takes_the_likeliest_tokens(pattern):
-    done = harness.python("tests/launcher/static_engine.py", pattern)
+@pytest.mark.parametrize("words", [("H", "legacy"), ("H*H", "legacy"), ("H",)])
+def test_megatrons_static_engine_takes_the_likeliest_tokens(words):
+    done = harness.python("tests/launcher/static_engine.py", *words)
     assert done.stdout.count("40 of 40 right") == 3, done.stdout[-3000:]
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize(
+    ("tp", "pp", "settings"),
+    [(1, 1, "{}"), (1, 1, '{"hybrid_layer_pattern": "M-M-"}'), (2, 1, "{}"), (1, 2, '{"num_layers": 4}')],
+    ids=["gpt", "hybrid-model", "tp2", "pp2"],
+)
+def test_megatrons_dynamic_engine_takes_the_likeliest_tokens(tp, pp, settings):
+    num_processes = tp * pp
+    done = harness.torchrun(num_processes, "tests/launcher/dynamic_engine.py", str(tp), str(pp), settings)
+    assert done.stdout.count("122 of 122 right") == num_processes, done.stdout[-3000:]
+    # or the requests no longer meet what they are to meet
+    assert re.search(r"paused in [1-9]\d* steps, [1-9]\d* evicted", done.stdout)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(script, folder, log):
+    """Megatron's server on a checkpoint; gives the address of its API, which may not be up yet, and the process."""
+    port = free_port()
+    flags = "--use-checkpoint-args --micro-batch-size 1 --tokenizer-type NullTokenizer --vocab-size 127".split()
+    command = [sys.executable, *LAUNCHER, script, *HGRN2, *flags, "--load", folder, "--port", port]
+    ranks = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=harness.ROOT,
+            env=harness.environment() | ranks,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield f"http://localhost:{port}/api", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answer(address: str, process, prompts: list[str], tokens: int) -> list[list[int]]:
+    """The tokens of prompts and answers, once the server is up; it may take minutes to compile Megatron's helpers."""
+    body = json.dumps({"prompts": prompts, "tokens_to_generate": tokens, "top_k": 1}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"}, method="PUT")
+    for _ in range(180):
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return json.load(reply)["tokens"]
+        except urllib.error.HTTPError:
+            break
+        except urllib.error.URLError:
+            if process.poll() is not None:
+                break
+        time.sleep(1)
+    return []
+
+
+@pytest.mark.parametrize("pattern", ["H", "H*"])
+def test_megatrons_server_answers(pattern, megatron_lm, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(megatron_lm))
+    saving = ("--train-iters", 2, "--save-interval", 2, "--save", tmp_path / "saved")
+    train(*HGRN2, "--hgrn2-layer-pattern", pattern, *saving, script=str(megatron_lm / "pretrain_gpt.py"))
+    script, log = megatron_lm / "tools/run_text_generation_server.py", tmp_path / "log"
+    with serving(script, tmp_path / "saved", log) as server:
+        answers = answer(*server, ["1 2 3", "7"], 12)
+        assert [len(tokens) for tokens in answers] == [15, 13], log.read_text()[-3000:]
+        # a longer prompt goes on as the answer did
+        for tokens in answers:
+            assert answer(*server, [" ".join(map(str, tokens[:8]))], len(tokens) - 8) == [tokens]

@@ -47,12 +47,14 @@ def test_specs_of_others_pass_if_they_can_be_imported():
 
 def test_flags_are_typed_and_every_config_field_has_one():
     parser = arguments.add_arguments(argparse.ArgumentParser())
-    args = parser.parse_args("--hgrn2-expand-ratio 64 --hgrn2-norm-eps 1e-6".split())
-    assert (args.hgrn2_expand_ratio, args.hgrn2_norm_eps) == (64, 1e-6)
+    args = parser.parse_args("--hgrn2-expand-ratio 64 --hgrn2-norm-eps 1e-6 --hgrn2-loss-chunk-size 8192".split())
+    assert (args.hgrn2_expand_ratio, args.hgrn2_norm_eps, args.hgrn2_loss_chunk_size) == (64, 1e-6, 8192)
     fields = {f for f in arguments.HGRN2TransformerConfig.__dataclass_fields__ if f.startswith("hgrn2_")}
     # where there is a command line, Megatron's own flags say it
     fields.remove("hgrn2_packed_layout")
     assert {name for name in vars(args) if name.startswith("hgrn2_")} == fields
+    # no part of the model: a run that takes over a checkpoint's has its own
+    assert fields - set(arguments.CHECKPOINT_ARGS) == {"hgrn2_loss_chunk_size"}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def launch(flags: str):
         ("--spec hgrn2 --transformer-impl transformer_engine", "--transformer-impl"),
         ("--spec hgrn2 --normalization LayerNorm", "--normalization"),
         ("--spec hgrn2 --add-qkv-bias", "--add-qkv-bias"),
+        ("--spec hgrn2 --hgrn2-loss-chunk-size 8 --cross-entropy-loss-fusion", "--cross-entropy-loss-fusion"),
+        ("--hgrn2-loss-chunk-size 8", "--hgrn2-loss-chunk-size would do nothing without --spec hgrn2"),
         ("--spec hgrn2_stack --hybrid-layer-pattern M-G-", "--hybrid-layer-pattern 'M-G-'"),
     ],
 )

@@ -151,11 +151,12 @@ CPU = () if torch.cuda.is_available() else (*CPU.split(), "--no-persist-layer-no
 
 
 def test_a_patched_tree_trains_and_saves_as_the_launcher_does(tmp_path, monkeypatch):
-    flags = (*HGRN2, "--hgrn2-layer-pattern", "H*", "--train-iters", 3, "--save-interval", 2, "--save")
+    flags = (*HGRN2, "--hgrn2-layer-pattern", "H*", "--hgrn2-loss-chunk-size", 50)
+    flags += ("--train-iters", 3, "--save-interval", 2, "--save")
     losses, _ = train(*flags, tmp_path / "launcher")
     monkeypatch.setenv("PYTHONPATH", str(patched_copy(WHEEL, tmp_path / "tree")))
     patched, output = train(*flags, tmp_path / "patched", *CPU, launcher=ALONE)
-    assert "HGRN2: 1 of 2 layers" in output
+    assert "HGRN2: 1 of 2 layers" in output and "loss by 50 tokens" in output
     assert patched == losses and sorted(losses) == [1, 2, 3]
     for iteration in (2, 3):
         assert_equal(saved_tensors(tmp_path / "patched", iteration), saved_tensors(tmp_path / "launcher", iteration))

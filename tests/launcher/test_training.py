@@ -86,6 +86,16 @@ def test_context_parallel_ranks_log_what_one_process_does(run):
     assert_equal_losses(losses, run[0])
 
 
+@pytest.mark.releases
+def test_the_loss_by_chunks_is_the_loss():
+    flags = (*HGRN2, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+    whole, _ = train(*flags, num_processes=2)
+    # of the 128 tokens of a micro-batch
+    chunked, output = train(*flags, "--hgrn2-loss-chunk-size", 50, num_processes=2)
+    assert "op=pytorch, loss by 50 tokens" in output and sorted(chunked) == list(range(1, 9))
+    assert_equal_losses(chunked, whole)
+
+
 def test_unmodified_megatron_lm_script(run, megatron_lm):
     losses, _ = train(*HGRN2, script=str(megatron_lm / "pretrain_gpt.py"))
     assert losses == run[0]

@@ -1,9 +1,18 @@
-"""Generation from states and caches of a static context: token by token, the logits of the whole sequence."""
+"""Generation from states and caches: a static context's, and one step of dynamic batching."""
+
+import types
 
 import harness
 import pytest
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.batch_dimensions_utils import InferenceBatchDimensions
+from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
+from megatron.core.inference.contexts import DynamicInferenceContext, StaticInferenceContext
+from megatron.core.inference.contexts.attention_context.mamba_metadata import MambaMetadata
+
+from hgrn2_kernels import chunk_hgrn2_fused
+from hgrn2_megatron import generation
+from hgrn2_megatron.generation import advance_dynamic
 
 LENGTH, PROMPTS = 532, (3, 9, 20)
 MODELS = {
@@ -66,14 +75,116 @@ def test_greedy_tokens_are_those_of_the_whole_sequence(model):
         prompts = [prompt.flip(0) for prompt in prompts]
 
 
-def test_engines_that_are_not_built_are_refused():
+def test_layouts_that_are_not_built_are_refused():
     harness.start_megatron()
-    model = harness.build_model()
-    dynamic = StaticInferenceContext(1, LENGTH)
-    dynamic.is_static_batching = lambda: False
-    mixer = model.decoder.layers[0].self_attention
-    with pytest.raises(ValueError, match="legacy=True"):
-        mixer(torch.zeros(4, 1, 64), inference_context=dynamic)
+    mixer = harness.build_model().decoder.layers[0].self_attention
     with pytest.raises(ValueError, match="unpacked sequences"):
         params = harness.packed_seq_params([4])
         mixer(torch.zeros(4, 1, 64), inference_context=StaticInferenceContext(1, LENGTH), packed_seq_params=params)
+
+
+H, K, SLOTS, WIDTH = 2, 4, 6, 20
+LENGTHS = [1, 1, 7, 3]
+
+
+def dynamic_context(decodes: int, prefills: int, lengths=LENGTHS, **settings):
+    """What a layer sees of a DynamicInferenceContext in a step of WIDTH tokens, with Megatron's own metadata.
+
+    The first two of `lengths` are requests that decode, the others prompts. CUDA graphs pad to `decodes` and `prefills`
+    requests.
+    """
+    # Megatron's metadata are placed by this name
+    torch.cuda.current_device = lambda: "cpu"
+    real = InferenceBatchDimensions(token_count=sum(lengths), prefill_req_count=len(lengths) - 2, decode_req_count=2)
+    padded = InferenceBatchDimensions(token_count=WIDTH, prefill_req_count=prefills, decode_req_count=decodes)
+    metadata = MambaMetadata(SLOTS, WIDTH, max_intermediate_count=1)
+    slots = torch.tensor([4, 0, 2, 5])[: len(lengths)].int()
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    requests = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
+    metadata.update(slots, requests, borders, real, padded, enable_chunked_prefill=False)
+    states = torch.randn(SLOTS, H, K, K, generator=torch.Generator().manual_seed(3))
+    fields = dict(
+        padded_batch_dimensions=padded,
+        mamba_metadata=metadata,
+        mamba_states_cache=lambda layer_number: (None, states),
+        num_speculative_tokens=0,
+        enable_prefix_caching=False,
+        is_hybrid_model=True,
+    )
+    return types.SimpleNamespace(**fields | settings), states, slots.tolist()
+
+
+@pytest.mark.parametrize(("decodes", "prefills"), [(2, 2), (2, 4), (4, 2), (5, 3)])
+def test_a_step_with_the_padding_of_a_cuda_graph(decodes, prefills):
+    generator = torch.Generator().manual_seed(4)
+    qfv = torch.randn(1, WIDTH, H, 3, K, generator=generator)
+    bound = torch.rand(H, K, generator=generator)
+    context, states, slots = dynamic_context(decodes, prefills)
+    before, start = states.clone(), 0
+    o = advance_dynamic(qfv, bound, context, 1)
+    assert o.shape == (1, WIDTH, H, K)
+    for slot, length in zip(slots, LENGTHS, strict=True):
+        own = slice(start, start := start + length)
+        expected, final = chunk_hgrn2_fused(
+            qfv[:, own], bound, initial_state=before[slot : slot + 1], output_final_state=True
+        )
+        torch.testing.assert_close(o[:, own], expected)
+        torch.testing.assert_close(states[slot], final[0])
+    others = sorted(set(range(SLOTS)) - set(slots))
+    assert torch.equal(states[others], before[others])
+
+
+def test_a_step_of_padding_alone_leaves_the_states():
+    # a request that decodes, and a graph for prompts
+    context, states, slots = dynamic_context(2, 2, lengths=[1, 1])
+    before = states.clone()
+    advance_dynamic(torch.randn(1, WIDTH, H, 3, K), None, context, 1)
+    others = sorted(set(range(SLOTS)) - set(slots))
+    assert torch.equal(states[others], before[others])
+
+
+@pytest.mark.parametrize(
+    ("settings", "instead"),
+    [
+        ({"num_speculative_tokens": 1}, "num_speculative_tokens to 0"),
+        ({"enable_prefix_caching": True}, "enable_prefix_caching to False"),
+        ({"is_hybrid_model": False}, "mamba_inference_state_config="),
+        ({"mamba_states_cache": lambda layer: (None, torch.zeros(SLOTS, H, K, K).bfloat16())}, "ssm-states-dtype fp32"),
+    ],
+)
+def test_contexts_of_no_use_are_refused(settings, instead):
+    context, _, _ = dynamic_context(2, 2, **settings)
+    with pytest.raises(ValueError, match=instead):
+        advance_dynamic(torch.zeros(1, WIDTH, H, 3, K), None, context, 1)
+
+
+def test_what_megatron_learns_of_a_models_states():
+    harness.start_megatron()
+    for settings, layers in [({}, "MMM*"), ({"hybrid_layer_pattern": "M-M-"}, "M-M-*")]:
+        model = harness.build_model(**settings, params_dtype=torch.bfloat16)
+        found = MambaInferenceStateConfig.from_model(model)
+        assert "".join(found.layer_type_list) == layers
+        assert found.ssm_states_shape == (4, 16, 16) and found.ssm_states_dtype == torch.float32
+        with pytest.raises(ValueError, match="ssm-states-dtype fp32"):
+            MambaInferenceStateConfig.from_model(model, ssm_states_dtype=torch.bfloat16)
+
+
+def test_a_stage_of_attention_alone_has_states_too():
+    harness.start_megatron()
+    block = harness.build_model().decoder
+    layers = [types.SimpleNamespace(self_attention=None)] * 2
+    stage = types.SimpleNamespace(config=block.config, pg_collection=block.pg_collection, layers=layers)
+    assert generation.HGRN2StateConfig.of_block(stage, None).layer_type_list == ["*", "*", "M"]
+
+
+def test_dynamic_batching_of_attention_needs_flash_attention(monkeypatch):
+    harness.start_megatron()
+    model = harness.build_model(hgrn2_layer_pattern="H*")
+    states = MambaInferenceStateConfig.from_model(model)
+    assert states.layer_type_list == ["M", "*", "M"]
+    monkeypatch.setattr(generation, "_has_flash_attention", lambda: False)
+    with pytest.raises(ValueError, match="flash-attn"):
+        settings = InferenceConfig(max_sequence_length=8, mamba_inference_state_config=states)
+        DynamicInferenceContext(model_config=model.config, inference_config=settings)
+    monkeypatch.setattr(generation, "_has_flash_attention", lambda: True)
+    states.check()

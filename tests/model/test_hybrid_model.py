@@ -122,8 +122,3 @@ def test_the_pattern_of_a_single_stage_need_not_be_told_twice(capsys):
     HybridModel(config, hgrn2_stack, harness.VOCAB, harness.SEQ, "M-M-*-", position_embedding_type="rope")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("HGRN2:")]
     assert lines[0] == lines[1] and "2 of 3 layers" in lines[0]
-
-
-def test_an_inference_context_is_refused():
-    with pytest.raises(ValueError, match="recompute the prefix"):
-        build(hybrid_layer_pattern="M-").decoder.mamba_state_shapes_per_request()

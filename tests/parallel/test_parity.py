@@ -32,6 +32,8 @@ for packing, positions in ("documents", "rope"), ("stream", "none"):
     MODELS[f"packed-{packing}"] = own
     MODELS[f"packed-hybrid-{packing}"] = own | {"hgrn2_layer_pattern": "H**H", "position_embedding_type": positions}
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
+# of no length that divides a rank's tokens
+CHUNKED = {"hgrn2_loss_chunk_size": 7}
 # the last stage has no layer at all
 UNEVEN = [["embedding", "decoder"], ["decoder", "decoder"], ["decoder"], ["loss"]]
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -53,18 +55,25 @@ LAYOUTS = {
     "cp2-tp2-sequence-parallel": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}),
     "cp2-pp2": (4, {"cp": 2, "pp": 2}),
     "cp2-dp2-distributed-optimizer": (4, {"cp": 2} | DISTRIBUTED),
+    "tp2-loss-by-chunks": (2, {"tp": 2, "config": CHUNKED}),
+    "tp2-sequence-parallel-loss-by-chunks": (2, {"tp": 2, "sequence_parallel": True, "config": CHUNKED}),
+    "cp2-loss-by-chunks": (2, {"cp": 2, "config": CHUNKED}),
+    "dp2-loss-by-chunks": (2, DISTRIBUTED | {"config": CHUNKED}),
+    "pp2-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED}),
     "ep2": (2, {"ep": 2}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
     # of the stack alone: chunks as its pattern divides them, one without any mixer; a stage without any layer
     "pp2-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "*-|*-M|-|M-"}}),
     "pp2-empty-segment": (2, {"pp": 2, "config": {"hybrid_layer_pattern": "*-*-M-M-|"}}),
 }
-GPT_LAYOUTS = [layout for layout in LAYOUTS if "ep2" not in layout and "segment" not in layout]
+GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in ("ep2", "segment", "chunks"))]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
 CASES += [("hybrid", layout) for layout in GPT_LAYOUTS if not layout.startswith("cp2-")]
 CASES += [("per-token-loss", "cp2")]
 CASES += [(model, layout) for layout in ("cp2", "cp4") for model in MODELS if model.startswith("packed")]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
+CASES += [("hgrn2", f"{layout}-loss-by-chunks") for layout in ("tp2", "tp2-sequence-parallel", "cp2", "dp2")]
+CASES += [("tied", "pp2-loss-by-chunks")]
 CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
 CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]
 CASES += [("stack", layout) for layout in ("tp2", "tp2-sequence-parallel", "pp2", "pp2-recompute", "cp2")]

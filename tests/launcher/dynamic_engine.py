@@ -1,0 +1,112 @@
+"""Megatron's dynamic engine on a small model in the CPU mode: prints how many greedy tokens are right.
+
+[torchrun ...] dynamic_engine.py TP PP SETTINGS
+
+SETTINGS is what `harness.build_model` takes, as JSON. The requests come while others decode and leave before others,
+there are more than the context holds at a time, longer prompts than a step takes, and too few blocks for all, so that
+some are paused and some start anew.
+"""
+
+import json
+import sys
+
+import harness
+import torch
+
+# the step at which each comes, the length of its prompt, the tokens it asks for
+REQUESTS = [(0, 3, 40), (0, 17, 5), (2, 1, 30), (3, 63, 12), (3, 8, 1), (9, 2, 25), (20, 33, 9)]
+MAX_REQUESTS, MAX_TOKENS = 4, 64
+BLOCK, NUM_BLOCKS, NUM_PAUSED = 8, 17, 8
+
+
+class Tokens:
+    """A tokenizer that Megatron wants to have, for prompts that are tokens."""
+
+    vocab_size, eod, bos = harness.VOCAB, harness.VOCAB - 1, None
+
+    def detokenize(self, tokens, **ignored):
+        return ""
+
+
+def build_engine(model):
+    from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+
+    states = MambaInferenceStateConfig.from_model(model)
+    numbers = len([x for x in states.layer_type_list if x == "M"]) * torch.Size(states.ssm_states_shape).numel()
+    # keys and values of the one attention layer that Megatron must see
+    block = 2 * BLOCK * model.config.hidden_size // model.config.tensor_model_parallel_size
+    settings = InferenceConfig(
+        max_sequence_length=80,
+        max_requests=MAX_REQUESTS,
+        max_tokens=MAX_TOKENS,
+        block_size_tokens=BLOCK,
+        buffer_size_gb=4 * (MAX_REQUESTS * (numbers + 1) + NUM_BLOCKS * block) / 2**30,
+        paused_buffer_size_gb=4 * NUM_PAUSED * block / 2**30,
+        mamba_inference_state_config=states,
+        enable_chunked_prefill=True,
+        unified_memory_level=0,
+    )
+    context = DynamicInferenceContext(model_config=model.config, inference_config=settings)
+    return DynamicInferenceEngine(TextGenerationController(GPTInferenceWrapper(model, context), Tokens()), context)
+
+
+def generate(engine) -> dict:
+    """The finished requests by their number; says how often some were paused, and how often evicted."""
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    generator = torch.Generator().manual_seed(0)
+    finished, paused, step = {}, 0, 0
+    while len(finished) < len(REQUESTS):
+        for number, (arrival, length, asked) in enumerate(REQUESTS):
+            if arrival == step:
+                prompt = torch.randint(harness.VOCAB, (length,), generator=generator).tolist()
+                # no token ends a text
+                sampling = SamplingParams(num_tokens_to_generate=asked, top_k=1, termination_id=-1)
+                engine.add_request(number, prompt, sampling)
+        for record in engine.step_modern()["finished_request_records"]:
+            request = record.merge()
+            finished[request.request_id] = request
+        paused += engine.context.paused_request_count > 0
+        step += 1
+    print(f"some paused in {paused} steps, {engine.evicted_request_count} evicted")
+    return finished
+
+
+def stage_of(whole, tp: int, pp: int, settings: dict):
+    """This rank's pipeline stage of a model of which every rank has the whole, with its weights."""
+    from megatron.core.parallel_state import get_pipeline_model_parallel_rank
+
+    rank, num_layers = get_pipeline_model_parallel_rank(), whole.config.num_layers // pp
+    layout = dict(pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32)
+    stage = harness.build_model(tp, pre_process=rank == 0, post_process=rank == pp - 1, **layout, **settings)
+    own = {f"decoder.layers.{rank * num_layers + i}.": f"decoder.layers.{i}." for i in range(num_layers)}
+    weights = {name: w for name, w in whole.state_dict().items() if "decoder.layers." not in name}
+    for name, w in whole.state_dict().items():
+        weights |= {name.replace(theirs, ours): w for theirs, ours in own.items() if name.startswith(theirs)}
+    missing, _ = stage.load_state_dict(weights, strict=False)
+    assert not missing
+    return stage.eval()
+
+
+def main(tp: int, pp: int, settings: dict):
+    harness.start_megatron(tp, cpu_mode=True, pp=pp)
+    model = harness.build_model(tp, **settings).eval()
+    model.load_state_dict(harness.full_weights(model), strict=False)
+    served = stage_of(model, tp, pp, settings) if pp > 1 else model
+    right = []
+    for number, request in generate(build_engine(served)).items():
+        _, length, asked = REQUESTS[number]
+        tokens = torch.tensor([*request.prompt_tokens.tolist(), *request.generated_tokens])[None]
+        assert tokens.shape[1] == length + asked
+        with torch.no_grad():
+            logits = model(tokens, torch.arange(tokens.shape[1])[None], None, runtime_gather_output=True)
+        right += (logits[0, length - 1 : -1].argmax(-1) == tokens[0, length:]).tolist()
+    print(f"{sum(right)} of {len(right)} right\n", end="")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,187 @@
+"""--hgrn2-loss-chunk-size: the losses and gradients of Megatron's own path, and never more logits than a chunk's."""
+
+import harness
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hgrn2_megatron import UsageError, chunked_loss, megatron_hooks
+
+pytestmark = pytest.mark.releases
+
+TOKENS = harness.BATCH * harness.SEQ
+
+
+@pytest.fixture(autouse=True, scope="module")
+def megatron():
+    harness.start_megatron()
+
+
+def build(size: int | None = None, dtype: torch.dtype = torch.float32, **settings):
+    """A model of the same weights, whatever the size."""
+    torch.manual_seed(0)
+    model = harness.build_model(num_layers=2, hgrn2_loss_chunk_size=size, params_dtype=dtype, **settings)
+    model.load_state_dict(harness.full_weights(model), strict=False)
+    return model.to(dtype)
+
+
+def losses_of(model) -> torch.Tensor:
+    tokens, labels = harness.batch()
+    return model(tokens, None, None, labels=labels)
+
+
+def results(model) -> dict[str, torch.Tensor]:
+    """Losses, and every gradient of a sum of them in which each has another weight."""
+    losses = losses_of(model)
+    (losses * torch.linspace(0.1, 2, losses.numel()).view_as(losses)).sum().backward()
+    return {"losses": losses.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+# one token, no divisor of the 160, one chunk, more than there are
+@pytest.mark.parametrize("size", [1, 7, 64, TOKENS, 1000])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_losses_and_every_gradient_are_those_of_megatrons_path(size, tied):
+    ours = results(build(size, tied=tied))
+    assert ours["losses"].shape == (harness.BATCH, harness.SEQ) and ours["losses"].dtype == torch.float32
+    harness.assert_all_close(ours, results(build(tied=tied)), tolerance=2e-6)
+
+
+def test_logits_are_scaled_as_mup_scales_them():
+    mup = dict(use_mup=True, mup_base_hidden_size=16)
+    model = build(7, **mup)
+    assert model.config.mup_output_mult == 0.25
+    harness.assert_all_close(results(model), results(build(**mup)), tolerance=2e-6)
+
+
+def results_of_last_layer(model, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Losses of hidden states [s, b, h], and gradients of them and of the output weight."""
+    hidden = hidden.to(model.config.params_dtype, copy=True).requires_grad_()
+    losses = model._postprocess(hidden, None, None, harness.batch()[1], None, None, None)
+    losses.sum().backward()
+    return {"losses": losses.detach(), "hidden": hidden.grad, "weight": model.output_layer.weight.grad}
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_it_is_about_as_exact_as_megatrons_path(dtype, size):
+    hidden = torch.randn(harness.SEQ, harness.BATCH, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    exact = build()
+    with torch.no_grad():
+        exact.output_layer.weight.copy_(exact.output_layer.weight.to(dtype))
+    ours, theirs, exact = (results_of_last_layer(m, hidden) for m in (build(size, dtype), build(None, dtype), exact))
+    assert (ours["hidden"].dtype, ours["weight"].dtype) == (dtype, dtype)
+    for name in "losses", "hidden":
+        assert harness.relative_error(ours[name], theirs[name]) < 1e-4, name
+    # the product of a chunk is rounded before it is added in fp32
+    error, own = (harness.relative_error(x["weight"], exact["weight"]) for x in (ours, theirs))
+    assert error <= 1.25 * own, (error, own)
+
+
+class LogitRows(TorchDispatchMode):
+    """Keeps the largest number of rows of any tensor that is as wide as the vocabulary, weights aside."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == harness.VOCAB:
+                self.largest = max(self.largest, x.numel() // harness.VOCAB)
+        return result
+
+
+@pytest.mark.parametrize(("size", "rows"), [(70, 70), (150, 150), (None, TOKENS)])
+def test_no_more_logits_than_a_chunks_exist(size, rows, monkeypatch):
+    # the width of nothing else
+    monkeypatch.setattr(harness, "VOCAB", 11)
+    model = build(size)
+    with LogitRows() as seen:
+        results(model)
+    # above the 64 rows of the transposed weight
+    assert seen.largest == rows
+
+
+def test_a_weight_gets_one_gradient_however_many_chunks():
+    model, calls = build(7), []
+    model.output_layer.weight.register_post_accumulate_grad_hook(calls.append)
+    results(model)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_fused_accumulation_adds_the_gradient_to_main_grad(tied):
+    weight_name = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    model = build(7, tied=tied)
+    # the flag itself asks for an extension of apex
+    model.output_layer.gradient_accumulation_fusion = True
+    weight = dict(model.named_parameters())[weight_name]
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    ours = results(model)
+    assert weight.grad_added_to_main_grad
+    # what Megatron's hook adds of a tied weight: the embedding's part alone
+    ours[weight_name] = weight.main_grad - 1 + weight.grad
+    harness.assert_all_close(ours, results(build(tied=tied)), tolerance=1e-5)
+    if not tied:
+        assert not weight.grad.any()
+
+
+def test_a_frozen_weight_gets_no_gradient_and_the_others_the_same():
+    def frozen(size):
+        model = build(size)
+        model.output_layer.weight.requires_grad_(False)
+        return {name: x for name, x in results(model).items() if name != "output_layer.weight"}
+
+    harness.assert_all_close(frozen(7), frozen(None), tolerance=2e-6)
+
+
+def test_logits_and_evaluation_are_megatrons():
+    tokens, _ = harness.batch()
+    ours, theirs = build(7), build()
+    with torch.no_grad():
+        assert torch.equal(ours(tokens, None, None), theirs(tokens, None, None))
+        assert harness.relative_error(losses_of(ours), losses_of(theirs)) < 1e-6
+
+
+def test_an_output_processor_of_the_caller_is_left_alone():
+    tokens, labels = harness.batch()
+    given = build(7)(tokens, None, None, labels=labels, output_processor=lambda *, hidden_states, **_: hidden_states)
+    assert given.shape == (harness.SEQ, harness.BATCH, 64)
+
+
+def test_only_models_that_ask_for_it_have_it():
+    assert type(build().output_layer) is not chunked_loss.LossLayer
+    assert type(build(7).output_layer) is chunked_loss.LossLayer
+    # of a pipeline's other stages
+    harness.build_model(hgrn2_loss_chunk_size=7, post_process=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hgrn2_loss_chunk_size": 0}, "at least 1, got 0"),
+        ({"hgrn2_loss_chunk_size": 7, "cross_entropy_loss_fusion": True}, "--cross-entropy-loss-fusion: drop one"),
+        ({"hgrn2_loss_chunk_size": 7, "hybrid_layer_pattern": "M-M-"}, "give pretrain_gpt.py --spec hgrn2"),
+        ({"hgrn2_loss_chunk_size": 7, "mtp_num_layers": 1}, "--mtp-num-layers is not supported"),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused_where_the_model_is_built(settings, message):
+    with pytest.raises(UsageError, match=message):
+        harness.build_model(**settings)
+
+
+def test_another_output_layer_is_refused():
+    layer = build().output_layer
+    layer.output_dtype = torch.float32
+    with pytest.raises(UsageError, match="--hgrn2-loss-chunk-size needs Megatron's plain output layer"):
+        chunked_loss.LossLayer.take_over(layer)
+
+
+def test_a_megatron_without_the_seam_is_refused(monkeypatch):
+    from megatron.core.models.gpt import GPTModel
+
+    def _postprocess(self, hidden_states, input_ids, position_ids, labels):
+        pass
+
+    monkeypatch.setattr(GPTModel, "_postprocess", _postprocess)
+    with pytest.raises(RuntimeError, match="does not know this Megatron release: GPTModel._postprocess"):
+        megatron_hooks.install_loss()
