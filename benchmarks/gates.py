@@ -1,4 +1,4 @@
-"""Statistics of the forget gates while Megatron trains, and how often the kernels halve their chunks for them.
+"""Statistics of the forget gates while Megatron trains, and how many bands the kernels cut their chunks into for them.
 
     torchrun --nproc_per_node=1 benchmarks/gates.py pretrain_gpt.py --spec hgrn2 [Megatron's flags] [--every N]
 
@@ -6,7 +6,7 @@ Runs the script as `python -m hgrn2_megatron` does on one GPU. At the first iter
 prints one table line a layer: mean and standard deviation of the raw gate over everything and of its mean and deviation
 a channel over channels, quantiles of the raw gate, mean and largest lower bound, mean forget gate, the largest decay of
 a chunk (64 tokens) in powers of two, of which the fast form takes 192, and the share of (chunk, block of channels)
-that is halved once, twice, thrice, and down to single tokens.
+that is cut into 2, 3 and 4 bands, and that is taken exactly.
 """
 
 import sys
@@ -19,7 +19,7 @@ from hgrn2_megatron import mixer
 from hgrn2_megatron.__main__ import main
 
 HEAD = """\
-| iteration | layer | f | channel means | channel deviations | f 0.1%, 99.9% | bound | forget | chunk | halved |
+| iteration | layer | f | channel means | channel deviations | f 0.1%, 99.9% | bound | forget | chunk | bands |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -34,12 +34,12 @@ def line(iteration: int, layer: int, qfv: torch.Tensor, bound: torch.Tensor | No
     low, high = some.quantile(torch.tensor([1e-3, 1 - 1e-3], device=x.device)).tolist()
     forget = b + (1 - b) * torch.sigmoid(x)
     chunk = forget.log2()[:, : x.shape[1] // 64 * 64].unflatten(1, (-1, 64)).sum(2).amin().item()
-    _, _, (_, halvings) = chunk_forward(q, f, v, bound, None, None, 1.0, save_states=True)
-    halved = " ".join(f"{(halvings == n).float().mean():.1%}" for n in (1, 2, 3, 6))
+    _, _, (_, bands) = chunk_forward(q, f, v, bound, None, None, 1.0, save_states=True)
+    shares = " ".join(f"{(bands == n).float().mean():.1%}" for n in (2, 3, 4, 5))
     return (
         f"| {iteration} | {layer} | {x.mean():.2f} +- {x.std():.2f} | +- {means.std():.2f} | "
         f"{deviations.mean():.2f}, at most {deviations.max():.2f} | {low:.1f}, {high:.1f} | {b.mean():.3f}, at most "
-        f"{b.max():.3f} | {forget.mean():.3f} | {-chunk:.0f} | {halved} |"
+        f"{b.max():.3f} | {forget.mean():.3f} | {-chunk:.0f} | {shares} |"
     )
 
 

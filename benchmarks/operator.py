@@ -200,7 +200,7 @@ def measure(shape: str, gate: str, peers: dict) -> dict:
     B, T, H = map(int, shape.split("x"))
     leaves, do = make_inputs(B, T, H, gate)
     check(leaves, do)
-    row = {"shape": shape, "gate": gate, "halved": halved(*leaves), "operators": {}}
+    row = {"shape": shape, "gate": gate, "bands": bands(*leaves), "operators": {}}
     for name, op in ({"HGRN2": hgrn2, "HGRN2, states kept": hgrn2_saved} | peers).items():
         if op is attention:
             leaves = [torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
@@ -210,20 +210,20 @@ def measure(shape: str, gate: str, peers: dict) -> dict:
     return row
 
 
-def halved(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> list[float]:
-    """Share of (chunk, block of channels) that is halved once, twice, thrice, and down to single tokens."""
-    *_, halvings = torch.ops.hgrn2.chunk(*(x.detach() for x in (q, f, v, bound)), None, None, 1.0, True)
-    return [(halvings == n).float().mean().item() for n in (1, 2, 3, 6)]
+def bands(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> list[float]:
+    """Share of (chunk, block of channels) that is cut into 2, 3 and 4 bands, and that is taken exactly."""
+    *_, number = torch.ops.hgrn2.chunk(*(x.detach() for x in (q, f, v, bound)), None, None, 1.0, True)
+    return [(number == n).float().mean().item() for n in (2, 3, 4, 5)]
 
 
 HEAD = """\
-| shape | gates | halved | operator | fwd | fwd + bwd | in a row | in a graph | times HGRN2's | kept MiB | peak MiB |
+| shape | gates | bands | operator | fwd | fwd + bwd | in a row | in a graph | times HGRN2's | kept MiB | peak MiB |
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def lines(row: dict) -> str:
     """The table's lines of one shape and gate."""
-    first = f"| {row['shape']} | {row['gate']} | {' '.join(f'{x:.0%}' for x in row['halved'])} |"
+    first = f"| {row['shape']} | {row['gate']} | {' '.join(f'{x:.0%}' for x in row['bands'])} |"
     own = row["operators"]["HGRN2"]
     return "\n".join(
         " | ".join(
@@ -266,7 +266,7 @@ def run(args):
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy:.2f} TB/s, bf16 {products:.0f} TFLOP/s"
     )
     cases = [(shape, "ordinary", (with_fla if shape in args.fla else {}) | peers) for shape in args.shapes]
-    # the gates decide how often chunks are halved; peers do not look at them
+    # the gates decide how many bands chunks are cut into; peers do not look at them
     cases += [(args.shapes[0], gate, {}) for gate in list(GATES)[1:]]
     rows = measure_all(cases)
     for shape in args.shapes:

@@ -133,8 +133,15 @@ def command_line(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("megatron_lm", type=Path)
     parser.add_argument("--out", type=Path, help="folder for the table and the full logs")
-    parser.add_argument("extra", nargs="*", help="further Megatron flags, after --")
+    parser.epilog = "What follows -- are further flags for Megatron."
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, of which `extra` is what follows --."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    return parser.parse_args(words[:end], argparse.Namespace(extra=words[end + 1 :]))
 
 
 def script_in(megatron_lm: Path) -> Path:
@@ -171,7 +178,8 @@ def runs(script: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, str
         launcher, flags = command_of(name)
         traces = args.out / "traces" / file_stem(name) if args.profile else None
         if traces:
-            flags += [*PROFILE, "--tensorboard-dir", str(traces)]
+            # Megatron writes the trace beside this folder
+            flags += [*PROFILE, "--tensorboard-dir", str(traces / "tensorboard")]
         log = run(script, launcher, [*flags, *args.extra])
         tokens = tokens_per_second(log)
         model, setting = name.split(", ")
@@ -187,7 +195,7 @@ def main():
     parser = command_line(__doc__)
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"of these: {'; '.join(ROWS)}")
     parser.add_argument("--profile", action="store_true")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.profile and not args.out:
         parser.error("--profile needs --out FOLDER")
     head = [

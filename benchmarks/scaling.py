@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from pretrain import command_line, make_table, numbers, run, script_in
+from pretrain import command_line, make_table, numbers, parse, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
     --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 2 --global-batch-size 8"""
@@ -83,7 +83,7 @@ def main():
     parser = command_line(__doc__)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: all that the GPUs allow")
     parser.add_argument("--model", default=MODEL, help="Megatron's flags of the model and the batch, in one word")
-    args = parser.parse_args()
+    args = parse(parser)
     script = script_in(args.megatron_lm)
     gpus = torch.cuda.device_count()
     common = shlex.split(f"{args.model} {LOOP} {GPU if gpus else ''}") + args.extra

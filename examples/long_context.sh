@@ -11,6 +11,8 @@ set -eu
 : "${MEGATRON_LM:?set it to a Megatron-LM checkout}"
 GPUS=${GPUS:-2} NODES=${NODES:-1} SEQ=${SEQ:-131072} PATTERN=${PATTERN:-H}
 export CUDA_DEVICE_MAX_CONNECTIONS=1
+# tensors of many sizes, each a large part of the memory
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 data="--mock-data"
 [ -z "${DATA:-}" ] || data="--data-path $DATA --split 99,1,0"
 # a word a flag

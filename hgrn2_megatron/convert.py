@@ -132,8 +132,7 @@ def to_hf(
     if vocab_size > args.padded_vocab_size:
         raise UsageError(f"--vocab-size {vocab_size} is more than the {args.padded_vocab_size} rows of the embeddings")
     kept = tensors.stored | {name: (shape, dtype) for name, (shape, _) in tensors.stored.items() if dtype}
-    near = (source / TOKENIZER, source.parent / TOKENIZER, Path(getattr(args, "tokenizer_model", None) or ""))
-    tokenizer = next((path for path in near if path.is_dir() and path != Path()), None)
+    tokenizer = tokenizer_folder(source, args)
     generation = tokenizer and tokenizer / "generation_config.json"
     given = read_json(generation) if generation and generation.is_file() else {}
     token_ids = {name: given.get(name, value) for name, value in TOKEN_IDS.items()}
@@ -183,6 +182,12 @@ def _shards(table: list[Weight], stored: dict[str, tuple], limit: float) -> list
 
 def _generation(token_ids: dict[str, Any]) -> dict[str, Any]:
     return {"_from_model_config": True} | {name: value for name, value in token_ids.items() if value is not None}
+
+
+def tokenizer_folder(source: Path, args: argparse.Namespace) -> Path | None:
+    """The folder of tokenizer files of a Megatron checkpoint: beside it, or what the args of its run name."""
+    near = (source / TOKENIZER, source.parent / TOKENIZER, Path(getattr(args, "tokenizer_model", None) or ""))
+    return next((path for path in near if path.is_dir() and path != Path()), None)
 
 
 def _copy_tokenizer(source: Path, out: Path):

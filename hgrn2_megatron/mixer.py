@@ -75,6 +75,13 @@ class HGRN2Mixer(MegatronModule):
         self._recomputes = config.recompute_granularity == "selective" and "core_attn" in (
             config.recompute_modules or ()
         )
+        # what the norm makes for out_proj is then kept by nobody, or in another form, or is being copied elsewhere
+        self._keeps_normed = (
+            config.recompute_granularity == "full"
+            or config.fp8
+            or config.cpu_offloading
+            or config.fine_grained_activation_offloading
+        )
 
         common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
         self.in_proj = build_module(
@@ -145,14 +152,17 @@ class HGRN2Mixer(MegatronModule):
             operator = self._operator(packed_seq_params, s, b)
         else:
             operator = self._generator(inference_context, packed_seq_params)
-        mix = partial(self._mix, operator)
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
         if self._recomputes and inference_context is None:
-            mixed = tensor_parallel.checkpoint(mix, False, qfi, self.lower_bound())
-        else:
-            mixed = mix(qfi, self.lower_bound())
-        return self.out_proj(mixed)
+            mix = partial(self._mix, operator)
+            return self.out_proj(tensor_parallel.checkpoint(mix, False, qfi, self.lower_bound()))
+        o = _of_tokens(operator(qfi, self.lower_bound()))
+        normed = self.norm(o)
+        projected = self.out_proj(normed)
+        if normed.requires_grad and not self._keeps_normed:
+            _free_until_backward(normed, partial(self.norm, o.detach()), projected[0])
+        return projected
 
     def _generator(self, context, packed_seq_params) -> Callable:
         """The operator of [b, s, H, 3, K] and the bound for the next tokens of what this context generates."""
@@ -198,8 +208,36 @@ class HGRN2Mixer(MegatronModule):
 
     def _mix(self, operator: Callable, qfi: Tensor, lower_bound: Tensor | None) -> Tensor:
         """The operator and the norm: qfi [b, s, H/tp, 3, K] to [s, b, h/tp]."""
-        return self.norm(operator(qfi, lower_bound).transpose(0, 1).flatten(2))
+        return self.norm(_of_tokens(operator(qfi, lower_bound)))
 
 
 def _of_whole(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
     return chunk_hgrn2_fused(qfv, lower_bound, cu_seqlens=cu_seqlens)[0]
+
+
+def _of_tokens(o: Tensor) -> Tensor:
+    """[b, s, H, K] to [s, b, H K]."""
+    return o.transpose(0, 1).flatten(2)
+
+
+def _free_until_backward(x: Tensor, make: Callable[[], Tensor], user: Tensor) -> None:
+    """Free the memory of x, which autograd keeps for the backward of `user` alone, until user's gradient is there.
+
+    Megatron's CheckpointWithoutOutput does the same, and compiles C++ in the first backward for it.
+
+    Args:
+        x: has its storage for itself.
+        make: gives the same numbers again.
+        user: computed from x, which nothing else reads any more.
+    """
+    storage, x = x.untyped_storage(), x.detach()
+    size = storage.nbytes()
+    storage.resize_(0)
+
+    def restore(gradient: Tensor) -> None:
+        storage.resize_(size)
+        # the numbers that autograd has kept, so that it need not find them changed
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(x):
+            x.copy_(make())
+
+    user.register_hook(restore)

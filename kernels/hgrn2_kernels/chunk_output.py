@@ -121,10 +121,9 @@ def chunk_output_kernel(
                 m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
                 b_h = tl.load(states + place * K * V + o_k[:, None] * V + o_v[None, :], mask=m_kv, other=0.0)
                 g, k = gate(padded(channels(b_f, eye), left, C, FULL), b[:, None], DT)
-                a = silu(channels(b_q, eye), inverse_scale)
-
                 zero = tl.zeros([C, C], tl.float32)
                 if FORM == FAST:
+                    a = silu(channels(b_q, eye), inverse_scale)
                     decay = sum_gates(g, load_matrix(sums, 0, C), False)
                     qd = (a * exp2(decay)).to(DT)
                     kd = (k * exp2(-decay)).to(DT)
@@ -134,8 +133,9 @@ def chunk_output_kernel(
                     scores += tl.where(causal, product, 0.0)
                 else:
                     # to the border that the state is at, less what it has been decayed by towards the middle
-                    border = sum_gates(g, load_matrix(sums, LEVELS + 2 if REVERSE else LEVELS + 1, C), False)
+                    border = sum_gates(g, load_matrix(sums, LEVELS + 2 if REVERSE else LEVELS + 1, C), FORM == BANDED)
                     e = border - frame(sum_all_gates(g, ones, C), DT)
+                    a = silu(channels(b_q, eye), inverse_scale)
                     # of a score, the operand that also reads the state, and the one that writes it in chunk_state
                     reader, writer = (k, a) if REVERSE else (a, k)
                     read = (reader * exp2(e)).to(DT)

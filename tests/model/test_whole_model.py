@@ -57,3 +57,40 @@ def test_selective_recompute_runs_the_mixers_own_part_again(flags, runs, monkeyp
     monkeypatch.setattr(mixer.tensor_parallel, "checkpoint", checkpoint)
     model(harness.batch()[0], None, None).sum().backward()
     assert len(calls) == runs * LAYERS
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(harness.batch()[0], None, None).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_what_the_norm_makes_is_freed_until_the_backward(monkeypatch):
+    harness.start_megatron()
+    model, kept = harness.build_model(num_layers=LAYERS), []
+    for layer in model.decoder.layers:
+        layer.self_attention.out_proj.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    model(harness.batch()[0], None, None)
+    assert [x.untyped_storage().nbytes() for x in kept] == [0] * LAYERS
+    freed = gradients(model)
+    monkeypatch.setattr(mixer, "_free_until_backward", lambda x, make, user: None)
+    ours = gradients(model)
+    assert all(torch.equal(freed[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"recompute_granularity": "full"}, {"cpu_offloading": True}, {"fp8": "hybrid"}], ids=str
+)
+def test_and_kept_where_that_would_gain_nothing_or_do_harm(settings):
+    harness.start_megatron()
+    model = harness.build_model()
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    spec = model.decoder.submodules.layer_specs[0].submodules.self_attention
+    rebuilt = mixer.HGRN2Mixer(model.config, spec.submodules, layer_number=1)
+    rebuilt.use_lower_bounds(model.decoder.hgrn2_bounds, 0)
+    (x,) = torch.randn(1, 8, 2, 64, requires_grad=True)
+    kept = []
+    rebuilt.out_proj.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    rebuilt(x)
+    assert kept[0].untyped_storage().nbytes() > 0
