@@ -21,7 +21,7 @@ def test_kernels_compile_and_fit(arch, dtype, K):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
         # bytes a thread spills, most of them in the exact forms; a kernel that does not fit at all takes many kilobytes
-        assert kernel["stack"] <= 1400, kernel
+        assert kernel["stack"] <= (1800 if dtype == "fp32" else 1400), kernel
 
 
 PROGRAM = """
