@@ -41,6 +41,7 @@ GATES = {
 # for the kernels alone, which cut a chunk into as many bands as its gates need: a trained model's, and stronger
 ALL_GATES = GATES | {
     "times-4": lambda x: 4 * x,
+    "half-closed": lambda x: x - 3,
     "closing": lambda x: x - 6,
     "nearly-closed": lambda x: x - 12,
 }

@@ -68,7 +68,7 @@ def test_a_chunk_has_as_many_bands_as_its_gates_need(most, expected, monkeypatch
     assert bands.flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("gate", ["times-4", "closed-now-and-then", "mixed"])
+@pytest.mark.parametrize("gate", ["times-4", "half-closed"])
 def test_bands_are_the_recurrence_too(gate, monkeypatch):
     """What fp32 leaves to the exact form, to what a band's exponents, whole 2^-13, leave of fp32."""
     in_fp32(4, monkeypatch)
