@@ -17,7 +17,6 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import all_to_all
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron import mixer
-from hgrn2_megatron.arguments import HGRN2TransformerConfig
+from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
 from hgrn2_megatron.exchange import bytes_sent
 from hgrn2_megatron.spec import hgrn2
 
@@ -72,18 +71,12 @@ class Counter:
 
 def build(layers: int, pattern: str, tokens: int, cp: int) -> GPTModel:
     config = HGRN2TransformerConfig(
+        **BLOCK,
         num_layers=layers,
         hidden_size=HIDDEN,
         ffn_hidden_size=5632,
         num_attention_heads=HIDDEN // K,
         hgrn2_layer_pattern=pattern,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         context_parallel_size=cp,
         bf16=True,
         params_dtype=torch.bfloat16,

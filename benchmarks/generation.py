@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_megatron import cpu
@@ -51,7 +50,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from hgrn2_megatron.arguments import HGRN2TransformerConfig
+from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
 from hgrn2_megatron.spec import hgrn2
 
 ON_GPU = torch.cuda.is_available()
@@ -114,17 +113,11 @@ def start():
 
 def build(kind: str, sizes: Sizes) -> GPTModel:
     settings = dict(
+        **BLOCK,
         num_layers=sizes.layers,
         hidden_size=sizes.hidden,
         ffn_hidden_size=sizes.ffn,
         num_attention_heads=sizes.hidden // sizes.head,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         bf16=ON_GPU,
         params_dtype=DTYPE,
         transformer_impl="transformer_engine" if WITH_TE else "local",

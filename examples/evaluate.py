@@ -9,13 +9,11 @@ that `convert` takes along: the checkpoint's folder `tokenizer`, or the run's --
 will do; tasks that generate text are not served.
 """
 
-import contextlib
-import logging
 import sys
 from pathlib import Path
 
 import torch
-from generate import load_model
+from generate import DEFAULTS, load_model, stdout_for_the_result
 from megatron.training import get_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
@@ -116,14 +114,7 @@ def read_command_line() -> tuple[Path, list[str]]:
     # Megatron's own tokenizer only counts tokens here
     sys.argv.append("--no-use-tokenizer-model-from-checkpoint-args")
     vocab_size = given.vocab_size or getattr(saved, "vocab_size", None) or saved.padded_vocab_size
-    defaults = {
-        "tokenizer_type": "NullTokenizer",
-        "vocab_size": vocab_size,
-        "micro_batch_size": 1,
-        "no_load_optim": True,
-        "no_load_rng": True,
-    }
-    args = parse_and_validate_args(args_defaults=defaults)
+    args = parse_and_validate_args(args_defaults=DEFAULTS | {"vocab_size": vocab_size})
     if args.world_size != args.tensor_model_parallel_size or args.sequence_parallel:
         raise ValueError(
             f"evaluation knows tensor parallelism only: start {args.tensor_model_parallel_size} processes, "
@@ -138,9 +129,7 @@ def main():
         from lm_eval.api.registry import register_model
     except ImportError as error:
         sys.exit(f"lm-evaluation-harness is missing: pip install 'lm-eval[hf]' ({error})")
-    for handler in logging.getLogger().handlers:
-        handler.setStream(sys.stderr)  # Megatron's writes to the stdout it met at import
-    with contextlib.redirect_stdout(sys.stderr):
+    with stdout_for_the_result():
         use_prebuilt_dataset_helpers()
         tokenizer, lm_eval_flags = read_command_line()
         initialize_megatron(allow_no_cuda=not torch.cuda.is_available())

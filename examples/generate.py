@@ -64,6 +64,15 @@ def check(args: argparse.Namespace):
         )
 
 
+@contextlib.contextmanager
+def stdout_for_the_result():
+    """Send what Megatron says meanwhile to stderr."""
+    for handler in logging.getLogger().handlers:
+        handler.setStream(sys.stderr)  # Megatron's writes to the stdout it met at import
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def load_model() -> torch.nn.Module:
     """The model of Megatron's args with the weights of --load, ready to evaluate."""
     args = get_args()
@@ -130,9 +139,7 @@ def report(prompt: int, times: list[float], context: StaticInferenceContext):
 
 
 def main():
-    for handler in logging.getLogger().handlers:
-        handler.setStream(sys.stderr)  # Megatron's writes to the stdout it met at import
-    with contextlib.redirect_stdout(sys.stderr):
+    with stdout_for_the_result():
         use_prebuilt_dataset_helpers()
         load = parse_args(add_generate_arguments).load
         if load is None or not checkpoint_exists(load):

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import importlib.util
+from typing import Any
 
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from hgrn2_megatron.config import ATTENTION, HGRN2, LOWER_BOUNDS, PIPE, HGRN2Config, UsageError
@@ -23,6 +25,9 @@ SILENT = {
     # of the states in Megatron's dynamic batching
     "mamba_inference_ssm_states_dtype": "fp32",
 }
+# the block as TransformerConfig has it, for models that are built without Megatron's command line
+_COMMON = ("normalization", "layernorm_epsilon", "add_bias_linear", "hidden_dropout", "attention_dropout")
+BLOCK: dict[str, Any] = dict(gated_linear_unit=True, activation_func=F.silu, **{name: SILENT[name] for name in _COMMON})
 
 
 def silent_defaults() -> dict:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hgrn2_kernels import recurrent_hgrn2
 from hgrn2_megatron import cpu
-from hgrn2_megatron.arguments import HGRN2TransformerConfig
+from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
 from hgrn2_megatron.config import HGRN2Config, UsageError
 from hgrn2_megatron.hf_config import megatron_args, query_groups
 from hgrn2_megatron.weight_files import HFTensors, checkpoint_folder, read_args, read_json
@@ -116,19 +116,14 @@ def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
+    settings = BLOCK | dict(normalization=args.normalization, layernorm_epsilon=args.layernorm_epsilon)
     config = HGRN2TransformerConfig(
+        **settings,
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads,
         num_query_groups=query_groups(args),
-        normalization=args.normalization,
-        layernorm_epsilon=args.layernorm_epsilon,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         transformer_impl="local",
         use_cpu_initialization=True,
         perform_initialization=False,

@@ -73,7 +73,7 @@ def build_model(
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-    from hgrn2_megatron.arguments import HGRN2TransformerConfig
+    from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
     from hgrn2_megatron.spec import hgrn2, hgrn2_stack
 
     pattern = config.pop("hybrid_layer_pattern", None)
@@ -85,18 +85,12 @@ def build_model(
     else:
         form = functools.partial(GPTModel, transformer_layer_spec=hgrn2)
     settings = dict(
+        **BLOCK,
         num_layers=num_layers,
         hidden_size=64,
         ffn_hidden_size=96,
         num_attention_heads=4,
         hgrn2_expand_ratio=16,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel,
         transformer_impl="local",

@@ -1,8 +1,8 @@
 """The operator in plain PyTorch with the kernels' roundings, to tell what error those alone cost.
 
 Gates, sums and states' steps are fp32; operands of products and the states between chunks are rounded to the kernels'
-operand dtype, forward and backward. A head's chunk is taken within the limit or exactly, as by the kernels; gradients
-are autograd's.
+operand dtype, forward and backward. A head's chunk is taken within the limit or exactly; where the kernels cut it into
+bands, which round as often, it is the latter. Gradients are autograd's.
 """
 
 import math
