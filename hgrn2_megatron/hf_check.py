@@ -91,12 +91,13 @@ def _rotate(x: Tensor, base: float) -> Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
-def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
-    """Megatron's model of a torch_dist checkpoint, on one process in fp32, on the GPU where there is one.
+def megatron_logits(checkpoint: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Megatron's model of a torch_dist checkpoint, on one process, on the GPU where there is one.
 
     Args:
         checkpoint: what `--load` takes, or the folder of one iteration.
         tokens: [B, T] int64.
+        dtype: fp32 or bf16, that the model has and computes in.
 
     Returns:
         logits: [B, T, padded vocabulary] fp32, on the CPU.
@@ -124,6 +125,8 @@ def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
         ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads,
         num_query_groups=query_groups(args),
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
         transformer_impl="local",
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -138,7 +141,7 @@ def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
         config=config,
         transformer_layer_spec=hgrn2,
         vocab_size=args.padded_vocab_size,
-        max_sequence_length=TIME,
+        max_sequence_length=tokens.shape[1],
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
@@ -148,9 +151,10 @@ def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
     ours, saved = (argparse.Namespace(spec=args.spec, transformer_impl=name) for name in ("local", "another"))
     adapt(ours, wanted, saved, str(folder))
     model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
-    causal = torch.ones(1, 1, TIME, TIME, dtype=torch.bool).triu(1).cuda()
-    positions = torch.arange(TIME).expand(BATCH, -1)
+    b, s = tokens.shape
+    causal = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1).cuda()
+    positions = torch.arange(s).expand(b, -1)
     with torch.inference_mode():
-        logits = model.cuda().eval()(tokens.cuda(), positions.cuda(), causal)
+        logits = model.to("cuda", dtype).eval()(tokens.cuda(), positions.cuda(), causal)
     torch.distributed.destroy_process_group()
     return logits.float().cpu()

@@ -33,7 +33,7 @@ def start_megatron(tp: int = 1, cpu_mode: bool = False, pp: int = 1):
     """Join the process group (one process where there is no torchrun) and set Megatron's parallel state.
 
     `cpu_mode` switches on the project's own CPU mode, which Megatron's data parallelism needs and a plain forward
-    and backward do not; it stays on, so only processes of their own ask for it.
+    and backward do not; it stays on, so only processes of their own ask for it. Where there is a GPU they run on it.
     """
     if cpu_mode:
         from hgrn2_megatron import cpu
@@ -50,7 +50,10 @@ def start_megatron(tp: int = 1, cpu_mode: bool = False, pp: int = 1):
     defaults = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    torch.distributed.init_process_group("gloo")
+    on_gpu = cpu_mode and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
 

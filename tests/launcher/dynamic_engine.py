@@ -1,8 +1,8 @@
-"""Megatron's dynamic engine on a small model in the CPU mode: prints how many greedy tokens are right.
+"""Megatron's dynamic engine on a small model: prints how many greedy tokens are right.
 
 [torchrun ...] dynamic_engine.py TP PP SETTINGS
 
-SETTINGS is what `harness.build_model` takes, as JSON. The requests come while others decode and leave before others,
+SETTINGS is what `greedy.build` takes, as JSON. The requests come while others decode and leave before others,
 there are more than the context holds at a time, longer prompts than a step takes, and too few blocks for all, so that
 some are paused and some start anew.
 """
@@ -10,6 +10,7 @@ some are paused and some start anew.
 import json
 import sys
 
+import greedy
 import harness
 import torch
 
@@ -39,13 +40,14 @@ def build_engine(model):
     numbers = len([x for x in states.layer_type_list if x == "M"]) * torch.Size(states.ssm_states_shape).numel()
     # keys and values of the one attention layer that Megatron must see
     block = 2 * BLOCK * model.config.hidden_size // model.config.tensor_model_parallel_size
+    block *= model.config.params_dtype.itemsize
     settings = InferenceConfig(
         max_sequence_length=80,
         max_requests=MAX_REQUESTS,
         max_tokens=MAX_TOKENS,
         block_size_tokens=BLOCK,
-        buffer_size_gb=4 * (MAX_REQUESTS * (numbers + 1) + NUM_BLOCKS * block) / 2**30,
-        paused_buffer_size_gb=4 * NUM_PAUSED * block / 2**30,
+        buffer_size_gb=(4 * MAX_REQUESTS * (numbers + 1) + NUM_BLOCKS * block) / 2**30,
+        paused_buffer_size_gb=NUM_PAUSED * block / 2**30,
         mamba_inference_state_config=states,
         enable_chunked_prefill=True,
         unified_memory_level=0,
@@ -89,23 +91,20 @@ def stage_of(whole, tp: int, pp: int, settings: dict):
         weights |= {name.replace(theirs, ours): w for theirs, ours in own.items() if name.startswith(theirs)}
     missing, _ = stage.load_state_dict(weights, strict=False)
     assert not missing
-    return stage.eval()
+    return stage.to("cuda").eval()
 
 
 def main(tp: int, pp: int, settings: dict):
     harness.start_megatron(tp, cpu_mode=True, pp=pp)
-    model = harness.build_model(tp, **settings).eval()
-    model.load_state_dict(harness.full_weights(model), strict=False)
+    model, exact = greedy.build(tp, settings)
     served = stage_of(model, tp, pp, settings) if pp > 1 else model
-    right = []
+    counts = torch.zeros(3, dtype=torch.long)
     for number, request in generate(build_engine(served)).items():
         _, length, asked = REQUESTS[number]
-        tokens = torch.tensor([*request.prompt_tokens.tolist(), *request.generated_tokens])[None]
-        assert tokens.shape[1] == length + asked
-        with torch.no_grad():
-            logits = model(tokens, torch.arange(tokens.shape[1])[None], None, runtime_gather_output=True)
-        right += (logits[0, length - 1 : -1].argmax(-1) == tokens[0, length:]).tolist()
-    print(f"{sum(right)} of {len(right)} right\n", end="")
+        tokens = [*request.prompt_tokens.tolist(), *request.generated_tokens]
+        assert len(tokens) == length + asked
+        counts += greedy.judge(model, exact, tokens, length)
+    print(f"{greedy.describe(counts)}\n", end="")
 
 
 if __name__ == "__main__":

@@ -46,9 +46,10 @@ def test_ranks_agree_and_say_what_is_kept(pattern, tmp_path):
     assert re.search(r"then [\d,.]+ tokens/s", one)
 
 
-@pytest.mark.parametrize("words", [("H", "legacy"), ("H*H", "legacy"), ("H",)])
-def test_megatrons_static_engine_takes_the_likeliest_tokens(words):
-    done = harness.python("tests/launcher/static_engine.py", *words)
+@pytest.mark.parametrize(("pattern", "engine"), [("H", "legacy"), ("H*H", "legacy"), ("H", "dynamic")])
+def test_megatrons_static_engine_takes_the_likeliest_tokens(pattern, engine):
+    settings = json.dumps({"hgrn2_layer_pattern": pattern})
+    done = harness.python("tests/launcher/static_engine.py", "1", engine, "40", settings)
     assert done.stdout.count("40 of 40 right") == 3, done.stdout[-3000:]
 
 

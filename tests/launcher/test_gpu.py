@@ -1,10 +1,15 @@
-"""Megatron's loop on a GPU: the kernels against plain PyTorch, and checkpoints, with Transformer Engine installed.
+"""Megatron's loop on a GPU: the kernels against plain PyTorch, checkpoints with Transformer Engine, and generation.
 
 Of checkpoints everything saved is compared beside the losses: a run that loads and trains no step saves again what it
 loaded.
 """
 
+import json
+import re
+
+import harness
 import pytest
+import torch
 from training import HGRN2, assert_continues, assert_equal, saved_tensors, train
 
 pytestmark = pytest.mark.gpu
@@ -106,3 +111,48 @@ def test_a_hybrid_model_trains_as_the_gpt_does():
     assert losses.keys() == gpt.keys()
     for iteration, loss in losses.items():
         assert abs(float(loss) - float(gpt[iteration])) <= 5e-3, iteration
+
+
+# heads of 64, which have kernels of their own
+SERVED = {"hidden_size": 256, "ffn_hidden_size": 384, "hgrn2_expand_ratio": 64, "init_method_std": 0.1}
+BF16_TE = {"bf16": True, "transformer_impl": "transformer_engine"}
+
+
+def assert_takes_the_likeliest(script: str, tp: int, *words: str, settings: dict, number: list[int]):
+    """Run an engine, and compare the numbers of its tokens, in bf16 but for ties, of which there may be few."""
+    if torch.cuda.device_count() < tp:
+        pytest.skip(f"needs {tp} GPUs")
+    if "transformer_impl" in settings:
+        pytest.importorskip("transformer_engine.pytorch")
+    done = harness.torchrun(tp, f"tests/launcher/{script}.py", str(tp), *words, json.dumps(SERVED | settings))
+    assert "op=triton" in done.stdout, done.stdout[-3000:]
+    found = re.findall(r"(\d+) of (\d+) right(?:, (\d+) ties)?", done.stdout)
+    print(found)
+    assert [int(n) for _, n, _ in found] == tp * number
+    least = 0.9 if "bf16" in settings else 1
+    for right, n, ties in found:
+        assert int(right) + int(ties or 0) == int(n) and int(right) >= least * int(n), found
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("settings", [{}, BF16_TE], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("pattern", "engine"), [("H", "legacy"), ("H*H", "legacy"), ("H", "dynamic")])
+def test_the_static_engine_takes_the_likeliest_tokens(pattern, engine, settings, tp):
+    settings = settings | {"hgrn2_layer_pattern": pattern}
+    assert_takes_the_likeliest("static_engine", tp, engine, "512", settings=settings, number=3 * [512])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("settings", [{}, BF16_TE], ids=["fp32", "bf16"])
+def test_the_dynamic_engine_takes_the_likeliest_tokens(settings, tp):
+    assert_takes_the_likeliest("dynamic_engine", tp, "1", settings=settings, number=[122])
+
+
+def test_logits_are_those_of_fla(tmp_path):
+    pytest.importorskip("fla")
+    done = harness.python("tests/launcher/fla_logits.py", str(tmp_path))
+    found = {name: float(error) for name, error in re.findall(r"^(.*): (\d\.\d+e[-+]\d+)$", done.stdout, re.M)}
+    print(found)
+    assert found, done.stdout[-3000:]
+    assert found["ours fp32"] <= 1e-4
+    assert found["ours bf16"] <= 2 * min(found["fla chunk bf16"], found["fla fused_recurrent bf16"])
