@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 32768
+OVERTIME = "ended: it took too long"
 
 COMMON = """
     --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632
@@ -74,16 +75,29 @@ def command_of(name: str) -> tuple[bool, list[str]]:
     return launcher, [*COMMON, *size, *flags, *more]
 
 
-def run(script: Path, launcher: bool, flags: list[str], processes: int = 1) -> str:
-    """Megatron's output for one row."""
+def run(
+    script: Path,
+    launcher: bool,
+    flags: list[str],
+    processes: int = 1,
+    module: str = "hgrn2_megatron",
+    more_env: dict[str, str] | None = None,
+    timeout: float | None = None,
+) -> str:
+    """Megatron's output for one row; `module` is the launcher, `timeout` the seconds after which the run is ended."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "hgrn2_megatron", str(script)] if launcher else [str(script)]
+    command += ["-m", module, str(script)] if launcher else [str(script)]
     path = [str(ROOT), str(ROOT / "kernels"), str(script.parent), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": ":".join(path), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    env = os.environ | {"PYTHONPATH": ":".join(path), "CUDA_DEVICE_MAX_CONNECTIONS": "1"} | (more_env or {})
     # a checkout builds its dataset helpers with the python3 of PATH
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    done = subprocess.run(command + flags, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.stdout
+    process = subprocess.Popen(command + flags, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        # torchrun ends its processes when it is asked to end
+        process.terminate()
+        return f"{process.communicate()[0]}\n{OVERTIME}\n"
 
 
 def numbers(name: str, log: str) -> list[float]:

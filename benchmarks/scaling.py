@@ -1,99 +1,480 @@
-"""One HGRN2 model in every layout that the GPUs of one host allow, through Megatron-LM's own loop on mock data.
+"""Models in every layout that the GPUs of one host allow, through Megatron-LM's own loop on mock data.
 
-    python benchmarks/scaling.py path/to/Megatron-LM [--out FOLDER] [--layouts NAME ...] [--model FLAGS] [-- more flags]
+    python benchmarks/scaling.py path/to/Megatron-LM [--out FOLDER] [--layouts NAME ...] [--rows ROW ...] [-- flags]
+    python benchmarks/scaling.py path/to/Megatron-LM --sweep [--lengths 4096 32768 131072 1048576] [--out FOLDER] [...]
+    python benchmarks/scaling.py path/to/Megatron-LM --tiny [--side-by-side] [...]      up to 8 processes, no GPU
 
-One process first writes a checkpoint of fresh weights, because Megatron draws each pipeline stage's on its own; every
-layout then trains from it for 12 iterations of the same batches. The table gives tokens/s a GPU (median of the
-iterations after the fourth), peak memory, the first and the last loss, the largest difference of a loss to that of one
-GPU, and the largest of the gradient's norm as a share. One GPU with another micro-batch says how much of these is the
-rounding of bf16. Without GPUs it runs over gloo in fp32: give a small --model.
+The first trains HGRN2 and the hybrid HHH* for 20 iterations of 16 sequences in every layout. One process of each model
+first writes a checkpoint of fresh weights, because Megatron draws each pipeline stage's on its own; every layout then
+trains from it on the same batches. A name says the layout: TP always with sequence parallelism, DP and CP with the
+distributed optimizer and both overlaps. "Weak" layouts have the batch once for each GPU, and so no losses to compare.
+The table gives tokens/s a GPU (median of the iterations after the fourth) also as a share of one GPU's, TFLOP/s as
+Megatron logs them, peak memory, the first and the last loss, the largest difference of a loss to that of one GPU, the
+largest of the gradient's norm as a share, and what rank 0 sends in a step, counted where it is sent (counted.py). One
+GPU with another micro-batch says how much of the differences is the rounding of bf16.
+
+The sweep trains on one sequence a step, of growing length, with full recompute at CP 1 to 8: HGRN2 and the hybrid with
+the loss by chunks, attention without, for Megatron has none. Its shares are of CP1 at as many tokens a GPU: what the
+same local work takes alone (of attention's layers it is not the same). After a length that does not fit, no longer one
+is tried.
+
+--out keeps table.md, picture.png and the log of every run. --side-by-side fills the host with runs that need few GPUs;
+they may disturb each other's times. Without a GPU the runs are in fp32 over gloo, and their times mean nothing.
 """
 
+import contextlib
+import importlib.metadata
+import itertools
+import os
+import re
 import shlex
 import statistics
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pretrain import command_line, make_table, numbers, parse, run, script_in
+from pretrain import ATTENTION, FULL, HGRN2, MODELS, OVERTIME, command_line, make_table, numbers, parse, run, script_in
 
+HYBRID = "hybrid"
+NAMES = [HGRN2, HYBRID, ATTENTION]
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
-    --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 2 --global-batch-size 8"""
-LOOP = """--spec hgrn2 --mock-data --tokenizer-type NullTokenizer --untie-embeddings-and-output-weights --train-iters 12
-    --lr 3e-5 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --eval-interval 100"""
+    --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 2 --global-batch-size 16"""
+# what every layout divides: 8 heads, 8 layers, 16 pieces of a sequence
+TINY = """--num-layers 8 --hidden-size 64 --hgrn2-expand-ratio 8 --num-attention-heads 8 --ffn-hidden-size 128
+    --seq-length 64 --max-position-embeddings 64 --vocab-size 128 --micro-batch-size 2 --global-batch-size 16
+    --lr 1e-3"""
+# the vocabulary is padded to 16 a TP rank: to the same at TP1 and TP8
+LOOP = """--mock-data --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 16 --log-throughput
+    --untie-embeddings-and-output-weights --lr 3e-5 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0
+    --eval-interval 100"""
 GPU = "--bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-# name -> processes and flags; a batch of 8 needs a number of micro-batches that pipelines divide
-LAYOUTS = {
-    "one": (1, ""),
-    "one, micro-batch 1": (1, "--micro-batch-size 1"),
-    "DP2": (2, OVERLAP),
-    "TP2 SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "TP2 SP, overlapped": (
-        2,
-        "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap --tp-comm-bootstrap-backend nccl",
-    ),
-    "CP2": (2, "--context-parallel-size 2"),
-    "PP2": (2, "--pipeline-model-parallel-size 2"),
-    "PP2 VPP2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
-    "DP4": (4, OVERLAP),
-    "TP2 PP2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
-    "TP2 PP2 DP2": (
-        8,
-        f"--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 {OVERLAP}",
-    ),
+CPU_PROCESSES = 8
+
+ONE = "one"
+LAYOUTS = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
+LAYOUTS += ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "PP2", "PP2 VPP2", "PP4 VPP2", "CP2", "CP4", "CP8"]
+LAYOUTS += ["TP2 PP2", "TP2 CP2", "TP2 CP4", "TP2 PP2 CP2", "TP2 PP2 DP2", "TP2 PP2 DP2 weak"]
+# what may follow a layout's words -> flags
+VARIANTS = {
+    "": "",
+    "micro-batch 1": "--micro-batch-size 1",
+    "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
 }
+LENGTHS, TINY_LENGTHS = [4096, 32768, 131072, 1048576], [64, 128, 512]
+SWEEP = [*FULL, "--micro-batch-size", "1", "--global-batch-size", "1", "--no-create-attention-mask-in-dataloader"]
+CHUNKED_LOSS, WHOLE_LOSS = ["--hgrn2-loss-chunk-size", "8192"], ["--cross-entropy-loss-fusion"]
+OUT_OF_MEMORY = "out of memory"
+NOT_TRIED = "not tried: a shorter length ran out of memory or time"
 
 
-def row(name: str, processes: int, log: str, one: str, tokens: int) -> str:
-    """One line of the table, or what went wrong."""
-    losses, norms = numbers("lm loss", log), numbers("grad norm", log)
-    times = numbers(r"elapsed time per iteration \(ms\)", log)[4:]
-    if not times:
-        return f"| {name} | failed: see the log | | | | |"
-    peak = max(numbers("max allocated", log), default=float("nan"))
-    apart = max(abs(x - y) for x, y in zip(losses, numbers("lm loss", one), strict=True))
-    norms_apart = max(abs(x / y - 1) for x, y in zip(norms, numbers("grad norm", one), strict=True))
-    rate = tokens / statistics.median(times) * 1000 / processes
-    return (
-        f"| {name} | {rate:,.0f} | {peak / 1024:.1f} | {losses[0]:.4f} -> {losses[-1]:.4f} | "
-        f"{apart:.1e} | {norms_apart:.1e} |"
-    )
+@dataclass(frozen=True)
+class Layout:
+    """How processes divide the work, by its name: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, overlapped"."""
+
+    name: str
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    weak: bool = False
+    variant: str = ""
+
+    @classmethod
+    def named(cls, name: str) -> "Layout":
+        words, _, variant = name.partition(", ")
+        sizes, others = {}, set()
+        for word in words.split():
+            if found := re.fullmatch(r"(TP|CP|PP|VPP|DP)(\d+)", word):
+                sizes[found[1].lower()] = int(found[2])
+            else:
+                others.add(word)
+        if not others <= {ONE, "SP", "weak"} or variant not in VARIANTS:
+            raise SystemExit(f"no layout {name!r}: one of {'; '.join(LAYOUTS)}, or such with other numbers")
+        return cls(name, weak="weak" in others, variant=variant, **sizes)
+
+    @property
+    def processes(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    def batch(self, of_one: int) -> int:
+        """Sequences of an iteration, where one process has so many."""
+        return of_one * self.processes if self.weak else of_one
+
+    def flags(self, of_one: int) -> list[str]:
+        flags = f"--tensor-model-parallel-size {self.tp} --context-parallel-size {self.cp} "
+        flags += f"--pipeline-model-parallel-size {self.pp} {VARIANTS[self.variant]}"
+        if self.tp > 1:
+            flags += " --sequence-parallel"
+        if self.vpp > 1:
+            flags += f" --num-virtual-stages-per-pipeline-rank {self.vpp}"
+        if self.dp * self.cp > 1:
+            flags += f" {OVERLAP}"
+        if self.weak:
+            flags += f" --global-batch-size {self.batch(of_one)}"
+        return flags.split()
 
 
-def runs(script: Path, common: list[str], chosen: list[str], tokens: int) -> Iterator[tuple[str, str, str]]:
-    """Name, log and line of one process and of each chosen layout; tokens are an iteration's."""
-    with tempfile.TemporaryDirectory() as folder:
-        save = ["--save", folder, "--save-interval", "1", "--no-save-optim", "--no-save-rng", "--exit-interval", "1"]
-        # a learning rate of nearly 0: the checkpoint has the weights as drawn
-        log = run(script, True, [*common, *save, "--lr", "1e-30"])
-        if not (Path(folder) / "latest_checkpointed_iteration.txt").is_file():
-            raise SystemExit(f"the first weights could not be written:\n{log[-3000:]}")
-        one = ""
-        for name in dict.fromkeys(["one", *chosen]):
-            processes, flags = LAYOUTS[name]
-            load = ["--load", folder, "--finetune", "--no-load-optim"]
-            log = run(script, True, [*common, *flags.split(), *load], processes)
-            one = one or log
-            yield name, log, row(name, processes, log, one, tokens)
+@dataclass(frozen=True)
+class Row:
+    """One run; with a length it is of the sweep."""
+
+    model: str
+    layout: Layout
+    length: int | None = None
+
+    @classmethod
+    def named(cls, name: str, sweep: bool) -> "Row":
+        model, _, layout = name.partition(", ")
+        layout, _, length = layout.rpartition(", ") if sweep else (layout, "", "")
+        if model not in NAMES or sweep != length.isdecimal():
+            raise SystemExit(f"no row {name!r}: write 'HGRN2, TP2 SP', or 'HGRN2, CP2, 4096' for the sweep")
+        return cls(model, Layout.named(layout), int(length) if sweep else None)
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.model, self.layout.name, *([str(self.length)] if self.length else [])])
+
+    def impossible_without_gpu(self) -> str:
+        """Why the row needs a GPU, or nothing."""
+        if self.layout.variant == "overlapped":
+            return "--tp-comm-overlap is of Transformer Engine, which needs a GPU"
+        if self.layout.cp > 1 and self.model != HGRN2:
+            return "Megatron's own attention takes no context parallelism, and Transformer Engine's needs a GPU"
+        return ""
+
+
+@dataclass
+class Figures:
+    """What a run's log says; rates are of the median iteration after the first ones.
+
+    Attributes:
+        milliseconds: of an iteration.
+        rate: tokens/s a GPU.
+        tflops: TFLOP/s a GPU.
+        peak: GiB.
+        losses, norms: of each iteration; norms of the gradient.
+        sent: MiB that rank 0 sends in an iteration.
+    """
+
+    milliseconds: float
+    rate: float
+    tflops: float
+    peak: float
+    losses: list[float]
+    norms: list[float]
+    sent: float
+
+    @classmethod
+    def of(cls, log: str, tokens: int, processes: int, warm_up: int) -> "Figures | None":
+        """Of an iteration of so many tokens; None of a run that did not reach its end."""
+        if failure(log):
+            return None
+
+        def median(name: str) -> float:
+            found = numbers(name, log)
+            return statistics.median(found[warm_up:] or found)
+
+        milliseconds = median(r"elapsed time per iteration \(ms\)")
+        return cls(
+            milliseconds,
+            tokens / milliseconds * 1000 / processes,
+            median(r"throughput per GPU \(TFLOP/s/GPU\)"),
+            max(numbers("max allocated", log)) / 1024,
+            numbers("lm loss", log),
+            numbers("grad norm", log),
+            median("bytes sent") / 2**20,
+        )
+
+
+def failure(log: str) -> str:
+    """What went wrong, nothing in a run that reached its end."""
+    iterations = re.findall(r"iteration +(\d+)/ *(\d+) \|", log)
+    if iterations and iterations[-1][0] == iterations[-1][1]:
+        return ""
+    return next((sign for sign in (NOT_TRIED, OVERTIME, OUT_OF_MEMORY) if sign in log), "failed: see the log")
+
+
+class Matrix:
+    """Every layout on the same batches.
+
+    Args:
+        common: flags of every row.
+        folder: for the first weights of each model.
+    """
+
+    models, layouts, iterations, warm_up = [HGRN2, HYBRID], LAYOUTS, 20, 4
+    head = [
+        "| run | tokens/s a GPU | of one GPU's | TFLOP/s a GPU | peak GiB | loss, first -> last | loss apart | "
+        "norm apart | MiB sent a step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def __init__(self, common: list[str], folder: Path):
+        self.common, self.folder = ["--train-iters", str(self.iterations), *common], folder
+        self.figures: dict[str, Figures] = {}
+
+    def prepare(self, rows: list[Row], megatron: Callable[[list[str]], str]):
+        """Write the first weights; a learning rate of nearly 0 leaves them as drawn."""
+        for model in dict.fromkeys(row.model for row in rows):
+            save = ["--save", str(self.folder / model), "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
+            flags = [*self.common, *MODELS[model][1], *save, "--exit-interval", "1", "--lr", "1e-30"]
+            log = megatron(flags)
+            if not (self.folder / model / "latest_checkpointed_iteration.txt").is_file():
+                raise SystemExit(f"the first weights of {model} could not be written:\n{log[-3000:]}")
+
+    def size(self, row: Row) -> tuple[int, int]:
+        """Length of a sequence, and how many an iteration has in one process."""
+        return value("--seq-length", self.common), value("--global-batch-size", self.common)
+
+    def flags(self, row: Row) -> list[str]:
+        load = ["--load", str(self.folder / row.model), "--finetune", "--no-load-optim"]
+        return [*self.common, *MODELS[row.model][1], *row.layout.flags(self.size(row)[1]), *load]
+
+    def read(self, row: Row, log: str) -> str:
+        """A row's line of the table; keeps its figures."""
+        length, batch = self.size(row)
+        found = Figures.of(log, length * row.layout.batch(batch), row.layout.processes, self.warm_up)
+        if found is None:
+            cells = [failure(log)]
+        else:
+            self.figures[row.name] = found
+            cells = self.cells(row, found)
+        cells += [""] * (self.head[1].count("---") - 1 - len(cells))
+        return f"| {' | '.join([row.name, *cells])} |"
+
+    def cells(self, row: Row, found: Figures) -> list[str]:
+        one = self.figures.get(f"{row.model}, {ONE}")
+        compared = one is not None and not row.layout.weak
+        return [
+            f"{found.rate:,.0f}",
+            f"{found.rate / one.rate:.1%}" if one else "",
+            f"{found.tflops:.1f}",
+            f"{found.peak:.1f}" if found.peak else "",
+            f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}",
+            f"{max(abs(x - y) for x, y in zip(found.losses, one.losses, strict=True)):.1e}" if compared else "",
+            f"{max(abs(x / y - 1) for x, y in zip(found.norms, one.norms, strict=True)):.1e}" if compared else "",
+            f"{found.sent:,.2f}",
+        ]
+
+    def draw(self, rows: list[Row], plt):
+        """Bars of each layout, a colour a model."""
+        done = [row for row in rows if row.name in self.figures]
+        layouts = list(dict.fromkeys(row.layout.name for row in done))
+        models = list(dict.fromkeys(row.model for row in done))
+        figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.35 * len(layouts)), sharey=True)
+        for i, model in enumerate(models):
+            of_model = [row for row in done if row.model == model]
+            found = [self.figures[row.name] for row in of_model]
+            height = 0.8 / len(models)
+            places = [layouts.index(row.layout.name) + (i - (len(models) - 1) / 2) * height for row in of_model]
+            one = self.figures.get(f"{model}, {ONE}")
+            axes[0].barh(places, [x.rate / one.rate if one else 0 for x in found], height, label=model)
+            axes[1].barh(places, [x.sent for x in found], height)
+        axes[0].set_yticks(range(len(layouts)), layouts)
+        axes[0].invert_yaxis()
+        axes[0].set_xlabel("tokens/s a GPU, as a share of one GPU's")
+        axes[1].set_xlabel("MiB that rank 0 sends in a step")
+        axes[0].legend()
+        return figure
+
+
+class Sweep(Matrix):
+    """One sequence a step, of growing length."""
+
+    models, layouts, iterations, warm_up = NAMES, ["CP1", "CP2", "CP4", "CP8"], 6, 2
+    head = [
+        "| run | ms a step | tokens/s a GPU | of CP1 at as many tokens a GPU | TFLOP/s a GPU | peak GiB | "
+        "MiB sent a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def prepare(self, rows: list[Row], megatron: Callable[[list[str]], str]):
+        """Nothing: each row draws its weights, no losses are compared."""
+
+    def size(self, row: Row) -> tuple[int, int]:
+        return row.length, 1
+
+    def flags(self, row: Row) -> list[str]:
+        size = ["--seq-length", str(row.length), "--max-position-embeddings", str(row.length)]
+        loss = CHUNKED_LOSS if "--spec" in MODELS[row.model][1] else WHOLE_LOSS
+        return [*self.common, *MODELS[row.model][1], *SWEEP, *size, *loss, *row.layout.flags(1)]
+
+    def cells(self, row: Row, found: Figures) -> list[str]:
+        alone = self.figures.get(f"{row.model}, CP1, {row.length // row.layout.cp}")
+        return [
+            f"{found.milliseconds:,.1f}",
+            f"{found.rate:,.0f}",
+            f"{found.rate / alone.rate:.1%}" if alone else "",
+            f"{found.tflops:.1f}",
+            f"{found.peak:.1f}" if found.peak else "",
+            f"{found.sent:,.2f}",
+        ]
+
+    def draw(self, rows: list[Row], plt):
+        """Lines against length, a colour a model, a marker a CP."""
+        done = [row for row in rows if row.name in self.figures]
+        figure, axes = plt.subplots(1, 2, figsize=(12, 5))
+        models, layouts = (list(dict.fromkeys(x)) for x in zip(*((r.model, r.layout.name) for r in done), strict=True))
+        lengths = sorted({row.length for row in done})
+        for model, layout in dict.fromkeys((row.model, row.layout.name) for row in done):
+            found = {r.length: self.figures[r.name] for r in done if (r.model, r.layout.name) == (model, layout)}
+            look = dict(color=f"C{models.index(model)}", marker="osD^v<>"[layouts.index(layout) % 7])
+            axes[0].plot(list(found), [x.rate for x in found.values()], **look)
+            axes[1].plot(list(found), [x.peak for x in found.values()], label=f"{model}, {layout}", **look)
+        for axis, label in zip(axes, ("tokens/s a GPU", "peak GiB a GPU"), strict=True):
+            axis.set(xscale="log", xlabel="tokens of the sequence", ylabel=label, ylim=(0, None))
+            axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            axis.minorticks_off()
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        return figure
+
+
+def value(flag: str, flags: list[str]) -> int:
+    """The number that Megatron takes where a flag is given, the last one."""
+    place = len(flags) - 1 - flags[::-1].index(flag)
+    return int(flags[place + 1])
+
+
+class Devices:
+    """The GPUs of the host, or places for processes without one, lent to runs."""
+
+    def __init__(self, names: list[str]):
+        self.free = list(names)
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def lent(self, count: int) -> Iterator[list[str]]:
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.free) >= count)
+            taken, self.free = self.free[:count], self.free[count:]
+        try:
+            yield taken
+        finally:
+            with self.changed:
+                self.free = sorted([*self.free, *taken])
+                self.changed.notify_all()
+
+
+def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: Devices, workers: int) -> Iterator[str]:
+    """The log of each row, in order; so many at a time as workers and devices allow."""
+    before: dict[tuple[str, Layout], Future] = {}
+
+    def run_row(row: Row, shorter: Future | None) -> str:
+        if shorter and failure(shorter.result()) in (NOT_TRIED, OVERTIME, OUT_OF_MEMORY):
+            return NOT_TRIED
+        with devices.lent(row.layout.processes) as taken:
+            return start(row, taken)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = []
+        for row in rows:
+            chain = row.model, row.layout
+            before[chain] = pool.submit(run_row, row, before.get(chain))
+            futures.append(before[chain])
+        yield from (future.result() for future in futures)
+
+
+def device_names() -> list[str]:
+    """Of the GPUs, as CUDA_VISIBLE_DEVICES has them; numbers of processes where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and torch.cuda.is_available():
+        return visible.split(",")
+    return [str(i) for i in range(torch.cuda.device_count() or CPU_PROCESSES)]
+
+
+def machine() -> str:
+    """What the table was measured on, in a line."""
+    gpus = torch.cuda.device_count()
+    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores, gloo"
+    versions = []
+    for package in ("torch", "transformer-engine", "megatron-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join([device, *versions])
+
+
+def choose(rows: list[Row], processes: int) -> list[Row]:
+    """Those that this machine can run, with one process of each model first; says why it leaves one out."""
+    ones = [Row(row.model, Layout.named(ONE)) for row in rows if not row.length]
+    chosen = []
+    # a longer row is tried, and compared, once the shorter ones are known; few processes leave room for others
+    for row in sorted(dict.fromkeys(ones + rows), key=lambda row: (row.length or 0, row.layout.processes)):
+        reason = "" if torch.cuda.is_available() else row.impossible_without_gpu()
+        if row.layout.processes > processes:
+            reason = f"{row.layout.processes} processes, and there are {processes}"
+        if reason:
+            print(f"left out: {row.name}: {reason}", flush=True)
+        else:
+            chosen.append(row)
+    return chosen
+
+
+def save_picture(kind: Matrix, rows: list[Row], path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = kind.draw(rows, plt)
+    figure.suptitle(machine(), fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: all that the GPUs allow")
-    parser.add_argument("--model", default=MODEL, help="Megatron's flags of the model and the batch, in one word")
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help=f"default: of these {'; '.join(LAYOUTS)}")
+    parser.add_argument("--models", nargs="+", choices=NAMES, help="default: HGRN2 hybrid, and attention in the sweep")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="'HGRN2, TP2 SP', or in the sweep 'HGRN2, CP2, 4096'")
+    parser.add_argument("--sweep", action="store_true", help="time and memory against the length of the sequence")
+    parser.add_argument("--lengths", nargs="+", type=int, help=f"of the sweep, default {LENGTHS}")
+    parser.add_argument("--model", help="Megatron's flags of the model and the batch, in one word")
+    parser.add_argument("--tiny", action="store_true", help="a small model, for up to 8 processes without a GPU")
+    parser.add_argument("--side-by-side", action="store_true", help="as many runs at a time as there are devices for")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a run is ended")
     args = parse(parser)
     script = script_in(args.megatron_lm)
     gpus = torch.cuda.device_count()
-    common = shlex.split(f"{args.model} {LOOP} {GPU if gpus else ''}") + args.extra
-    length, batch = (int(common[common.index(name) + 1]) for name in ("--seq-length", "--global-batch-size"))
-    chosen = args.layouts or [name for name, (processes, _) in LAYOUTS.items() if processes <= max(gpus, 1)]
-    head = [
-        "| layout | tokens/s a GPU | peak GiB | loss, first -> last | loss apart | norm apart |",
-        "|---|---|---|---|---|---|",
+    if args.lengths and not args.sweep:
+        parser.error("--lengths is of --sweep")
+    if not (gpus or args.tiny or args.model):
+        parser.error("no GPU: give --tiny, or a small --model")
+    common = shlex.split(f"{LOOP} {args.model or (TINY if args.tiny else MODEL)} {GPU if gpus else ''}") + args.extra
+    names = device_names()
+    form = Sweep if args.sweep else Matrix
+    lengths = args.lengths or (TINY_LENGTHS if args.tiny else LENGTHS)
+    layouts = [Layout.named(name) for name in args.layouts or form.layouts]
+    rows = [
+        Row(*row) for row in itertools.product(args.models or form.models, layouts, lengths if args.sweep else [None])
     ]
-    make_table(head, runs(script, common, chosen, length * batch), args.out)
+    rows = choose([Row.named(name, args.sweep) for name in args.rows or []] or rows, len(names))
+
+    with tempfile.TemporaryDirectory() as folder:
+        kind = form(common, Path(folder))
+
+        def megatron(flags: list[str], devices: list[str]) -> str:
+            env = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if gpus else {"OMP_NUM_THREADS": "1"}
+            if args.sweep:
+                env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+            more = dict(module="benchmarks.counted", more_env=env, timeout=args.timeout)
+            return run(script, True, flags, len(devices), **more)
+
+        def runs() -> Iterator[tuple[str, str, str]]:
+            kind.prepare(rows, lambda flags: megatron(flags, names[:1]))
+            workers = len(names) if args.side_by_side else 1
+            logs = run_all(rows, lambda row, devices: megatron(kind.flags(row), devices), Devices(names), workers)
+            for row, log in zip(rows, logs, strict=True):
+                yield row.name, log, kind.read(row, log)
+
+        make_table([machine(), "", *kind.head], runs(), args.out)
+    if args.out and kind.figures:
+        save_picture(kind, rows, args.out / "picture.png")
 
 
 if __name__ == "__main__":

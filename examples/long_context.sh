@@ -27,6 +27,6 @@ exec torchrun --nproc_per_node "$GPUS" --nnodes "$NODES" --node_rank "${NODE_RAN
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \
     --hgrn2-loss-chunk-size 8192 \
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
-    --no-create-attention-mask-in-dataloader \
+    --empty-unused-memory-level 1 \
     $data --tokenizer-type NullTokenizer --vocab-size 32000 \
     --train-iters 20 --lr 3e-4 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --eval-interval 1000 "$@"

@@ -22,6 +22,8 @@ SILENT = {
     "attention_dropout": 0.0,
     # decided once the layer pattern is known
     "position_embedding_type": None,
+    # s x s booleans a sample, which no HGRN2 layer reads and causal attention makes for itself
+    "create_attention_mask_in_dataloader": False,
     # of the states in Megatron's dynamic batching
     "mamba_inference_ssm_states_dtype": "fp32",
 }

@@ -53,14 +53,16 @@ def main(folder: Path, layers: int = 12, hidden: int = 1024, num_tokens: int = 5
     assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
     tokens = torch.randint(VOCAB, (BATCH, num_tokens), generator=torch.Generator().manual_seed(1))
     exact = logits_of(back, tokens, torch.float32, "fused_recurrent")
-    found = {"fla chunk fp32": logits_of(hf, tokens, torch.float32, "chunk")}
-    for mode in ("chunk", "fused_recurrent"):
-        found[f"fla {mode} bf16"] = logits_of(hf, tokens, torch.bfloat16, mode)
+
+    def compare(name: str, logits: torch.Tensor):
+        print(f"{name}: {((logits - exact).norm() / exact.norm()).item():.2e}", flush=True)
+
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        found[f"ours {name}"] = megatron_logits(checkpoint, tokens, dtype)[..., :VOCAB]
+        compare(f"ours {name}", megatron_logits(checkpoint, tokens, dtype)[..., :VOCAB])
         parallel_state.destroy_model_parallel()
-    for name, logits in found.items():
-        print(f"{name}: {((logits - exact).norm() / exact.norm()).item():.2e}")
+    compare("fla fused_recurrent bf16", logits_of(hf, tokens, torch.bfloat16, "fused_recurrent"))
+    compare("fla chunk bf16", logits_of(hf, tokens, torch.bfloat16, "chunk"))
+    compare("fla chunk fp32", logits_of(hf, tokens, torch.float32, "chunk"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import sys
 import greedy
 import harness
 
-PROMPTS = ["1 2 3", "4 5 6 7 8 9", "7"]
+# Megatron wants a multiple of TP
+PROMPTS = ["1 2 3", "4 5 6 7 8 9", "7", "8 8"]
 
 
 class Numbers:

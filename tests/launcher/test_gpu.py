@@ -139,7 +139,7 @@ def assert_takes_the_likeliest(script: str, tp: int, *words: str, settings: dict
 @pytest.mark.parametrize(("pattern", "engine"), [("H", "legacy"), ("H*H", "legacy"), ("H", "dynamic")])
 def test_the_static_engine_takes_the_likeliest_tokens(pattern, engine, settings, tp):
     settings = settings | {"hgrn2_layer_pattern": pattern}
-    assert_takes_the_likeliest("static_engine", tp, engine, "512", settings=settings, number=3 * [512])
+    assert_takes_the_likeliest("static_engine", tp, engine, "512", settings=settings, number=4 * [512])
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -150,7 +150,8 @@ def test_the_dynamic_engine_takes_the_likeliest_tokens(settings, tp):
 
 def test_logits_are_those_of_fla(tmp_path):
     pytest.importorskip("fla")
-    done = harness.python("tests/launcher/fla_logits.py", str(tmp_path))
+    # fla tries many forms of its kernels
+    done = harness.python("tests/launcher/fla_logits.py", str(tmp_path), timeout=900)
     found = {name: float(error) for name, error in re.findall(r"^(.*): (\d\.\d+e[-+]\d+)$", done.stdout, re.M)}
     print(found)
     assert found, done.stdout[-3000:]

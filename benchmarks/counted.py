@@ -1,0 +1,109 @@
+"""The launcher, with the bytes counted that rank 0 sends to other ranks.
+
+    torchrun ... -m benchmarks.counted SCRIPT [Megatron's flags]        in the place of -m hgrn2_megatron
+
+After each training step rank 0 prints them. Every call of a function of torch.distributed that sends is counted by what
+a ring makes of it: with n ranks and the bytes of the whole tensor, all-gather, reduce-scatter, all-to-all and broadcast
+send (n - 1) / n of them, all-reduce twice that; a message from one rank to another is all of its bytes. Not seen are
+the user buffers of Transformer Engine's --tp-comm-overlap, objects that torch pickles, and barriers.
+"""
+
+import functools
+import inspect
+import runpy
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+# function -> its argument that is, or lists, the whole tensor, and how often a ring sends (n - 1) / n of that
+COLLECTIVES = {
+    "all_reduce": ("tensor", 2),
+    "broadcast": ("tensor", 1),
+    "all_gather": ("tensor_list", 1),
+    "all_gather_into_tensor": ("output_tensor", 1),
+    "_all_gather_base": ("output_tensor", 1),
+    "reduce_scatter": ("input_list", 1),
+    "reduce_scatter_tensor": ("input", 1),
+    "_reduce_scatter_base": ("input", 1),
+    "all_to_all": ("input_tensor_list", 1),
+    "all_to_all_single": ("input", 1),
+}
+
+
+class Counter:
+    """Bytes sent by this rank since the last report."""
+
+    def __init__(self):
+        self.sent = 0.0
+
+    def install(self):
+        """Replace the functions of torch.distributed; before Megatron is imported, which has other names for some."""
+        for name, (tensor, times) in COLLECTIVES.items():
+            setattr(dist, name, self._collective(getattr(dist, name), tensor, times))
+        # batch_isend_irecv and send call this one, by the module's name for it
+        dist.isend = distributed_c10d.isend = self._message(dist.isend)
+
+    def _collective(self, function: Callable, tensor: str, times: int) -> Callable:
+        names = list(inspect.signature(function).parameters)
+
+        def argument(name: str, args: tuple, kwargs: dict):
+            place = names.index(name)
+            return args[place] if place < len(args) else kwargs.get(name)
+
+        @functools.wraps(function)
+        def counting(*args, **kwargs):
+            ranks = dist.get_world_size(argument("group", args, kwargs))
+            if ranks > 1:
+                self.sent += times * (ranks - 1) / ranks * num_bytes(argument(tensor, args, kwargs))
+            return function(*args, **kwargs)
+
+        return counting
+
+    def _message(self, isend: Callable) -> Callable:
+        @functools.wraps(isend)
+        def counting(tensor, *args, **kwargs):
+            self.sent += tensor.nbytes
+            return isend(tensor, *args, **kwargs)
+
+        return counting
+
+    def reported(self, train_step: Callable) -> Callable:
+        """Megatron's training step, after which rank 0 prints what it sent since the one before."""
+
+        @functools.wraps(train_step)
+        def wrapped(*args, **kwargs):
+            result = train_step(*args, **kwargs)
+            if dist.get_rank() == 0:
+                print(f"bytes sent: {self.sent:.0f}", flush=True)
+            self.sent = 0
+            return result
+
+        return wrapped
+
+
+def num_bytes(tensors: torch.Tensor | list[torch.Tensor]) -> int:
+    return tensors.nbytes if isinstance(tensors, torch.Tensor) else sum(x.nbytes for x in tensors)
+
+
+def main():
+    counter = Counter()
+    counter.install()
+    run_script = runpy.run_path
+
+    def run_path(*args, **kwargs):
+        import megatron.training.training as training
+
+        training.train_step = counter.reported(training.train_step)
+        return run_script(*args, **kwargs)
+
+    # the launcher's last step: by then it has imported the script's own Megatron
+    runpy.run_path = run_path
+    from hgrn2_megatron.__main__ import main as launch
+
+    launch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The scaling benchmark: its rows, who gets which GPU, what it reads in a log, and the bytes that it counts."""
+
+import importlib
+import os
+import re
+import shlex
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import training
+
+# last, for it has a file of the name of a standard module
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+pretrain, scaling = (importlib.import_module(name) for name in ("pretrain", "scaling"))
+
+
+def row(name: str, sweep: bool = False):
+    return scaling.Row.named(name, sweep)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "flags"),
+    [
+        ("one", 1, "--tensor-model-parallel-size 1 --context-parallel-size 1 --pipeline-model-parallel-size 1"),
+        ("one, micro-batch 1", 1, "--micro-batch-size 1"),
+        ("TP4 SP", 4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+        ("TP2 SP, overlapped", 2, "--sequence-parallel --tp-comm-overlap"),
+        ("PP4 VPP2", 4, "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"),
+        ("TP2 PP2 CP2", 8, "--context-parallel-size 2 --use-distributed-optimizer"),
+        ("TP2 PP2 DP16 weak", 64, "--global-batch-size 1024 --overlap-param-gather"),
+    ],
+)
+def test_a_layout_is_its_name(name, processes, flags):
+    layout = scaling.Layout.named(name)
+    assert layout.processes == processes
+    assert set(flags.split()) <= set(layout.flags(16))
+    assert layout.weak == ("--global-batch-size" in layout.flags(16))
+
+
+def test_every_layout_divides_model_and_batch():
+    for model in (scaling.MODEL, scaling.TINY):
+        flags = shlex.split(model)
+
+        def size(flag, flags=flags):
+            return scaling.value(f"--{flag}", flags)
+
+        for x in map(scaling.Layout.named, scaling.LAYOUTS):
+            micro_batches, rest = divmod(x.batch(size("global-batch-size")), size("micro-batch-size") * x.dp)
+            assert rest == 0 and micro_batches % x.pp == 0, x
+            assert size("num-layers") % (x.pp * x.vpp) == 0 and size("num-attention-heads") % x.tp == 0, x
+            assert size("seq-length") % (2 * x.cp * x.tp) == 0, x
+
+
+@pytest.mark.parametrize(
+    ("name", "sweep"),
+    [("HGRN2, QP2", False), ("HGRN2, DP2, fast", False), ("Mamba, DP2", False), ("HGRN2, CP2", True)],
+)
+def test_unknown_rows_are_refused(name, sweep):
+    with pytest.raises(SystemExit, match="no (row|layout)"):
+        row(name, sweep)
+
+
+def test_rows_of_this_machine(monkeypatch, capsys):
+    monkeypatch.setattr(scaling.torch.cuda, "is_available", lambda: False)
+    rows = [row(name) for name in ("hybrid, TP2 CP4", "HGRN2, TP2 CP4", "HGRN2, DP16", "HGRN2, TP2 SP")]
+    chosen = [row.name for row in scaling.choose(rows, 8)]
+    assert chosen == ["hybrid, one", "HGRN2, one", "HGRN2, TP2 SP", "HGRN2, TP2 CP4"]
+    left_out = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in left_out] == ["hybrid, TP2 CP4", "HGRN2, DP16"]
+    monkeypatch.setattr(scaling.torch.cuda, "is_available", lambda: True)
+    assert "hybrid, TP2 CP4" in [row.name for row in scaling.choose(rows, 8)]
+    assert [row.name for row in scaling.choose([row("HGRN2, CP2, 64", True)], 8)] == ["HGRN2, CP2, 64"]
+
+
+FINISHED = "iteration 6/ 6 |"
+
+
+def test_runs_side_by_side_share_no_device():
+    rows = [row(f"HGRN2, {name}") for name in ("one", "DP2", "TP2 SP", "PP4", "CP2", "PP2")]
+    used, lock, meeting = set(), threading.Lock(), threading.Barrier(2)
+
+    def start(row, devices):
+        assert len(devices) == row.layout.processes
+        with lock:
+            assert not used & set(devices)
+            used.update(devices)
+        if row.layout.name in ("CP2", "PP2"):
+            meeting.wait(timeout=30)
+        with lock:
+            used.difference_update(devices)
+        return row.name
+
+    devices = scaling.Devices(list("0123"))
+    assert list(scaling.run_all(rows, start, devices, workers=4)) == [row.name for row in rows]
+    assert sorted(devices.free) == list("0123")
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_no_longer_length_after_one_that_does_not_fit(workers):
+    names = [f"HGRN2, CP{cp}, {length}" for length in (64, 128, 256) for cp in (1, 2)]
+    started = []
+
+    def start(row, devices):
+        started.append(row.name)
+        return "torch.OutOfMemoryError: CUDA out of memory" if row.name == "HGRN2, CP1, 64" else FINISHED
+
+    rows = [row(name, True) for name in names]
+    logs = scaling.run_all(rows, start, scaling.Devices(list("01")), workers)
+    ends = [scaling.failure(log) for log in logs]
+    assert ends == ["out of memory", "", scaling.NOT_TRIED, "", scaling.NOT_TRIED, ""]
+    assert sorted(started) == sorted(name for name, end in zip(names, ends, strict=True) if end != scaling.NOT_TRIED)
+
+
+def log_of(milliseconds: float, losses: list[float], sent: int, slow: int = 4) -> str:
+    """A run as Megatron 0.19.2 prints it, whose first iterations are slow."""
+    lines = []
+    for i, loss in enumerate(losses, 1):
+        lines += [
+            f"bytes sent: {sent}",
+            f" [2026-11-27 01:11:18.911005] iteration {i:8d}/{len(losses):8d} | consumed samples:            4 | "
+            f"elapsed time per iteration (ms): {milliseconds if i > slow else 9999:.1f} | throughput per GPU "
+            f"(TFLOP/s/GPU): 400.5 | learning rate: 8.75E-04 | global batch size:     4 | lm loss: {loss:.6E} | "
+            "loss scale: 1.0 | grad norm: 3.200 | number of skipped iterations:   0 |",
+            f"[Rank 0] (after {i} iterations) memory (MB) | allocated: 1.00 | max allocated: 2048.00 | reserved: 9.00",
+        ]
+    return "\n".join(lines)
+
+
+def test_lines_of_the_table(tmp_path):
+    common = shlex.split("--seq-length 1000 --global-batch-size 2 --global-batch-size 4")
+    matrix = scaling.Matrix(common, tmp_path)
+    losses = [4.5, 4.4, 4.3, 4.2, 4.1, 4.0]
+    one = matrix.read(row("HGRN2, one"), log_of(100, losses, 0))
+    assert one == "| HGRN2, one | 40,000 | 100.0% | 400.5 | 2.0 | 4.5000 -> 4.0000 | 0.0e+00 | 0.0e+00 | 0.00 |"
+    apart = [4.5, 4.4, 4.302, 4.2, 4.1, 4.001]
+    tp2 = matrix.read(row("HGRN2, TP2 SP"), log_of(80, apart, 3 << 20))
+    assert tp2 == "| HGRN2, TP2 SP | 25,000 | 62.5% | 400.5 | 2.0 | 4.5000 -> 4.0010 | 2.0e-03 | 0.0e+00 | 3.00 |"
+    weak = matrix.read(row("HGRN2, DP2 weak"), log_of(110, apart, 1 << 20))
+    assert weak == "| HGRN2, DP2 weak | 36,364 | 90.9% | 400.5 | 2.0 | 4.5000 -> 4.0010 |  |  | 1.00 |"
+    # a run that dies on its way has no figures
+    died = log_of(80, apart, 0).replace(f"/{6:8d}", f"/{7:8d}")
+    assert matrix.read(row("HGRN2, DP2"), died) == "| HGRN2, DP2 | failed: see the log |  |  |  |  |  |  |  |"
+
+    sweep = scaling.Sweep(common, tmp_path)
+    sweep.read(row("hybrid, CP1, 1000", True), log_of(100, losses, 0, slow=2))
+    cp2 = sweep.read(row("hybrid, CP2, 2000", True), log_of(125, losses, 1 << 19, slow=2))
+    assert cp2 == "| hybrid, CP2, 2000 | 125.0 | 8,000 | 80.0% | 400.5 | 2.0 | 0.50 |"
+    pytest.importorskip("matplotlib")
+    for kind, name in ((matrix, "matrix.png"), (sweep, "sweep.png")):
+        rows = [row(name, kind is sweep) for name in kind.figures]
+        scaling.save_picture(kind, rows, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_a_run_that_hangs_is_ended(tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text("import os, time\nprint('hangs as', os.getpid(), flush=True)\ntime.sleep(600)\n")
+    log = pretrain.run(script, False, [], timeout=25)
+    assert scaling.failure(log) == pretrain.OVERTIME
+    (process,) = re.findall(r"hangs as (\d+)", log)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process), 0)
+
+
+def sent_by_rank_0(*flags: str) -> tuple[set[float], str]:
+    """Bytes of each iteration of a run of two processes but the first, and its output."""
+    launcher = ("-m", "benchmarks.counted")
+    done = training.launch(*training.HGRN2, *flags, "--eval-iters", 0, num_processes=2, launcher=launcher)
+    assert done.returncode == 0, done.stdout[-3000:]
+    sent = pretrain.numbers("bytes sent", done.stdout)
+    assert len(sent) == 8
+    return set(sent[1:]), done.stdout
+
+
+# the loss, its tokens and the norms: a few numbers beside what is counted
+SCALARS = 100
+
+
+def test_data_parallelism_sends_every_gradient():
+    (sent,), output = sent_by_rank_0()
+    (parameters,) = re.findall(r"number of parameters on .*: (\d+)", output)
+    # all-reduce in fp32: 2 (n - 1) / n
+    assert 0 <= sent - 4 * int(parameters) <= SCALARS
+
+
+def test_a_pipeline_sends_activations():
+    (sent,), _ = sent_by_rank_0("--pipeline-model-parallel-size", "2", "--untie-embeddings-and-output-weights")
+    layers, hidden, length, batch = (
+        scaling.value(f"--{flag}", training.FLAGS)
+        for flag in ("num-layers", "hidden-size", "seq-length", "global-batch-size")
+    )
+    # and the gradient of the lower bounds, which both stages have, in an all-reduce
+    assert 0 <= sent - 4 * (length * hidden * batch + layers * hidden) <= SCALARS
