@@ -4,9 +4,9 @@
     python benchmarks/scaling.py path/to/Megatron-LM --sweep [--lengths 4096 32768 131072 1048576] [--out FOLDER] [...]
     python benchmarks/scaling.py path/to/Megatron-LM --tiny [--side-by-side] [...]      up to 8 processes, no GPU
 
-The first trains HGRN2 and the hybrid HHH* for 20 iterations of 16 sequences in every layout. One process of each model
-first writes a checkpoint of fresh weights, because Megatron draws each pipeline stage's on its own; every layout then
-trains from it on the same batches. A name says the layout: TP always with sequence parallelism, DP and CP with the
+The first trains HGRN2 and the hybrid HHH* for 20 iterations in every layout. One process of each model first writes a
+checkpoint of fresh weights, because Megatron draws each pipeline stage's on its own; every layout then trains from it
+on the same batches. A name says the layout: TP always with sequence parallelism, DP and CP with the
 distributed optimizer and both overlaps. "Weak" layouts have the batch once for each GPU, and so no losses to compare.
 The table gives tokens/s a GPU (median of the iterations after the fourth) also as a share of one GPU's, TFLOP/s as
 Megatron logs them, peak memory, the first and the last loss, the largest difference of a loss to that of one GPU, the
@@ -42,7 +42,7 @@ from pretrain import ATTENTION, FULL, HGRN2, MODELS, OVERTIME, command_line, mak
 HYBRID = "hybrid"
 NAMES = [HGRN2, HYBRID, ATTENTION]
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
-    --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 2 --global-batch-size 16"""
+    --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 4 --global-batch-size 32"""
 # what every layout divides: 8 heads, 8 layers, 16 pieces of a sequence
 TINY = """--num-layers 8 --hidden-size 64 --hgrn2-expand-ratio 8 --num-attention-heads 8 --ffn-hidden-size 128
     --seq-length 64 --max-position-embeddings 64 --vocab-size 128 --micro-batch-size 2 --global-batch-size 16
