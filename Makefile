@@ -4,6 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # the oldest release that is supported, found before the one that is installed
 OLDER := $(VENV)/megatron-core-0.18.2
+# a file's tests share what they set up; real runs wait for each other more than for the cores
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart compare test lint clean
 
@@ -14,8 +16,8 @@ compare: $(VENV)/.installed  ## attention, HGRN2 and the hybrid on the same byte
 	$(RUN) examples/compare.py
 
 test: $(VENV)/.installed $(OLDER)
-	$(RUN) -m pytest
-	PYTHONPATH=$(OLDER) $(RUN) -m pytest -m releases
+	$(TEST)
+	PYTHONPATH=$(OLDER) $(TEST) -m releases
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -30,6 +30,7 @@ COMMON = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --untie-embeddings-and-output-weights
     --bf16 --transformer-impl transformer_engine --use-distributed-optimizer --no-gradient-accumulation-fusion
     --train-iters 12 --lr 3e-4 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --eval-interval 100
+    --no-create-attention-mask-in-dataloader
 """.split()
 BLOCK = """
     --normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu

@@ -22,7 +22,10 @@ def test_the_run_is_that_of_the_gpt_form(run):
     assert "HGRN2: 3 of 4 layers, expand 32, lower bounds learned, op=pytorch" in output
     assert float(losses[8]) < float(losses[1]) - 0.3
     gpt, _ = train(*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "HH*H")
-    assert losses == gpt
+    assert losses.keys() == gpt.keys()
+    # on one of two kinds of CPU tried they differ in the last digit that is logged: weights lie elsewhere in memory
+    for iteration, loss in losses.items():
+        assert abs(float(loss) - float(gpt[iteration])) <= 2e-6, iteration
 
 
 def test_a_resumed_run_takes_the_model_from_the_checkpoint(run):
