@@ -9,6 +9,14 @@ STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack")
 PATTERN = ("--hybrid-layer-pattern", "M-M-*-M-")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def products_of_one_rounding():
+    """On some CPUs MKL, left to itself, rounds the same product otherwise in the two forms of a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MKL_CBWR", "COMPATIBLE")
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """An uninterrupted run that saved its state after iteration 4: (losses, output, checkpoint folder)."""
@@ -22,10 +30,7 @@ def test_the_run_is_that_of_the_gpt_form(run):
     assert "HGRN2: 3 of 4 layers, expand 32, lower bounds learned, op=pytorch" in output
     assert float(losses[8]) < float(losses[1]) - 0.3
     gpt, _ = train(*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "HH*H")
-    assert losses.keys() == gpt.keys()
-    # on one of two kinds of CPU tried they differ in the last digit that is logged: weights lie elsewhere in memory
-    for iteration, loss in losses.items():
-        assert abs(float(loss) - float(gpt[iteration])) <= 2e-6, iteration
+    assert losses == gpt
 
 
 def test_a_resumed_run_takes_the_model_from_the_checkpoint(run):
