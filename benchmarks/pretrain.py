@@ -49,9 +49,13 @@ MODELS = {
 }
 SELECTIVE = "--recompute-granularity selective".split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad".split()
 # how a row is run -> (length, micro-batch, flags)
 SETTINGS: dict[str, tuple[int, int, list[str]]] = {
     "4096": (4096, 4, []),
+    "4096 graph": (4096, 4, GRAPH),
+    "4096 by one": (4096, 1, []),
+    "4096 by one graph": (4096, 1, GRAPH),
     "4096 FP8": (4096, 4, ["--fp8-format", "hybrid", "--fp8-recipe", "delayed"]),
     "16384 selective": (16384, 1, SELECTIVE),
     "16384": (16384, 1, []),

@@ -8,7 +8,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
 
 from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.mixer import HGRN2Mixer, HGRN2MixerSubmodules
@@ -74,6 +78,31 @@ def _with_norms(spec: ModuleSpec, experts: bool) -> ModuleSpec:
     return ModuleSpec(module=spec.module, submodules=submodules)
 
 
+class _WithBound:
+    """A layer whose lower bound is an input of its CUDA graph, where Megatron captures each layer by itself.
+
+    The graph's backward gives gradients to its inputs and to the layer's own parameters alone, and the bounds' table is
+    the block's. The bound takes the place of attention_bias, which Megatron hands on to the mixer.
+    """
+
+    def __call__(self, *args, **kwargs):
+        # in generation nobody wants a gradient, and the graph makes the bound itself
+        if self.config.cuda_graph_impl == "local" and kwargs.get("inference_context") is None:
+            kwargs["attention_bias"] = self.self_attention.lower_bound()
+        return super().__call__(*args, **kwargs)
+
+
+class HGRN2Layer(_WithBound, TransformerLayer):
+    """Megatron's layer with an HGRN2 mixer."""
+
+
+class HGRN2MoELayer(_WithBound, MoETransformerLayer):
+    """Megatron's layer of experts with an HGRN2 mixer."""
+
+
+WITH_BOUND = {TransformerLayer: HGRN2Layer, MoETransformerLayer: HGRN2MoELayer}
+
+
 def with_mixer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """The same layer with the HGRN2 mixer in the place of self attention."""
     use_te, submodules = _use_te(config), spec.submodules
@@ -90,4 +119,4 @@ def with_mixer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
         ),
         sharded_state_dict_keys_map=submodules.sharded_state_dict_keys_map | keys_map,
     )
-    return ModuleSpec(module=spec.module, submodules=submodules)
+    return ModuleSpec(module=WITH_BOUND[spec.module], submodules=submodules)

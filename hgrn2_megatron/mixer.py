@@ -126,6 +126,7 @@ class HGRN2Mixer(MegatronModule):
         attention_mask: Tensor | None = None,
         inference_context=None,
         packed_seq_params=None,
+        attention_bias: Tensor | None = None,
         **ignored,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix tokens over time.
@@ -138,6 +139,8 @@ class HGRN2Mixer(MegatronModule):
             packed_seq_params: Megatron's PackedSeqParams of packed sequences [t, 1, h], each of which starts from an
                 empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more. Its
                 cp_group, where it has one, takes the place of the model's.
+            attention_bias: ignored but with CUDA graphs of single layers in training, where it is the lower bound,
+                [H/tp, K] fp32, an input of the graph (see layer.py).
 
         Returns:
             output: like hidden_states, and None for the bias Megatron would add.
@@ -152,12 +155,14 @@ class HGRN2Mixer(MegatronModule):
             operator = self._operator(packed_seq_params, s, b)
         else:
             operator = self._generator(inference_context, packed_seq_params)
+        given = self.config.cuda_graph_impl == "local" and attention_bias is not None
+        lower_bound = attention_bias if given else self.lower_bound()
         # [b, s, H/tp, 3, K]
         qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
         if self._recomputes and inference_context is None:
             mix = partial(self._mix, operator)
-            return self.out_proj(tensor_parallel.checkpoint(mix, False, qfi, self.lower_bound()))
-        o = _of_tokens(operator(qfi, self.lower_bound()))
+            return self.out_proj(tensor_parallel.checkpoint(mix, False, qfi, lower_bound))
+        o = _of_tokens(operator(qfi, lower_bound))
         normed = self.norm(o)
         projected = self.out_proj(normed)
         if normed.requires_grad and not self._keeps_normed:
@@ -172,6 +177,11 @@ class HGRN2Mixer(MegatronModule):
                 "--sequence-parallel and --context-parallel-size"
             )
         if context.is_static_batching():
+            if self.config.cuda_graph_impl == "local":
+                raise ValueError(
+                    "Megatron runs a static step several times to capture it in a CUDA graph, and each run would "
+                    "advance the states of HGRN2 layers: use its dynamic engine, or --cuda-graph-impl none"
+                )
             return partial(advance, context=context, layer_number=self.layer_number)
         offset = self.pp_layer_offset
         if offset is None:

@@ -99,9 +99,9 @@ UNSUPPORTED = (
         "use local",
     ),
     (
-        lambda s: s.enable_cuda_graph or s.external_cuda_graph or s.cuda_graph_impl not in (None, "none"),
-        "--cuda-graph-impl",
-        "leave it at none: a captured layer would give the lower bounds no gradient",
+        lambda s: s.external_cuda_graph or s.cuda_graph_impl == "transformer_engine",
+        "--cuda-graph-impl transformer_engine",
+        "give local or full_iteration: its graphs of a layer would give the lower bounds no gradient",
     ),
     (lambda s: s.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"),
     (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"),
@@ -162,6 +162,10 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
         raise UsageError(
             f"{flag} packs sequences, which Megatron's own attention does not take: give --transformer-impl "
             "transformer_engine, or a layer pattern without attention"
+        )
+    if s.cuda_graph_impl not in (None, "none"):
+        raise UsageError(
+            f"{flag} gives every batch other borders, which a CUDA graph does not follow: give --cuda-graph-impl none"
         )
     if (s.pipeline_model_parallel_size or 1) > 1 and (s.micro_batch_size or 1) > 1:
         raise UsageError(

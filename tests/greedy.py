@@ -40,6 +40,13 @@ def judge(model, exact, tokens: list[int], start: int) -> Tensor:
     return torch.tensor([right.sum(), ties.sum(), right.numel()])
 
 
+def count_graphs(model) -> int:
+    """CUDA graphs that Megatron has captured of the model, its block or its layers."""
+    from megatron.core.transformer.cuda_graphs import CudaGraphManager
+
+    return sum(len(x.cudagraph_runners) for x in model.modules() if isinstance(x, CudaGraphManager))
+
+
 def describe(counts: Tensor) -> str:
     right, ties, number = counts.tolist()
     return f"{right} of {number} right" + (f", {ties} ties" if ties else "")

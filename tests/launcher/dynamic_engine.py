@@ -51,6 +51,8 @@ def build_engine(model):
         mamba_inference_state_config=states,
         enable_chunked_prefill=True,
         unified_memory_level=0,
+        # of every size, where the model's config asks for any
+        num_cuda_graphs=-1,
     )
     context = DynamicInferenceContext(model_config=model.config, inference_config=settings)
     return DynamicInferenceEngine(TextGenerationController(GPTInferenceWrapper(model, context), Tokens()), context)
@@ -104,7 +106,7 @@ def main(tp: int, pp: int, settings: dict):
         tokens = [*request.prompt_tokens.tolist(), *request.generated_tokens]
         assert len(tokens) == length + asked
         counts += greedy.judge(model, exact, tokens, length)
-    print(f"{greedy.describe(counts)}\n", end="")
+    print(f"{greedy.describe(counts)}, {greedy.count_graphs(served)} CUDA graphs\n", end="")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 import harness
 import pytest
 import torch
-from training import HGRN2, assert_continues, assert_equal, saved_tensors, train
+from training import BYTES, HGRN2, assert_continues, assert_equal, sample, sampled_text, saved_tensors, train
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +113,32 @@ def test_a_hybrid_model_trains_as_the_gpt_does():
         assert abs(float(loss) - float(gpt[iteration])) <= 5e-3, iteration
 
 
+GRAPHS = {
+    "local": ("--cuda-graph-impl", "local"),
+    "full_iteration": ("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad"),
+}
+LAYOUTS = {
+    "one": (),
+    "tp2-sp": ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    "cp2": ("--context-parallel-size", 2),
+    "pp2": ("--pipeline-model-parallel-size", 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuda_graphs_train_as_no_graph_does(layout):
+    pytest.importorskip("transformer_engine.pytorch")
+    processes = 1 if layout == "one" else 2
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs")
+    flags = (*MODEL, *TE, "--bf16", *LAYOUTS[layout])
+    losses, _ = train(*flags, num_processes=processes)
+    for impl, graph in GRAPHS.items():
+        ours, output = train(*flags, *graph, num_processes=processes)
+        print(impl, ours, losses)
+        assert ours == losses, impl
+
+
 # heads of 64, which have kernels of their own
 SERVED = {"hidden_size": 256, "ffn_hidden_size": 384, "hgrn2_expand_ratio": 64, "init_method_std": 0.1}
 BF16_TE = {"bf16": True, "transformer_impl": "transformer_engine"}
@@ -129,6 +155,8 @@ def assert_takes_the_likeliest(script: str, tp: int, *words: str, settings: dict
     found = re.findall(r"(\d+) of (\d+) right(?:, (\d+) ties)?", done.stdout)
     print(found)
     assert [int(n) for _, n, _ in found] == tp * number
+    if "cuda_graph_impl" in settings:
+        assert [n for n in re.findall(r"(\d+) CUDA graphs", done.stdout) if n != "0"]
     least = 0.9 if "bf16" in settings else 1
     for right, n, ties in found:
         assert int(right) + int(ties or 0) == int(n) and int(right) >= least * int(n), found
@@ -142,10 +170,30 @@ def test_the_static_engine_takes_the_likeliest_tokens(pattern, engine, settings,
     assert_takes_the_likeliest("static_engine", tp, engine, "512", settings=settings, number=4 * [512])
 
 
+@pytest.mark.parametrize("scope", ["layer", "block"])
+@pytest.mark.parametrize("settings", [{}, BF16_TE], ids=["fp32", "bf16"])
+def test_the_dynamic_engine_takes_the_likeliest_tokens_in_cuda_graphs(settings, scope):
+    settings = settings | {"cuda_graph_impl": "local", "inference_cuda_graph_scope": scope}
+    assert_takes_the_likeliest("dynamic_engine", 1, "1", settings=settings, number=[122])
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("settings", [{}, BF16_TE], ids=["fp32", "bf16"])
 def test_the_dynamic_engine_takes_the_likeliest_tokens(settings, tp):
     assert_takes_the_likeliest("dynamic_engine", tp, "1", settings=settings, number=[122])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_example_says_in_a_cuda_graph_what_it_says_without_a_gpu(tp, tmp_path, monkeypatch):
+    if torch.cuda.device_count() < tp:
+        pytest.skip(f"needs {tp} GPUs")
+    flags = (*LOCAL, "--tensor-model-parallel-size", tp)
+    train(*HGRN2, *flags, *WITHOUT_APEX, *BYTES, "--save", tmp_path, num_processes=tp)
+    on_gpu = sample(tmp_path, *flags, *WITHOUT_APEX, num_processes=tp)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    on_cpu = sample(tmp_path, *flags, num_processes=tp)
+    print(re.findall(r".* tokens/s", on_gpu + on_cpu))
+    assert sampled_text(on_gpu) == sampled_text(on_cpu) and len(sampled_text(on_gpu)) > 90
 
 
 def test_logits_are_those_of_fla(tmp_path):
