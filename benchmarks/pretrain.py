@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[int, int, list[str]]] = {
     "4096 FP8": (4096, 4, ["--fp8-format", "hybrid", "--fp8-recipe", "delayed"]),
     "16384 selective": (16384, 1, SELECTIVE),
     "16384": (16384, 1, []),
+    "16384 graph": (16384, 1, GRAPH),
     "32768 full": (32768, 1, FULL),
     "32768 selective": (32768, 1, SELECTIVE),
     "32768": (32768, 1, []),
