@@ -51,7 +51,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
-from hgrn2_megatron.generation import capture_step
 from hgrn2_megatron.spec import hgrn2
 
 ON_GPU = torch.cuda.is_available()
@@ -219,8 +218,22 @@ class Decoder:
         return logits
 
     def capture(self) -> Callable[[], Tensor]:
-        """The step as a CUDA graph."""
-        return capture_step(self.step, self.context)
+        """The step as a CUDA graph, which advances the states a few times to come to be."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = self.step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
 
 
 def judge(name: str, stepped: Tensor, whole: Tensor):

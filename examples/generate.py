@@ -5,14 +5,12 @@
 
 The text goes to stdout as it comes, what Megatron says and the speed to stderr. The prompt goes through the model at
 once, then each byte by itself: an HGRN2 layer keeps a state whose size does not depend on the length, an attention
-layer of a hybrid the keys and values of all tokens. On a GPU each byte's step of a stack without attention is one CUDA
-graph. The same seed gives the same text.
+layer of a hybrid the keys and values of all tokens. The same seed gives the same text.
 """
 
 import argparse
 import codecs
 import contextlib
-import functools
 import logging
 import sys
 import time
@@ -28,8 +26,6 @@ from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
 from megatron.training.initialize import initialize_megatron
 from prepare_bytes import END_OF_DOCUMENT, VOCAB_SIZE
 from pretrain_gpt import use_prebuilt_dataset_helpers
-
-from hgrn2_megatron.generation import capture_step
 
 # what Megatron wants to know of a run that does not train; its own flags win
 DEFAULTS = {
@@ -108,52 +104,38 @@ def next_token(logits: torch.Tensor, temperature: float, top_k: int, generator: 
 
 
 @torch.inference_mode()
-def generate(model: torch.nn.Module, args: argparse.Namespace, prompt: list[int], context, times: list[float]):
-    """Yield tokens after `prompt`, until the end of the document or `args.max_new_tokens`.
+def generate(model: torch.nn.Module, args: argparse.Namespace, new: list[int], context, times: list[float]):
+    """Yield tokens after `new`, until the end of the document or `args.max_new_tokens`.
 
     Args:
+        new: the prompt's tokens.
         context: a StaticInferenceContext for one sequence, which the layers fill.
-        times: takes when it starts, when the prompt is through, when the steps begin, and when each has ended.
+        times: takes when it starts, and when each token is drawn.
     """
-
-    def forward(tokens: torch.Tensor) -> torch.Tensor:
-        start = context.sequence_len_offset
-        positions = torch.arange(start, start + tokens.shape[1], device="cuda")[None]
-        return model(tokens, positions, None, inference_context=context, runtime_gather_output=True)[0, -1]
-
     generator = torch.Generator().manual_seed(args.seed)
     times.append(time.perf_counter())
-    logits = forward(torch.tensor([prompt], device="cuda"))
-    token = next_token(logits, args.temperature, args.top_k, generator)
-    context.sequence_len_offset += len(prompt)
-    context.enable_decode_mode()
-    times.append(time.perf_counter())
-    last = torch.tensor([[token]], device="cuda")
-    step = functools.partial(forward, last)
-    if torch.cuda.is_available() and not any(values.numel() for _, values in context.key_value_memory_dict.values()):
-        step = capture_step(step, context)
-    times.append(time.perf_counter())
-    for number in range(args.max_new_tokens):
+    for _ in range(args.max_new_tokens):
+        start = context.sequence_len_offset
+        positions = torch.arange(start, start + len(new), device="cuda")[None]
+        batch = torch.tensor([new], device="cuda")
+        logits = model(batch, positions, None, inference_context=context, runtime_gather_output=True)
+        context.sequence_len_offset += len(new)
+        token = next_token(logits[0, -1], args.temperature, args.top_k, generator)
+        times.append(time.perf_counter())
         if token == END_OF_DOCUMENT:
             return
+        new = [token]
         yield token
-        if number + 1 == args.max_new_tokens:
-            return
-        last.fill_(token)
-        token = next_token(step(), args.temperature, args.top_k, generator)
-        context.sequence_len_offset += 1
-        times.append(time.perf_counter())
 
 
 def report(prompt: int, times: list[float], context: StaticInferenceContext):
-    """Say what was cached, and how fast."""
+    """Say what was cached, and how fast: the first step takes the prompt, each other one token."""
     bytes_kept = sum(x.nbytes for kept in context.key_value_memory_dict.values() for x in kept)
     print(f"{bytes_kept:,} bytes of states, keys and values", file=sys.stderr)
-    start, prompt_end, begin, *steps = times
-    speeds = f"prompt {prompt / (prompt_end - start):,.1f} tokens/s"
-    if steps:
-        speeds += f", then {len(steps) / (steps[-1] - begin):,.1f} tokens/s"
-    print(speeds, file=sys.stderr)
+    if len(times) > 2:
+        first, rest = times[1] - times[0], times[-1] - times[1]
+        speeds = f"prompt {prompt / first:,.1f} tokens/s, then {(len(times) - 2) / rest:,.1f} tokens/s"
+        print(speeds, file=sys.stderr)
 
 
 def main():

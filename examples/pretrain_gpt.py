@@ -39,17 +39,12 @@ NOT_HERE = (
     "logits_load_dir",
 )
 
-INTEGERS = ["tokens", "labels", "position_ids"]
-
 
 def get_batch(data_iterator):
     """Next micro-batch on every TP rank: tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32."""
     data = next(data_iterator) if data_iterator is not None else None
-    if mpu.get_tensor_model_parallel_world_size() == 1:
-        # nothing here waits for the device, so that a CUDA graph can capture it
-        batch = {name: data[name].cuda(non_blocking=True) for name in (*INTEGERS, "loss_mask")}
-    else:
-        batch = broadcast_data(INTEGERS, data, torch.int64) | broadcast_data(["loss_mask"], data, torch.float32)
+    batch = broadcast_data(["tokens", "labels", "position_ids"], data, torch.int64)
+    batch |= broadcast_data(["loss_mask"], data, torch.float32)
     if mpu.get_context_parallel_world_size() > 1:
         batch = get_batch_on_this_cp_rank(
             batch | {"cu_seqlens": None}, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
@@ -152,10 +147,11 @@ def main(model_config=gpt_config_from_args):
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: run Megatron-LM's own script through the launcher for that")
-    if args.cuda_graph_impl == "full_iteration" and args.tensor_model_parallel_size > 1:
+    if args.cuda_graph_impl == "full_iteration":
+        # broadcast_data reads sizes from the host
         raise ValueError(
-            "--cuda-graph-impl full_iteration with --tensor-model-parallel-size above 1: run Megatron-LM's own script "
-            "through the launcher for that, or give --cuda-graph-impl local"
+            "--cuda-graph-impl full_iteration: run Megatron-LM's own script through the launcher for that, or give "
+            "--cuda-graph-impl local"
         )
     if model_config is None:
         config = pretrain_cfg_container_from_args(args)

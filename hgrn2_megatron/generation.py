@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from megatron.core.inference.config import MambaInferenceStateConfig
@@ -47,47 +46,6 @@ def advance(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int)
     o, final_states = chunk_hgrn2_fused(qfv, lower_bound, initial_state=states, output_final_state=True)
     states.copy_(final_states)
     return o
-
-
-def capture_step(step: Callable[[], Tensor], context) -> Callable[[], Tensor]:
-    """A decode step of Megatron's static inference as a CUDA graph, which the host launches in one call.
-
-    Args:
-        step: runs the model on one token of each sequence, from and to tensors that stay.
-        context: the StaticInferenceContext, with the prompt's states. Neither they nor its offset change here.
-
-    Returns:
-        replay: does what `step` does on the GPU, and returns what `step` did when it was captured, a tensor that each
-            replay fills anew. What `step` does on the host is not repeated: the offset is the caller's to move on.
-
-    Raises:
-        ValueError: a stack with attention, whose steps read other keys and values each time.
-    """
-    kept = list(context.key_value_memory_dict.values())
-    if any(values.numel() for _, values in kept):
-        raise ValueError(
-            "a decode step can be captured in a CUDA graph only of a stack without attention layers, whose step is "
-            "another one at each length: call it as it is, or use Megatron's dynamic engine"
-        )
-    offset, before = context.sequence_len_offset, [states.clone() for states, _ in kept]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = step()
-    for (states, _), own in zip(kept, before, strict=True):
-        states.copy_(own)
-    context.sequence_len_offset = offset
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def advance_dynamic(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int) -> Tensor:

@@ -48,6 +48,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     hgrn2 = HGRN2Config.of_stack(settings) if stack else HGRN2Config.of(settings)
     _check_block(settings, hgrn2)
     _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
+    _check_cuda_graphs(settings)
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
@@ -154,6 +155,35 @@ def _check_unsupported(s: Settings, table: tuple):
             )
 
 
+# what --cuda-graph-impl does not go with, as above; each is a graph that failed, or that nobody has seen train
+NOT_WITH_CUDA_GRAPHS = (
+    (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
+    (
+        lambda s: s.dataloader_inter_document_masking,
+        "--dataloader-inter-document-masking",
+        "every batch has other borders of documents",
+    ),
+    (lambda s: (s.context_parallel_size or 1) > 1, "--context-parallel-size above 1", "drop one of them"),
+    (lambda s: (s.pipeline_model_parallel_size or 1) > 1, "--pipeline-model-parallel-size above 1", "drop one of them"),
+    (lambda s: s.num_moe_experts or s.num_experts, "--num-experts", "drop one of them"),
+    (lambda s: s.fp8, "--fp8-format", "drop one of them"),
+    (lambda s: s.hybrid_layer_pattern, "--hybrid-layer-pattern", "give pretrain_gpt.py --hgrn2-layer-pattern"),
+    (
+        lambda s: s.cuda_graph_impl == "full_iteration" and ATTENTION in (s.hgrn2_layer_pattern or ""),
+        "attention layers in --hgrn2-layer-pattern",
+        "give --cuda-graph-impl local",
+    ),
+)
+
+
+def _check_cuda_graphs(s: Settings):
+    if s.cuda_graph_impl in (None, "none"):
+        return
+    for asked, flag, instead in NOT_WITH_CUDA_GRAPHS:
+        if asked(s):
+            raise UsageError(f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {flag} yet: {instead}")
+
+
 def _check_packing(s: Settings, hgrn2: HGRN2Config):
     if not (s.sft or s.dataloader_inter_document_masking):
         return
@@ -162,10 +192,6 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
         raise UsageError(
             f"{flag} packs sequences, which Megatron's own attention does not take: give --transformer-impl "
             "transformer_engine, or a layer pattern without attention"
-        )
-    if s.cuda_graph_impl not in (None, "none"):
-        raise UsageError(
-            f"{flag} gives every batch other borders, which a CUDA graph does not follow: give --cuda-graph-impl none"
         )
     if (s.pipeline_model_parallel_size or 1) > 1 and (s.micro_batch_size or 1) > 1:
         raise UsageError(

@@ -6,7 +6,14 @@ import pytest
 import torch.nn.functional as F
 
 from hgrn2_megatron import HGRN2Config, UsageError
-from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSUPPORTED_IN_GPT, Settings, check
+from hgrn2_megatron.requirements import (
+    NOT_WITH_CHUNKED_LOSS,
+    NOT_WITH_CUDA_GRAPHS,
+    UNSUPPORTED,
+    UNSUPPORTED_IN_GPT,
+    Settings,
+    check,
+)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,6 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl"),
         ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl transformer_engine .* local or full_iteration"),
         ({"external_cuda_graph": True}, "--cuda-graph-impl"),
-        ({"cuda_graph_impl": "full_iteration", "sft": True}, "--sft .* --cuda-graph-impl none"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"sft": True, "hgrn2_layer_pattern": "HH*"}, "--sft packs sequences, which Megatron's own attention"),
@@ -153,6 +159,42 @@ def test_what_the_loss_by_chunks_does_not_go_with_is_refused_by_flag(changes, fl
 
 def test_every_clash_with_the_loss_by_chunks_is_in_the_table_above():
     assert [flag for _, flag, _ in NOT_WITH_CHUNKED_LOSS] == [flag for _, flag in CHUNKED_LOSS_CLASHES]
+
+
+CUDA_GRAPH_CLASHES = [
+    ({"sft": True}, "--sft"),
+    ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+    ({"context_parallel_size": 2}, "--context-parallel-size above 1"),
+    ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size above 1"),
+    ({"num_moe_experts": 4}, "--num-experts"),
+    ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-format"),
+]
+
+
+@pytest.mark.parametrize("impl", ["local", "full_iteration"])
+@pytest.mark.parametrize(("changes", "flag"), CUDA_GRAPH_CLASHES)
+def test_what_cuda_graphs_do_not_go_with_is_refused_by_flag(changes, flag, impl):
+    check(Settings(hgrn2_settings(**changes)))
+    check(Settings(hgrn2_settings(cuda_graph_impl=impl, tensor_model_parallel_size=2)))
+    with pytest.raises(UsageError, match=f"--cuda-graph-impl {impl} does not go with {flag} yet: "):
+        check(Settings(hgrn2_settings(cuda_graph_impl=impl, **changes)))
+
+
+def test_a_hybrid_model_is_refused_with_cuda_graphs():
+    with pytest.raises(UsageError, match="does not go with --hybrid-layer-pattern yet"):
+        check(Settings(stack_settings(cuda_graph_impl="local")), stack=True)
+
+
+def test_a_hybrid_has_graphs_of_layers_alone():
+    check(Settings(hgrn2_settings(cuda_graph_impl="local", hgrn2_layer_pattern="H*")))
+    with pytest.raises(UsageError, match="does not go with attention layers in --hgrn2-layer-pattern yet: .* local"):
+        check(Settings(hgrn2_settings(cuda_graph_impl="full_iteration", hgrn2_layer_pattern="H*")))
+
+
+def test_every_clash_with_cuda_graphs_is_in_the_table_above():
+    tried = [flag for _, flag in CUDA_GRAPH_CLASHES]
+    tried += ["--hybrid-layer-pattern", "attention layers in --hgrn2-layer-pattern"]
+    assert [flag for _, flag, _ in NOT_WITH_CUDA_GRAPHS] == tried
 
 
 def stack_settings(**changes) -> types.SimpleNamespace:

@@ -36,24 +36,6 @@ def train(*flags, **options) -> tuple[dict[int, str], str]:
     return {int(iteration): loss for iteration, loss in logged}, done.stdout
 
 
-# a byte-level checkpoint
-BYTES = ("--vocab-size", 257, "--train-iters", 2, "--save-interval", 2)
-# longer than the sequences of the training
-SAMPLE = "--use-checkpoint-args --prompt <<< --max-new-tokens 90 --temperature 0".split()
-
-
-def sample(folder, *flags, num_processes=1) -> str:
-    """All that examples/generate.py prints of a checkpoint."""
-    script = "examples/generate.py"
-    done = harness.torchrun(num_processes, *LAUNCHER, script, "--load", str(folder), *SAMPLE, *map(str, flags))
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
-def sampled_text(output: str) -> str:
-    return re.split(r"\n[\d,]+ bytes of states", output[output.rindex("<<<") :])[0]
-
-
 def assert_continues(losses: dict[int, str], uninterrupted: dict[int, str], tolerance: float = 0):
     """Compare the losses of a run resumed after iteration 4 with those of the run that went on."""
     assert sorted(losses) == [i for i in sorted(uninterrupted) if i >= 5]

