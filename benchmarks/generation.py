@@ -73,7 +73,7 @@ class Sizes:
     batch: int = 4
     contexts: tuple[int, ...] = (1024, 65536)
     prompt: int = 8192
-    cap: int = 1024
+    cap: int = 8192
     checked: int = 64
 
 
@@ -101,17 +101,17 @@ MODELS = {
 }
 
 
-def start():
-    """One process, without torchrun."""
+def start(backend: str = "gloo"):
+    """One process, without torchrun; with gloo no thread of NCCL disturbs the capture of a graph."""
     if ON_GPU:
         torch.cuda.set_device(0)
-    # nothing is sent, and no thread of NCCL disturbs the capture of a graph
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
+    model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
 
 
-def build(kind: str, sizes: Sizes) -> GPTModel:
+def build(kind: str, sizes: Sizes, **more) -> GPTModel:
+    """A model of these sizes; `more` overrides its config."""
     settings = dict(
         **BLOCK,
         num_layers=sizes.layers,
@@ -126,6 +126,7 @@ def build(kind: str, sizes: Sizes) -> GPTModel:
         masked_softmax_fusion=False,
         apply_rope_fusion=WITH_TE,
         persist_layer_norm=False,
+        **more,
     )
     if kind == "HGRN2":
         config, spec = HGRN2TransformerConfig(**settings, hgrn2_expand_ratio=sizes.head), hgrn2
