@@ -141,10 +141,15 @@ UNSUPPORTED_IN_STACK = (
 )
 
 
-def _check_unsupported(s: Settings, table: tuple):
+def _refuse(s: Settings, table: tuple, why: str):
+    """Raise for the first entry of such a table that is asked for; `why` has a place for the flag."""
     for asked, flag, instead in table:
         if asked(s):
-            raise UsageError(f"{flag} is not supported with HGRN2 layers yet: {instead}")
+            raise UsageError(f"{why.format(flag)}: {instead}")
+
+
+def _check_unsupported(s: Settings, table: tuple):
+    _refuse(s, table, "{} is not supported with HGRN2 layers yet")
     if s.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -177,11 +182,8 @@ NOT_WITH_CUDA_GRAPHS = (
 
 
 def _check_cuda_graphs(s: Settings):
-    if s.cuda_graph_impl in (None, "none"):
-        return
-    for asked, flag, instead in NOT_WITH_CUDA_GRAPHS:
-        if asked(s):
-            raise UsageError(f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {flag} yet: {instead}")
+    if s.cuda_graph_impl not in (None, "none"):
+        _refuse(s, NOT_WITH_CUDA_GRAPHS, f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {{}} yet")
 
 
 def _check_packing(s: Settings, hgrn2: HGRN2Config):
@@ -265,9 +267,7 @@ def _check_loss(s: Settings, stack: bool):
             "--hgrn2-loss-chunk-size is for a GPT, and Megatron's HybridModel computes its loss itself: drop it, "
             "or give pretrain_gpt.py --spec hgrn2"
         )
-    for asked, flag, instead in NOT_WITH_CHUNKED_LOSS:
-        if asked(s):
-            raise UsageError(f"--hgrn2-loss-chunk-size does not go with {flag}: {instead}")
+    _refuse(s, NOT_WITH_CHUNKED_LOSS, "--hgrn2-loss-chunk-size does not go with {}")
 
 
 def _warnings(s: Settings, hgrn2: HGRN2Config) -> list[str]:
