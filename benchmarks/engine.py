@@ -7,14 +7,13 @@ step, which Megatron schedules, runs and samples from, is one token of every req
 first few counts. Graphs are Megatron's own, `cuda_graph_impl` local: one of each layer, or one of the block. How many
 greedy tokens are those without a graph is printed: ties of bf16 end it.
 """
-# ruff: noqa: E402
 
 import argparse
 import statistics
 import time
 
 import torch
-from generation import ON_GPU, TINY, Sizes, build, release, start, synchronize
+from decoded_model import ON_GPU, TINY, Sizes, build, release, start, synchronize
 from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
 from megatron.core.inference.contexts import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -113,7 +112,7 @@ def main():
     expected = {}
     for way, settings in WAYS.items():
         torch.manual_seed(0)
-        model = build("HGRN2", sizes, **settings)
+        model = build("HGRN2", sizes, WARM + STEPS, **settings)
         for length in sizes.contexts:
             engine = engine_of(model, sizes, length)
             prefill, step, tokens = measure(engine, sizes, length)

@@ -18,12 +18,10 @@ cuDNN, "attention" its own choice. Prefill is one forward of a moderate prompt w
 attention cannot continue a prompt in this context. The largest batch is what fits beside the weights by the bytes that
 a sequence takes, tried and lowered while memory runs out; it is capped, and a row says where the cap was the limit.
 """
-# ruff: noqa: E402
 
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import statistics
@@ -32,52 +30,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from hgrn2_megatron import cpu
-
-cpu.install()
-
-from megatron.core import parallel_state
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from decoded_model import DTYPE, ON_GPU, TINY, WITH_TE, Sizes, build, release, start, synchronize
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
-from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
-from hgrn2_megatron.spec import hgrn2
-
-ON_GPU = torch.cuda.is_available()
-WITH_TE = HAVE_TE and ON_GPU
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 STEPS, PASSES, PREFILLS = 8, 4, 3
 # of the logits of steps, beside the whole sequence's, by their norm
 ERROR = 0.1 if ON_GPU else 1e-4
 # a CPU has no limit that this script would reach
 FREE_ON_CPU = 2**18
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    layers: int = 24
-    hidden: int = 2048
-    head: int = 128
-    ffn: int = 5632
-    vocab: int = 32000
-    batch: int = 4
-    contexts: tuple[int, ...] = (1024, 65536)
-    prompt: int = 8192
-    cap: int = 8192
-    checked: int = 64
-
-
-TINY = Sizes(2, 64, 16, 128, 64, batch=2, contexts=(16, 48), prompt=32, cap=8, checked=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,49 +62,6 @@ MODELS = {
         *([Way("attention")] if WITH_TE else []),
     ],
 }
-
-
-def start(backend: str = "gloo"):
-    """One process, without torchrun; with gloo no thread of NCCL disturbs the capture of a graph."""
-    if ON_GPU:
-        torch.cuda.set_device(0)
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
-
-
-def build(kind: str, sizes: Sizes, **more) -> GPTModel:
-    """A model of these sizes; `more` overrides its config."""
-    settings = dict(
-        **BLOCK,
-        num_layers=sizes.layers,
-        hidden_size=sizes.hidden,
-        ffn_hidden_size=sizes.ffn,
-        num_attention_heads=sizes.hidden // sizes.head,
-        bf16=ON_GPU,
-        params_dtype=DTYPE,
-        transformer_impl="transformer_engine" if WITH_TE else "local",
-        use_cpu_initialization=not ON_GPU,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=WITH_TE,
-        persist_layer_norm=False,
-        **more,
-    )
-    if kind == "HGRN2":
-        config, spec = HGRN2TransformerConfig(**settings, hgrn2_expand_ratio=sizes.head), hgrn2
-    else:
-        config = TransformerConfig(**settings)
-        te, local = get_gpt_layer_with_transformer_engine_spec, get_gpt_layer_local_spec
-        spec = te() if WITH_TE else local(normalization="RMSNorm")
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=sizes.vocab,
-        max_sequence_length=max(sizes.contexts) + STEPS,
-        position_embedding_type="none" if kind == "HGRN2" else "rope",
-    )
-    return model.to("cuda", DTYPE).eval()
 
 
 @contextlib.contextmanager
@@ -183,17 +103,6 @@ def backend(way: Way) -> str:
     from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends as chosen
 
     return ", ".join(x for x in ("flash", "fused", "unfused") if chosen[f"use_{x}_attention"])
-
-
-def synchronize():
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
-def release():
-    gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
 
 
 def forward(model: GPTModel, tokens: Tensor, context: StaticInferenceContext | None = None) -> Tensor:
@@ -442,7 +351,7 @@ class Table:
 
 def measure_model(kind: str, sizes: Sizes, prefills: Table, decodes: Table):
     """All rows of a model; one that decodes other tokens stops everything."""
-    model = build(kind, sizes)
+    model = build(kind, sizes, STEPS)
     ways = []
     with torch.inference_mode(), InferenceMode.active():
         for way in MODELS[kind]:

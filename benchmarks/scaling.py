@@ -22,25 +22,21 @@ is tried.
 they may disturb each other's times. Without a GPU the runs are in fp32 over gloo, and their times mean nothing.
 """
 
-import contextlib
-import importlib.metadata
 import itertools
-import os
 import re
 import shlex
 import statistics
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pretrain import ATTENTION, FULL, HGRN2, MODELS, OVERTIME, command_line, make_table, numbers, parse, run, script_in
+from devices import Devices, device_names, machine
+from layouts import HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
+from pretrain import FULL, HGRN2, MODELS, OVERTIME, command_line, make_table, numbers, parse, run, script_in
 
-HYBRID = "hybrid"
-NAMES = [HGRN2, HYBRID, ATTENTION]
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
     --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 4 --global-batch-size 32"""
 # what every layout divides: 8 heads, 8 layers, 16 pieces of a sequence
@@ -52,19 +48,6 @@ LOOP = """--mock-data --tokenizer-type NullTokenizer --make-vocab-size-divisible
     --untie-embeddings-and-output-weights --lr 3e-5 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0
     --eval-interval 100"""
 GPU = "--bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
-OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-CPU_PROCESSES = 8
-
-ONE = "one"
-LAYOUTS = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
-LAYOUTS += ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "PP2", "PP2 VPP2", "PP4 VPP2", "CP2", "CP4", "CP8"]
-LAYOUTS += ["TP2 PP2", "TP2 CP2", "TP2 CP4", "TP2 PP2 CP2", "TP2 PP2 DP2", "TP2 PP2 DP2 weak"]
-# what may follow a layout's words -> flags
-VARIANTS = {
-    "": "",
-    "micro-batch 1": "--micro-batch-size 1",
-    "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
-}
 LENGTHS, TINY_LENGTHS = [4096, 32768, 131072, 1048576], [64, 128, 512]
 SWEEP = [*FULL, "--micro-batch-size", "1", "--global-batch-size", "1", "--no-create-attention-mask-in-dataloader"]
 # what the backward leaves goes back before NCCL asks for buffers of its own
@@ -72,83 +55,6 @@ SWEEP += ["--empty-unused-memory-level", "1"]
 CHUNKED_LOSS, WHOLE_LOSS = ["--hgrn2-loss-chunk-size", "8192"], ["--cross-entropy-loss-fusion"]
 OUT_OF_MEMORY = "out of memory"
 NOT_TRIED = "not tried: a shorter length ran out of memory or time"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How processes divide the work, by its name: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, overlapped"."""
-
-    name: str
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    dp: int = 1
-    weak: bool = False
-    variant: str = ""
-
-    @classmethod
-    def named(cls, name: str) -> "Layout":
-        words, _, variant = name.partition(", ")
-        sizes, others = {}, set()
-        for word in words.split():
-            if found := re.fullmatch(r"(TP|CP|PP|VPP|DP)(\d+)", word):
-                sizes[found[1].lower()] = int(found[2])
-            else:
-                others.add(word)
-        if not others <= {ONE, "SP", "weak"} or variant not in VARIANTS:
-            raise SystemExit(f"no layout {name!r}: one of {'; '.join(LAYOUTS)}, or such with other numbers")
-        return cls(name, weak="weak" in others, variant=variant, **sizes)
-
-    @property
-    def processes(self) -> int:
-        return self.tp * self.cp * self.pp * self.dp
-
-    def batch(self, of_one: int) -> int:
-        """Sequences of an iteration, where one process has so many."""
-        return of_one * self.processes if self.weak else of_one
-
-    def flags(self, of_one: int) -> list[str]:
-        flags = f"--tensor-model-parallel-size {self.tp} --context-parallel-size {self.cp} "
-        flags += f"--pipeline-model-parallel-size {self.pp} {VARIANTS[self.variant]}"
-        if self.tp > 1:
-            flags += " --sequence-parallel"
-        if self.vpp > 1:
-            flags += f" --num-virtual-stages-per-pipeline-rank {self.vpp}"
-        if self.dp * self.cp > 1:
-            flags += f" {OVERLAP}"
-        if self.weak:
-            flags += f" --global-batch-size {self.batch(of_one)}"
-        return flags.split()
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run; with a length it is of the sweep."""
-
-    model: str
-    layout: Layout
-    length: int | None = None
-
-    @classmethod
-    def named(cls, name: str, sweep: bool) -> "Row":
-        model, _, layout = name.partition(", ")
-        layout, _, length = layout.rpartition(", ") if sweep else (layout, "", "")
-        if model not in NAMES or sweep != length.isdecimal():
-            raise SystemExit(f"no row {name!r}: write 'HGRN2, TP2 SP', or 'HGRN2, CP2, 4096' for the sweep")
-        return cls(model, Layout.named(layout), int(length) if sweep else None)
-
-    @property
-    def name(self) -> str:
-        return ", ".join([self.model, self.layout.name, *([str(self.length)] if self.length else [])])
-
-    def impossible_without_gpu(self) -> str:
-        """Why the row needs a GPU, or nothing."""
-        if self.layout.variant == "overlapped":
-            return "--tp-comm-overlap is of Transformer Engine, which needs a GPU"
-        if self.layout.cp > 1 and self.model != HGRN2:
-            return "Megatron's own attention takes no context parallelism, and Transformer Engine's needs a GPU"
-        return ""
 
 
 @dataclass
@@ -343,26 +249,6 @@ def value(flag: str, flags: list[str]) -> int:
     return int(flags[place + 1])
 
 
-class Devices:
-    """The GPUs of the host, or places for processes without one, lent to runs."""
-
-    def __init__(self, names: list[str]):
-        self.free = list(names)
-        self.changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def lent(self, count: int) -> Iterator[list[str]]:
-        with self.changed:
-            self.changed.wait_for(lambda: len(self.free) >= count)
-            taken, self.free = self.free[:count], self.free[count:]
-        try:
-            yield taken
-        finally:
-            with self.changed:
-                self.free = sorted([*self.free, *taken])
-                self.changed.notify_all()
-
-
 def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: Devices, workers: int) -> Iterator[str]:
     """The log of each row, in order; so many at a time as workers and devices allow."""
     before: dict[tuple[str, Layout], Future] = {}
@@ -380,25 +266,6 @@ def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: De
             before[chain] = pool.submit(run_row, row, before.get(chain))
             futures.append(before[chain])
         yield from (future.result() for future in futures)
-
-
-def device_names() -> list[str]:
-    """Of the GPUs, as CUDA_VISIBLE_DEVICES has them; numbers of processes where there is none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible and torch.cuda.is_available():
-        return visible.split(",")
-    return [str(i) for i in range(torch.cuda.device_count() or CPU_PROCESSES)]
-
-
-def machine() -> str:
-    """What the table was measured on, in a line."""
-    gpus = torch.cuda.device_count()
-    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores, gloo"
-    versions = []
-    for package in ("torch", "transformer-engine", "megatron-core"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join([device, *versions])
 
 
 def choose(rows: list[Row], processes: int) -> list[Row]:
