@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 
 from hgrn2_megatron.config import ATTENTION, EXPERTS, HGRN2Config, UsageError
 
@@ -160,7 +161,21 @@ def _check_unsupported(s: Settings, table: tuple):
             )
 
 
-# what --cuda-graph-impl does not go with, as above; each is a graph that failed, or that nobody has seen train
+def _attends(s: Settings) -> bool:
+    return ATTENTION in (s.hgrn2_layer_pattern or "") or ATTENTION in (s.hybrid_layer_pattern or "")
+
+
+def _experts_wait_for_the_host(s: Settings) -> bool:
+    """Whether a graph would hold experts that take as many tokens as there are, which the host must know."""
+    if not (s.num_moe_experts or s.num_experts):
+        return False
+    padded = s.moe_expert_capacity_factor and s.moe_pad_expert_input_to_capacity
+    modules = {getattr(module, "name", module) for module in s.cuda_graph_modules or []}
+    around = s.cuda_graph_impl == "local" and modules and modules <= {"moe_router", "moe_preprocess"}
+    return not (padded or around)
+
+
+# what --cuda-graph-impl does not go with, as above; but for packing, attention alone fails in it too
 NOT_WITH_CUDA_GRAPHS = (
     (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
     (
@@ -168,22 +183,39 @@ NOT_WITH_CUDA_GRAPHS = (
         "--dataloader-inter-document-masking",
         "every batch has other borders of documents",
     ),
-    (lambda s: (s.context_parallel_size or 1) > 1, "--context-parallel-size above 1", "drop one of them"),
-    (lambda s: (s.pipeline_model_parallel_size or 1) > 1, "--pipeline-model-parallel-size above 1", "drop one of them"),
-    (lambda s: s.num_moe_experts or s.num_experts, "--num-experts", "drop one of them"),
-    (lambda s: s.fp8, "--fp8-format", "drop one of them"),
-    (lambda s: s.hybrid_layer_pattern, "--hybrid-layer-pattern", "give pretrain_gpt.py --hgrn2-layer-pattern"),
     (
-        lambda s: s.cuda_graph_impl == "full_iteration" and ATTENTION in (s.hgrn2_layer_pattern or ""),
-        "attention layers in --hgrn2-layer-pattern",
+        lambda s: (s.pipeline_model_parallel_size or 1) > 1,
+        "--pipeline-model-parallel-size above 1",
+        "Megatron's schedule cannot free what a graph puts out; drop one of them",
+    ),
+    (
+        _experts_wait_for_the_host,
+        "--num-experts of any number of tokens",
+        "give --moe-expert-capacity-factor and --moe-pad-expert-input-to-capacity, or --cuda-graph-impl local "
+        "--cuda-graph-modules moe_router",
+    ),
+    (
+        lambda s: (s.context_parallel_size or 1) > 1 and _attends(s),
+        "--context-parallel-size above 1 and attention layers",
+        "drop one of them",
+    ),
+    (
+        lambda s: (s.context_parallel_size or 1) > 1 and s.cuda_graph_impl == "full_iteration",
+        "--context-parallel-size above 1",
         "give --cuda-graph-impl local",
+    ),
+    (
+        # cuDNN's gives NaN at some lengths, of which Transformer Engine hears in the other implementations alone
+        lambda s: _attends(s) and s.cuda_graph_impl == "full_iteration" and s.attention_backend != AttnBackend.unfused,
+        "fused attention layers",
+        "give --attention-backend unfused, or --cuda-graph-impl local",
     ),
 )
 
 
 def _check_cuda_graphs(s: Settings):
     if s.cuda_graph_impl not in (None, "none"):
-        _refuse(s, NOT_WITH_CUDA_GRAPHS, f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {{}} yet")
+        _refuse(s, NOT_WITH_CUDA_GRAPHS, f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {{}}")
 
 
 def _check_packing(s: Settings, hgrn2: HGRN2Config):

@@ -1,9 +1,12 @@
 """HGRN2Config and the rules about Megatron's other flags."""
 
+import re
 import types
 
 import pytest
 import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine
+from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
 from hgrn2_megatron import HGRN2Config, UsageError
 from hgrn2_megatron.requirements import (
@@ -161,40 +164,72 @@ def test_every_clash_with_the_loss_by_chunks_is_in_the_table_above():
     assert [flag for _, flag, _ in NOT_WITH_CHUNKED_LOSS] == [flag for _, flag in CHUNKED_LOSS_CLASHES]
 
 
+CUDA_GRAPHS = ["local", "full_iteration"]
+EXPERTS = {"num_moe_experts": 4}
+PADDED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
 CUDA_GRAPH_CLASHES = [
-    ({"sft": True}, "--sft"),
-    ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
-    ({"context_parallel_size": 2}, "--context-parallel-size above 1"),
-    ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size above 1"),
-    ({"num_moe_experts": 4}, "--num-experts"),
-    ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-format"),
+    (CUDA_GRAPHS, {"sft": True}, "--sft"),
+    (CUDA_GRAPHS, {"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+    (CUDA_GRAPHS, {"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size above 1"),
+    (CUDA_GRAPHS, EXPERTS, "--num-experts of any number of tokens"),
+    (
+        ["local"],
+        {"context_parallel_size": 2, "hgrn2_layer_pattern": "H*", "transformer_impl": "transformer_engine"},
+        "--context-parallel-size above 1 and attention layers",
+    ),
+    (["full_iteration"], {"context_parallel_size": 2}, "--context-parallel-size above 1"),
+    (["full_iteration"], {"hgrn2_layer_pattern": "H*"}, "fused attention layers"),
+]
+CUDA_GRAPH_FRIENDS = [
+    (CUDA_GRAPHS, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    (CUDA_GRAPHS, {"fp8": "hybrid", "fp8_recipe": "delayed"}),
+    (CUDA_GRAPHS, EXPERTS | PADDED),
+    (["local"], {"context_parallel_size": 2}),
+    (["local"], EXPERTS | {"cuda_graph_modules": ["moe_router"]}),
+    (["local"], EXPERTS | {"cuda_graph_modules": [CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess]}),
+    (["local"], {"hgrn2_layer_pattern": "H*"}),
+    (CUDA_GRAPHS, {"hgrn2_layer_pattern": "H*", "attention_backend": AttnBackend.unfused}),
 ]
 
 
-@pytest.mark.parametrize("impl", ["local", "full_iteration"])
-@pytest.mark.parametrize(("changes", "flag"), CUDA_GRAPH_CLASHES)
-def test_what_cuda_graphs_do_not_go_with_is_refused_by_flag(changes, flag, impl):
+@pytest.mark.parametrize(("impls", "changes", "flag"), CUDA_GRAPH_CLASHES)
+def test_what_cuda_graphs_do_not_go_with_is_refused_by_flag(impls, changes, flag, monkeypatch):
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     check(Settings(hgrn2_settings(**changes)))
-    check(Settings(hgrn2_settings(cuda_graph_impl=impl, tensor_model_parallel_size=2)))
-    with pytest.raises(UsageError, match=f"--cuda-graph-impl {impl} does not go with {flag} yet: "):
+    for impl in impls:
+        with pytest.raises(UsageError, match=f"--cuda-graph-impl {impl} does not go with {re.escape(flag)}: "):
+            check(Settings(hgrn2_settings(cuda_graph_impl=impl, **changes)))
+
+
+@pytest.mark.parametrize(("impls", "changes"), CUDA_GRAPH_FRIENDS)
+def test_what_cuda_graphs_go_with_passes(impls, changes):
+    for impl in impls:
         check(Settings(hgrn2_settings(cuda_graph_impl=impl, **changes)))
 
 
-def test_a_hybrid_model_is_refused_with_cuda_graphs():
-    with pytest.raises(UsageError, match="does not go with --hybrid-layer-pattern yet"):
-        check(Settings(stack_settings(cuda_graph_impl="local")), stack=True)
+@pytest.mark.parametrize(
+    ("impl", "changes"),
+    [
+        *(("local", {name: value}) for name, value in PADDED.items()),
+        ("local", {"cuda_graph_modules": [CudaGraphModule.attn, CudaGraphModule.moe_router]}),
+        ("full_iteration", {"cuda_graph_modules": [CudaGraphModule.moe_router]}),
+    ],
+)
+def test_experts_in_cuda_graphs_need_padding_or_a_graph_around_them(impl, changes):
+    with pytest.raises(UsageError, match="--moe-pad-expert-input-to-capacity, or --cuda-graph-impl local "):
+        check(Settings(hgrn2_settings(cuda_graph_impl=impl, **EXPERTS, **changes)))
 
 
-def test_a_hybrid_has_graphs_of_layers_alone():
-    check(Settings(hgrn2_settings(cuda_graph_impl="local", hgrn2_layer_pattern="H*")))
-    with pytest.raises(UsageError, match="does not go with attention layers in --hgrn2-layer-pattern yet: .* local"):
-        check(Settings(hgrn2_settings(cuda_graph_impl="full_iteration", hgrn2_layer_pattern="H*")))
+def test_a_hybrid_model_is_captured_as_the_gpt_is():
+    for impl in CUDA_GRAPHS:
+        check(Settings(stack_settings(cuda_graph_impl=impl, hybrid_layer_pattern="M-M-")), stack=True)
+    check(Settings(stack_settings(cuda_graph_impl="local")), stack=True)
+    with pytest.raises(UsageError, match="does not go with fused attention layers: "):
+        check(Settings(stack_settings(cuda_graph_impl="full_iteration")), stack=True)
 
 
 def test_every_clash_with_cuda_graphs_is_in_the_table_above():
-    tried = [flag for _, flag in CUDA_GRAPH_CLASHES]
-    tried += ["--hybrid-layer-pattern", "attention layers in --hgrn2-layer-pattern"]
-    assert [flag for _, flag, _ in NOT_WITH_CUDA_GRAPHS] == tried
+    assert [flag for _, flag, _ in NOT_WITH_CUDA_GRAPHS] == [flag for _, _, flag in CUDA_GRAPH_CLASHES]
 
 
 def stack_settings(**changes) -> types.SimpleNamespace:
