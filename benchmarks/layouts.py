@@ -17,7 +17,10 @@ VARIANTS = {
     "": "",
     "micro-batch 1": "--micro-batch-size 1",
     "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
+    "graph": "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
+    "graphs of layers": "--cuda-graph-impl local",
 }
+GRAPHS = ("graph", "graphs of layers")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Row:
         """Why the row needs a GPU, or nothing."""
         if self.layout.variant == "overlapped":
             return "--tp-comm-overlap is of Transformer Engine, which needs a GPU"
+        if self.layout.variant in GRAPHS:
+            return "CUDA graphs need a GPU"
         if self.layout.cp > 1 and self.model != HGRN2:
             return "Megatron's own attention takes no context parallelism, and Transformer Engine's needs a GPU"
         return ""

@@ -11,7 +11,8 @@ distributed optimizer and both overlaps. "Weak" layouts have the batch once for 
 The table gives tokens/s a GPU (median of the iterations after the fourth) also as a share of one GPU's, TFLOP/s as
 Megatron logs them, peak memory, the first and the last loss, the largest difference of a loss to that of one GPU, the
 largest of the gradient's norm as a share, and what rank 0 sends in a step, counted where it is sent (counted.py). One
-GPU with another micro-batch says how much of the differences is the rounding of bf16.
+GPU with another micro-batch says how much of the differences is the rounding of bf16. "TP4 SP, graph" is the iteration
+as one CUDA graph, "CP4, graphs of layers" a graph of each layer; what these send is not seen.
 
 The sweep trains on one sequence a step, of growing length, with full recompute at CP 1 to 8: HGRN2 and the hybrid with
 the loss by chunks, attention without, for Megatron has none. Its shares are of CP1 at as many tokens a GPU: what the
@@ -23,6 +24,7 @@ they may disturb each other's times. Without a GPU the runs are in fp32 over glo
 """
 
 import itertools
+import math
 import re
 import shlex
 import statistics
@@ -34,7 +36,7 @@ from pathlib import Path
 
 import torch
 from devices import Devices, device_names, machine
-from layouts import HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
+from layouts import GRAPHS, HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
 from pretrain import FULL, HGRN2, MODELS, OVERTIME, command_line, make_table, numbers, parse, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
@@ -67,7 +69,7 @@ class Figures:
         tflops: TFLOP/s a GPU.
         peak: GiB.
         losses, norms: of each iteration; norms of the gradient.
-        sent: MiB that rank 0 sends in an iteration.
+        sent: MiB that rank 0 sends in an iteration; NaN where CUDA graphs hide it.
     """
 
     milliseconds: float
@@ -151,6 +153,8 @@ class Matrix:
         if found is None:
             cells = [failure(log)]
         else:
+            if row.layout.variant in GRAPHS:
+                found.sent = math.nan
             self.figures[row.name] = found
             cells = self.cells(row, found)
         cells += [""] * (self.head[1].count("---") - 1 - len(cells))
@@ -167,7 +171,7 @@ class Matrix:
             f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}",
             f"{max(abs(x - y) for x, y in zip(found.losses, one.losses, strict=True)):.1e}" if compared else "",
             f"{max(abs(x / y - 1) for x, y in zip(found.norms, one.norms, strict=True)):.1e}" if compared else "",
-            f"{found.sent:,.2f}",
+            "" if math.isnan(found.sent) else f"{found.sent:,.2f}",
         ]
 
     def draw(self, rows: list[Row], plt):
@@ -221,7 +225,7 @@ class Sweep(Matrix):
             f"{found.rate / alone.rate:.1%}" if alone else "",
             f"{found.tflops:.1f}",
             f"{found.peak:.1f}" if found.peak else "",
-            f"{found.sent:,.2f}",
+            "" if math.isnan(found.sent) else f"{found.sent:,.2f}",
         ]
 
     def draw(self, rows: list[Row], plt):
@@ -298,7 +302,7 @@ def save_picture(kind: Matrix, rows: list[Row], path: Path):
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--layouts", nargs="+", metavar="NAME", help=f"default: of these {'; '.join(LAYOUTS)}")
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help=f"default: {'; '.join(LAYOUTS)}")
     parser.add_argument("--models", nargs="+", choices=NAMES, help="default: HGRN2 hybrid, and attention in the sweep")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="'HGRN2, TP2 SP', or in the sweep 'HGRN2, CP2, 4096'")
     parser.add_argument("--sweep", action="store_true", help="time and memory against the length of the sequence")

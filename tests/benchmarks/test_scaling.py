@@ -27,6 +27,8 @@ def row(name: str, sweep: bool = False):
         ("one, micro-batch 1", 1, "--micro-batch-size 1"),
         ("TP4 SP", 4, "--tensor-model-parallel-size 4 --sequence-parallel"),
         ("TP2 SP, overlapped", 2, "--sequence-parallel --tp-comm-overlap"),
+        ("TP4 SP, graph", 4, "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"),
+        ("CP4, graphs of layers", 4, "--context-parallel-size 4 --cuda-graph-impl local"),
         ("PP4 VPP2", 4, "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"),
         ("TP2 PP2 CP2", 8, "--context-parallel-size 2 --use-distributed-optimizer"),
         ("TP2 PP2 DP16 weak", 64, "--global-batch-size 1024 --overlap-param-gather"),
@@ -65,10 +67,11 @@ def test_unknown_rows_are_refused(name, sweep):
 def test_rows_of_this_machine(monkeypatch, capsys):
     monkeypatch.setattr(scaling.torch.cuda, "is_available", lambda: False)
     rows = [row(name) for name in ("hybrid, TP2 CP4", "HGRN2, TP2 CP4", "HGRN2, DP16", "HGRN2, TP2 SP")]
+    rows.append(row("HGRN2, TP2 SP, graph"))
     chosen = [row.name for row in scaling.choose(rows, 8)]
     assert chosen == ["hybrid, one", "HGRN2, one", "HGRN2, TP2 SP", "HGRN2, TP2 CP4"]
     left_out = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in left_out] == ["hybrid, TP2 CP4", "HGRN2, DP16"]
+    assert [line.split(": ")[1] for line in left_out] == ["HGRN2, TP2 SP, graph", "hybrid, TP2 CP4", "HGRN2, DP16"]
     monkeypatch.setattr(scaling.torch.cuda, "is_available", lambda: True)
     assert "hybrid, TP2 CP4" in [row.name for row in scaling.choose(rows, 8)]
     assert [row.name for row in scaling.choose([row("HGRN2, CP2, 64", True)], 8)] == ["HGRN2, CP2, 64"]
@@ -139,6 +142,9 @@ def test_lines_of_the_table(tmp_path):
     assert tp2 == "| HGRN2, TP2 SP | 25,000 | 62.5% | 400.5 | 2.0 | 4.5000 -> 4.0010 | 2.0e-03 | 0.0e+00 | 3.00 |"
     weak = matrix.read(row("HGRN2, DP2 weak"), log_of(110, apart, 1 << 20))
     assert weak == "| HGRN2, DP2 weak | 36,364 | 90.9% | 400.5 | 2.0 | 4.5000 -> 4.0010 |  |  | 1.00 |"
+    # replayed, nothing is sent through Python
+    graph = matrix.read(row("HGRN2, TP2 SP, graph"), log_of(80, apart, 0))
+    assert graph == "| HGRN2, TP2 SP, graph | 25,000 | 62.5% | 400.5 | 2.0 | 4.5000 -> 4.0010 | 2.0e-03 | 0.0e+00 |  |"
     # a run that dies on its way has no figures
     died = log_of(80, apart, 0).replace(f"/{6:8d}", f"/{7:8d}")
     assert matrix.read(row("HGRN2, DP2"), died) == "| HGRN2, DP2 | failed: see the log |  |  |  |  |  |  |  |"
