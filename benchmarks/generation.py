@@ -20,187 +20,24 @@ a sequence takes, tried and lowered while memory runs out; it is capped, and a r
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from decoded_model import DTYPE, ON_GPU, TINY, WITH_TE, Sizes, build, release, start, synchronize
+from decoder import MODELS, STEPS, Decoder, Way, applied, backend, check, forward
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-STEPS, PASSES, PREFILLS = 8, 4, 3
-# of the logits of steps, beside the whole sequence's, by their norm
-ERROR = 0.1 if ON_GPU else 1e-4
+PASSES, PREFILLS = 4, 3
 # a CPU has no limit that this script would reach
 FREE_ON_CPU = 2**18
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """How a model's steps are run."""
-
-    name: str
-    graph: bool = False
-    unfused: bool = False
-    rope: bool = True
-
-
-UNFUSED = "attention, unfused" if WITH_TE else "attention"
-MODELS = {
-    "HGRN2": [Way("HGRN2", graph=True)],
-    "attention": [
-        Way(UNFUSED, unfused=True),
-        Way(f"{UNFUSED}, no RoPE", unfused=True, rope=False),
-        *([Way("attention")] if WITH_TE else []),
-    ],
-}
-
-
-@contextlib.contextmanager
-def applied(way: Way, model: GPTModel) -> Iterator[None]:
-    """Run the model this way."""
-    names = ("NVTE_FUSED_ATTN", "NVTE_FLASH_ATTN")
-    before, positions = {name: os.environ.get(name) for name in names}, model.position_embedding_type
-    if way.unfused:
-        os.environ.update(dict.fromkeys(names, "0"))
-    if not way.rope:
-        model.position_embedding_type = "none"
-    _forget_backend()
-    try:
-        yield
-    finally:
-        model.position_embedding_type = positions
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        _forget_backend()
-
-
-def _forget_backend():
-    """Transformer Engine reads the environment where the shapes of attention change."""
-    if WITH_TE:
-        from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
-
-        _attention_backends["backend_selection_requires_update"] = True
-
-
-def backend(way: Way) -> str:
-    """What attention ran on last, of a model that has any."""
-    if way.name == "HGRN2":
-        return ""
-    if not WITH_TE:
-        return "Megatron's own attention"
-    from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends as chosen
-
-    return ", ".join(x for x in ("flash", "fused", "unfused") if chosen[f"use_{x}_attention"])
-
-
-def forward(model: GPTModel, tokens: Tensor, context: StaticInferenceContext | None = None) -> Tensor:
-    """Logits [b, s, vocabulary]; with a context, which moves on by the tokens, of the last one only."""
-    # neither the causal mask nor position ids are read
-    logits = model(tokens, None, None, inference_context=context, runtime_gather_output=True)
-    if context:
-        context.sequence_len_offset += tokens.shape[1]
-    return logits
-
-
-class Decoder:
-    """Greedy decoding, from a context that has been filled."""
-
-    def __init__(self, model: GPTModel, context: StaticInferenceContext, tokens: Tensor):
-        self.model, self.context, self.tokens = model, context, tokens
-        context.enable_decode_mode()
-
-    def step(self) -> Tensor:
-        """Logits [b, vocabulary] after `self.tokens`, whose place the next ones take."""
-        logits = forward(self.model, self.tokens, self.context)[:, -1]
-        self.tokens.copy_(logits.argmax(-1, keepdim=True))
-        return logits
-
-    def capture(self) -> Callable[[], Tensor]:
-        """The step as a CUDA graph, which advances the states a few times to come to be."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self.step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
-
-
-def judge(name: str, stepped: Tensor, whole: Tensor):
-    """Compare logits [b, n, vocabulary] of steps with those of the whole sequence, and stop if they do not agree."""
-    chosen = stepped.argmax(-1, keepdim=True)
-    best = whole.max(-1, keepdim=True)
-    gaps = (best.values - whole.gather(-1, chosen)).float().squeeze(-1)
-    other = (chosen != best.indices).squeeze(-1)
-    agree = ~other | (gaps <= 2 * torch.finfo(DTYPE).eps * best.values.float().abs().squeeze(-1))
-    error = ((stepped - whole).float().norm() / whole.float().norm()).item()
-    where = f", gaps of the others {[round(x, 4) for x in gaps[other].tolist()]}" if other.any() else ""
-    print(
-        f"{name}: {int((~other).sum())} of {other.numel()} greedy tokens equal, with ties {int(agree.sum())}; "
-        f"logits differ by {error:.1e} of their norm{where}",
-        flush=True,
-    )
-    # an error that is not finite fails too
-    if not (agree.float().mean() >= 0.75 and error < ERROR):
-        raise SystemExit(f"{name}: steps do not agree with the forward of the whole sequence: not timed")
-
-
-def check(model: GPTModel, way: Way, sizes: Sizes) -> Way:
-    """Decode a few tokens and compare with the forward of the whole sequence.
-
-    Returns:
-        way: without the graph where none can be captured.
-
-    Raises:
-        SystemExit: if they disagree.
-    """
-    prompt = torch.randint(sizes.vocab, (2, sizes.checked), device="cuda")
-    context = StaticInferenceContext(2, sizes.checked + STEPS)
-    first = forward(model, prompt, context)
-    decoder = Decoder(model, context, first[:, -1].argmax(-1, keepdim=True))
-    states = [x.clone() for kept in context.key_value_memory_dict.values() for x in kept]
-    fed, stepped = [], [first[:, -1]]
-    for _ in range(STEPS):
-        fed.append(decoder.tokens.clone())
-        stepped.append(decoder.step())
-    whole = forward(model, torch.cat([prompt, *fed], 1))[:, sizes.checked - 1 :]
-    judge(way.name, torch.stack(stepped, 1), whole)
-    if not (way.graph and ON_GPU):
-        return way
-    try:
-        replay = decoder.capture()
-    except RuntimeError as error:
-        print(f"{way.name}: no CUDA graph: {error}", flush=True)
-        return dataclasses.replace(way, graph=False)
-    kept = (x for pair in context.key_value_memory_dict.values() for x in pair)
-    for x, state in zip(kept, states, strict=True):
-        x.copy_(state)
-    stepped = [first[:, -1]]
-    for token in fed:
-        decoder.tokens.copy_(token)
-        stepped.append(replay().clone())
-    judge(f"{way.name}, CUDA graph", torch.stack(stepped, 1), whole)
-    return way
 
 
 def filled(model: GPTModel, batch: int, length: int, vocab: int) -> Decoder:

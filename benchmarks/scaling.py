@@ -25,19 +25,17 @@ they may disturb each other's times. Without a GPU the runs are in fp32 over glo
 
 import itertools
 import math
-import re
 import shlex
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from devices import Devices, device_names, machine
+from figures import NOT_TRIED, TOO_LARGE, Figures, failure
 from layouts import GRAPHS, HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
-from pretrain import FULL, HGRN2, MODELS, OVERTIME, command_line, make_table, numbers, parse, run, script_in
+from pretrain import FULL, HGRN2, MODELS, command_line, make_table, parse, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
     --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 4 --global-batch-size 32"""
@@ -55,59 +53,6 @@ SWEEP = [*FULL, "--micro-batch-size", "1", "--global-batch-size", "1", "--no-cre
 # what the backward leaves goes back before NCCL asks for buffers of its own
 SWEEP += ["--empty-unused-memory-level", "1"]
 CHUNKED_LOSS, WHOLE_LOSS = ["--hgrn2-loss-chunk-size", "8192"], ["--cross-entropy-loss-fusion"]
-OUT_OF_MEMORY = "out of memory"
-NOT_TRIED = "not tried: a shorter length ran out of memory or time"
-
-
-@dataclass
-class Figures:
-    """What a run's log says; rates are of the median iteration after the first ones.
-
-    Attributes:
-        milliseconds: of an iteration.
-        rate: tokens/s a GPU.
-        tflops: TFLOP/s a GPU.
-        peak: GiB.
-        losses, norms: of each iteration; norms of the gradient.
-        sent: MiB that rank 0 sends in an iteration; NaN where CUDA graphs hide it.
-    """
-
-    milliseconds: float
-    rate: float
-    tflops: float
-    peak: float
-    losses: list[float]
-    norms: list[float]
-    sent: float
-
-    @classmethod
-    def of(cls, log: str, tokens: int, processes: int, warm_up: int) -> "Figures | None":
-        """Of an iteration of so many tokens; None of a run that did not reach its end."""
-        if failure(log):
-            return None
-
-        def median(name: str) -> float:
-            found = numbers(name, log)
-            return statistics.median(found[warm_up:] or found)
-
-        milliseconds = median(r"elapsed time per iteration \(ms\)")
-        return cls(
-            milliseconds,
-            tokens / milliseconds * 1000 / processes,
-            median(r"throughput per GPU \(TFLOP/s/GPU\)"),
-            max(numbers("max allocated", log)) / 1024,
-            numbers("lm loss", log),
-            numbers("grad norm", log),
-            median("bytes sent") / 2**20,
-        )
-
-
-def failure(log: str) -> str:
-    """What went wrong, nothing in a run that reached its end."""
-    iterations = re.findall(r"iteration +(\d+)/ *(\d+) \|", log)
-    if iterations and iterations[-1][0] == iterations[-1][1]:
-        return ""
-    return next((sign for sign in (NOT_TRIED, OVERTIME, OUT_OF_MEMORY) if sign in log), "failed: see the log")
 
 
 class Matrix:
@@ -258,7 +203,7 @@ def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: De
     before: dict[tuple[str, Layout], Future] = {}
 
     def run_row(row: Row, shorter: Future | None) -> str:
-        if shorter and failure(shorter.result()) in (NOT_TRIED, OVERTIME, OUT_OF_MEMORY):
+        if shorter and failure(shorter.result()) in TOO_LARGE:
             return NOT_TRIED
         with devices.lent(row.layout.processes) as taken:
             return start(row, taken)

@@ -49,7 +49,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     hgrn2 = HGRN2Config.of_stack(settings) if stack else HGRN2Config.of(settings)
     _check_block(settings, hgrn2)
     _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
-    _check_cuda_graphs(settings)
+    _check_cuda_graphs(settings, hgrn2)
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
@@ -161,10 +161,6 @@ def _check_unsupported(s: Settings, table: tuple):
             )
 
 
-def _attends(s: Settings) -> bool:
-    return ATTENTION in (s.hgrn2_layer_pattern or "") or ATTENTION in (s.hybrid_layer_pattern or "")
-
-
 def _experts_wait_for_the_host(s: Settings) -> bool:
     """Whether a graph would hold experts that take as many tokens as there are, which the host must know."""
     if not (s.num_moe_experts or s.num_experts):
@@ -175,7 +171,8 @@ def _experts_wait_for_the_host(s: Settings) -> bool:
     return not (padded or around)
 
 
-# what --cuda-graph-impl does not go with, as above; but for packing, attention alone fails in it too
+# what --cuda-graph-impl does not go with, as above, of settings with HGRN2Config's beside; but for packing, attention
+# alone fails in it as well
 NOT_WITH_CUDA_GRAPHS = (
     (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
     (
@@ -195,7 +192,7 @@ NOT_WITH_CUDA_GRAPHS = (
         "--cuda-graph-modules moe_router",
     ),
     (
-        lambda s: (s.context_parallel_size or 1) > 1 and _attends(s),
+        lambda s: (s.context_parallel_size or 1) > 1 and ATTENTION in s.layer_pattern,
         "--context-parallel-size above 1 and attention layers",
         "drop one of them",
     ),
@@ -206,16 +203,21 @@ NOT_WITH_CUDA_GRAPHS = (
     ),
     (
         # cuDNN's gives NaN at some lengths, of which Transformer Engine hears in the other implementations alone
-        lambda s: _attends(s) and s.cuda_graph_impl == "full_iteration" and s.attention_backend != AttnBackend.unfused,
+        lambda s: (
+            s.cuda_graph_impl == "full_iteration"
+            and ATTENTION in s.layer_pattern
+            and s.attention_backend != AttnBackend.unfused
+        ),
         "fused attention layers",
         "give --attention-backend unfused, or --cuda-graph-impl local",
     ),
 )
 
 
-def _check_cuda_graphs(s: Settings):
+def _check_cuda_graphs(s: Settings, hgrn2: HGRN2Config):
     if s.cuda_graph_impl not in (None, "none"):
-        _refuse(s, NOT_WITH_CUDA_GRAPHS, f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {{}}")
+        why = f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {{}}"
+        _refuse(Settings(hgrn2, s), NOT_WITH_CUDA_GRAPHS, why)
 
 
 def _check_packing(s: Settings, hgrn2: HGRN2Config):

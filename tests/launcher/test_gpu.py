@@ -25,6 +25,11 @@ EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "allgather")
 ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 
 
+def needs_gpus(count: int):
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+
+
 def save(folder, *flags):
     """Eight iterations and the checkpoint of the fourth: losses."""
     losses, _ = train(*MODEL, *flags, "--save", folder, "--save-interval", 4)
@@ -154,8 +159,7 @@ AROUND_EXPERTS = {"routed-experts": (1, ROUTED_EXPERTS)}
 )
 def test_cuda_graphs_train_as_no_graph_does(graph, name, processes, flags, megatron_lm):
     pytest.importorskip("transformer_engine.pytorch")
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"needs {processes} GPUs")
+    needs_gpus(processes)
     model = (*HGRN2, "--num-layers", 4, *WITHOUT_APEX, *TE, "--bf16", *flags)
     script = "pretrain_hybrid.py" if name == "stack" else "pretrain_gpt.py"
     where = dict(script=str(megatron_lm / script), num_processes=processes)
@@ -174,8 +178,7 @@ BF16_TE = {"bf16": True, "transformer_impl": "transformer_engine"}
 
 def assert_takes_the_likeliest(script: str, tp: int, *words: str, settings: dict, number: list[int]):
     """Run an engine, and compare the numbers of its tokens, in bf16 but for ties, of which there may be few."""
-    if torch.cuda.device_count() < tp:
-        pytest.skip(f"needs {tp} GPUs")
+    needs_gpus(tp)
     if "transformer_impl" in settings:
         pytest.importorskip("transformer_engine.pytorch")
     done = harness.torchrun(tp, f"tests/launcher/{script}.py", str(tp), *words, json.dumps(SERVED | settings))
