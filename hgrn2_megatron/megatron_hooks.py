@@ -82,13 +82,14 @@ def _prepare_block(block) -> None:
     """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
     from megatron.core.utils import get_pg_rank
 
-    from hgrn2_megatron.block import banner, create_bounds
+    from hgrn2_megatron.block import banner, create_bounds, settle_graphs
     from hgrn2_megatron.layer import block_submodules
 
     config, hgrn2 = block.config, HGRN2Config.of(block.config)
     warnings = requirements.check(requirements.Settings(config, requirements.global_args()))
     # a pattern may mix layers, so every layer is saved under its own name
     config.hetereogenous_dist_checkpoint = True
+    settle_graphs(config)
     block.submodules = block_submodules(config, block.vp_stage, get_pg_rank(block.pg_collection.pp))
     block.hgrn2_bounds = create_bounds(block, hgrn2, config.num_layers)
     if block.pre_process:
@@ -170,6 +171,20 @@ def install_generation() -> None:
 
     _wrap(MambaInferenceStateConfig, "from_model", ["model", "conv_states_dtype", "ssm_states_dtype"], make_states)
     _wrap(DynamicInferenceContext, "__init__", ["self", "model_config", "inference_config"], make_context)
+
+
+def install_graphs() -> None:
+    """Wrap the loader of graphs of the iteration: it hands out its own dicts, and Megatron's scripts write into them.
+
+    What a script drops from a batch, or cuts under context parallelism, is then gone from the buffers that the graph
+    reads, and the next batch is copied into nothing.
+    """
+    from megatron.core.full_cuda_graph import StaticBufferLoader
+
+    def make_call(call):
+        return lambda self, inputs, stage, microbatch: dict(call(self, inputs, stage, microbatch))
+
+    _wrap(StaticBufferLoader, "__call__", ["self", "inputs", "stage", "microbatch"], make_call)
 
 
 def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

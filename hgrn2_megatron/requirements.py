@@ -6,6 +6,7 @@ docs/flags.md is the same table for people.
 import sys
 from typing import Any
 
+import megatron.core
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 
@@ -171,8 +172,38 @@ def _experts_wait_for_the_host(s: Settings) -> bool:
     return not (padded or around)
 
 
-# what --cuda-graph-impl does not go with, as above, of settings with HGRN2Config's beside; but for packing, attention
-# alone fails in it as well
+def _own_modules_would_train(s: Settings) -> bool:
+    """Whether graphs of layers would train Megatron's own modules, whose norms it does not see save their inputs."""
+    trains = s.train_iters or s.train_samples
+    return bool(s.cuda_graph_impl == "local" and s.transformer_impl == "local" and trains)
+
+
+def _stages_are_not_captured(s: Settings) -> bool:
+    """Whether graphs of layers would be of pipeline stages that Megatron captures wrongly, or not at all.
+
+    It stops at what micro-batches share, the positions of attention layers; and 0.20-dev adds up the gradients of the
+    first micro-batch alone.
+    """
+    release = tuple(map(int, megatron.core.__version__.split(".")[:2]))
+    stages = s.cuda_graph_impl == "local" and (s.pipeline_model_parallel_size or 1) > 1
+    return stages and (ATTENTION in s.layer_pattern or release >= (0, 20))
+
+
+def _fused_attention_multiple(s: Settings) -> int:
+    """What the length must be a multiple of for fused attention in a graph; 1 where none is bound to be there.
+
+    cuDNN up to 9.15 is wrong in graphs of training at lengths that are no multiple of 128. Transformer Engine knows,
+    but takes another kernel for graphs of layers alone, and has none for context parallelism, which cuts the sequence
+    into two pieces a rank.
+    """
+    cp = s.context_parallel_size or 1
+    fused = s.attention_backend != AttnBackend.unfused and (s.cuda_graph_impl == "full_iteration" or cp > 1)
+    if ATTENTION not in s.layer_pattern or not fused:
+        return 1
+    return 128 * (2 * cp if cp > 1 else 1)
+
+
+# what --cuda-graph-impl does not go with, as above, of settings with HGRN2Config's beside
 NOT_WITH_CUDA_GRAPHS = (
     (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
     (
@@ -181,35 +212,25 @@ NOT_WITH_CUDA_GRAPHS = (
         "every batch has other borders of documents",
     ),
     (
-        lambda s: (s.pipeline_model_parallel_size or 1) > 1,
-        "--pipeline-model-parallel-size above 1",
-        "Megatron's schedule cannot free what a graph puts out; drop one of them",
-    ),
-    (
         _experts_wait_for_the_host,
         "--num-experts of any number of tokens",
         "give --moe-expert-capacity-factor and --moe-pad-expert-input-to-capacity, or --cuda-graph-impl local "
         "--cuda-graph-modules moe_router",
     ),
     (
-        lambda s: (s.context_parallel_size or 1) > 1 and ATTENTION in s.layer_pattern,
-        "--context-parallel-size above 1 and attention layers",
-        "drop one of them",
+        _own_modules_would_train,
+        "--transformer-impl local",
+        "Megatron would free what the backward reads; give transformer_engine, or --cuda-graph-impl full_iteration",
     ),
     (
-        lambda s: (s.context_parallel_size or 1) > 1 and s.cuda_graph_impl == "full_iteration",
-        "--context-parallel-size above 1",
-        "give --cuda-graph-impl local",
+        _stages_are_not_captured,
+        "--pipeline-model-parallel-size above 1",
+        "of this model and Megatron release; give --cuda-graph-impl full_iteration",
     ),
     (
-        # cuDNN's gives NaN at some lengths, of which Transformer Engine hears in the other implementations alone
-        lambda s: (
-            s.cuda_graph_impl == "full_iteration"
-            and ATTENTION in s.layer_pattern
-            and s.attention_backend != AttnBackend.unfused
-        ),
-        "fused attention layers",
-        "give --attention-backend unfused, or --cuda-graph-impl local",
+        lambda s: (s.seq_length or 0) % _fused_attention_multiple(s),
+        "fused attention layers at such a --seq-length",
+        "give a multiple of 128, under context parallelism of 256 x --context-parallel-size",
     ),
 )
 

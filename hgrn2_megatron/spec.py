@@ -1,6 +1,6 @@
 """What `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
 
-Importing this hooks TransformerBlock, GPTModel and MambaInferenceStateConfig.
+Importing this hooks TransformerBlock, GPTModel, MambaInferenceStateConfig and StaticBufferLoader.
 """
 
 import sys
@@ -34,6 +34,7 @@ hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
 megatron_hooks.install_block(HGRN2Layer, hgrn2_stack)
 megatron_hooks.install_loss()
 megatron_hooks.install_generation()
+megatron_hooks.install_graphs()
 if "megatron.training.checkpointing" in sys.modules:
     megatron_hooks.install_checkpoint()
 if "megatron.training.training" in sys.modules:

@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from hgrn2_megatron import requirements
-from hgrn2_megatron.block import banner, create_bounds, share_bounds
+from hgrn2_megatron.block import banner, create_bounds, settle_graphs, share_bounds
 from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
 
@@ -53,6 +53,7 @@ class HGRN2Stack(HybridStack):
         whole = types.SimpleNamespace(hybrid_layer_pattern=pattern)
         warnings = requirements.check(requirements.Settings(whole, config, requirements.global_args()), stack=True)
         _check_chunk(pattern, own, pp_layer_offset, config, pg_collection.pp)
+        settle_graphs(config)
         hgrn2 = HGRN2Config.of_stack(requirements.Settings(whole, config))
         num_blocks = len(hgrn2.layer_pattern)
 

@@ -3,6 +3,7 @@
 import re
 import types
 
+import megatron.core
 import pytest
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
@@ -167,28 +168,35 @@ def test_every_clash_with_the_loss_by_chunks_is_in_the_table_above():
 CUDA_GRAPHS = ["local", "full_iteration"]
 EXPERTS = {"num_moe_experts": 4}
 PADDED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+HYBRID = {"hgrn2_layer_pattern": "H*", "transformer_impl": "transformer_engine"}
+CP2, PP2 = {"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+UNFUSED = {"attention_backend": AttnBackend.unfused}
+SHORT = "fused attention layers at such a --seq-length"
 CUDA_GRAPH_CLASHES = [
     (CUDA_GRAPHS, {"sft": True}, "--sft"),
     (CUDA_GRAPHS, {"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
-    (CUDA_GRAPHS, {"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size above 1"),
     (CUDA_GRAPHS, EXPERTS, "--num-experts of any number of tokens"),
-    (
-        ["local"],
-        {"context_parallel_size": 2, "hgrn2_layer_pattern": "H*", "transformer_impl": "transformer_engine"},
-        "--context-parallel-size above 1 and attention layers",
-    ),
-    (["full_iteration"], {"context_parallel_size": 2}, "--context-parallel-size above 1"),
-    (["full_iteration"], {"hgrn2_layer_pattern": "H*"}, "fused attention layers"),
+    (["local"], {"train_iters": 8}, "--transformer-impl local"),
+    (["local"], {"train_samples": 8}, "--transformer-impl local"),
+    (["local"], HYBRID | PP2, "--pipeline-model-parallel-size above 1"),
+    (["full_iteration"], HYBRID | {"seq_length": 64}, SHORT),
+    (CUDA_GRAPHS, HYBRID | CP2 | {"seq_length": 256}, SHORT),
 ]
 CUDA_GRAPH_FRIENDS = [
     (CUDA_GRAPHS, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     (CUDA_GRAPHS, {"fp8": "hybrid", "fp8_recipe": "delayed"}),
     (CUDA_GRAPHS, EXPERTS | PADDED),
-    (["local"], {"context_parallel_size": 2}),
+    (CUDA_GRAPHS, {"seq_length": 63} | CP2),
+    (CUDA_GRAPHS, PP2),
+    (CUDA_GRAPHS, {"train_iters": 8, "transformer_impl": "transformer_engine"}),
+    (["full_iteration"], {"train_iters": 8}),
     (["local"], EXPERTS | {"cuda_graph_modules": ["moe_router"]}),
     (["local"], EXPERTS | {"cuda_graph_modules": [CudaGraphModule.moe_router, CudaGraphModule.moe_preprocess]}),
-    (["local"], {"hgrn2_layer_pattern": "H*"}),
-    (CUDA_GRAPHS, {"hgrn2_layer_pattern": "H*", "attention_backend": AttnBackend.unfused}),
+    (["local"], HYBRID | {"seq_length": 64}),
+    (CUDA_GRAPHS, HYBRID | {"seq_length": 256}),
+    (CUDA_GRAPHS, HYBRID | CP2 | {"seq_length": 512}),
+    (["full_iteration"], HYBRID | PP2 | {"seq_length": 256}),
+    (CUDA_GRAPHS, HYBRID | UNFUSED | {"seq_length": 64}),
 ]
 
 
@@ -202,7 +210,9 @@ def test_what_cuda_graphs_do_not_go_with_is_refused_by_flag(impls, changes, flag
 
 
 @pytest.mark.parametrize(("impls", "changes"), CUDA_GRAPH_FRIENDS)
-def test_what_cuda_graphs_go_with_passes(impls, changes):
+def test_what_cuda_graphs_go_with_passes(impls, changes, monkeypatch):
+    monkeypatch.setattr(megatron.core, "__version__", "0.19.0")
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     for impl in impls:
         check(Settings(hgrn2_settings(cuda_graph_impl=impl, **changes)))
 
@@ -220,16 +230,29 @@ def test_experts_in_cuda_graphs_need_padding_or_a_graph_around_them(impl, change
         check(Settings(hgrn2_settings(cuda_graph_impl=impl, **EXPERTS, **changes)))
 
 
+@pytest.mark.parametrize("release", ["0.18.2", "0.19.0rc1", "0.20.0", "1.0.0"])
+def test_stages_are_captured_by_layers_where_megatron_adds_every_gradient(release, monkeypatch):
+    monkeypatch.setattr(megatron.core, "__version__", release)
+    check(Settings(hgrn2_settings(cuda_graph_impl="full_iteration", **PP2)))
+    settings = Settings(hgrn2_settings(cuda_graph_impl="local", **PP2))
+    if release in ("0.20.0", "1.0.0"):
+        with pytest.raises(UsageError, match="--pipeline-model-parallel-size above 1: .* full_iteration"):
+            check(settings)
+    else:
+        check(settings)
+
+
 def test_a_hybrid_model_is_captured_as_the_gpt_is():
     for impl in CUDA_GRAPHS:
         check(Settings(stack_settings(cuda_graph_impl=impl, hybrid_layer_pattern="M-M-")), stack=True)
-    check(Settings(stack_settings(cuda_graph_impl="local")), stack=True)
-    with pytest.raises(UsageError, match="does not go with fused attention layers: "):
-        check(Settings(stack_settings(cuda_graph_impl="full_iteration")), stack=True)
+    check(Settings(stack_settings(cuda_graph_impl="local", seq_length=64)), stack=True)
+    check(Settings(stack_settings(cuda_graph_impl="full_iteration", seq_length=256)), stack=True)
+    with pytest.raises(UsageError, match="does not go with fused attention layers at such a --seq-length: "):
+        check(Settings(stack_settings(cuda_graph_impl="full_iteration", seq_length=64)), stack=True)
 
 
 def test_every_clash_with_cuda_graphs_is_in_the_table_above():
-    assert [flag for _, flag, _ in NOT_WITH_CUDA_GRAPHS] == [flag for _, _, flag in CUDA_GRAPH_CLASHES]
+    assert [flag for _, flag, _ in NOT_WITH_CUDA_GRAPHS] == list(dict.fromkeys(flag for *_, flag in CUDA_GRAPH_CLASHES))
 
 
 def stack_settings(**changes) -> types.SimpleNamespace:

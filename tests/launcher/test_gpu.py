@@ -129,19 +129,43 @@ FP8 = ("--fp8-format", "hybrid", "--fp8-recipe")
 ROUTED_EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "alltoall", "--moe-grouped-gemm")
 PADDED_EXPERTS = (*ROUTED_EXPERTS, "--moe-expert-capacity-factor", 2, "--moe-pad-expert-input-to-capacity")
 HYBRID = ("--hgrn2-layer-pattern", "H*")
+CP2, PP2 = ("--context-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+SELECTIVE = ("--recompute-granularity", "selective")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
+
+
+def long(tokens: int) -> tuple:
+    """Sequences for which cuDNN has attention that is right in a graph."""
+    return "--seq-length", tokens, "--max-position-embeddings", tokens
+
+
 # name -> (processes, flags)
 GRAPHED = {
     "pure": (1, ()),
     "fp8-delayed": (1, (*FP8, "delayed")),
     "fp8-tensorwise": (1, (*FP8, "tensorwise")),
+    "selective-recompute": (1, SELECTIVE),
     "padded-experts": (1, PADDED_EXPERTS),
-    "hybrid": (1, (*HYBRID, "--attention-backend", "unfused")),
+    "hybrid": (1, (*HYBRID, *long(256))),
+    "hybrid-unfused": (1, (*HYBRID, "--attention-backend", "unfused")),
     "stack": (1, (*STACK, "M-M-M-M-")),
+    "stack-hybrid": (1, (*STACK, "M-*-M-*-", *long(256))),
+    "stack-pp2": (2, (*STACK, "M-M-|M-M-", *PP2)),
     "tp2-sp": (2, TP2),
+    "tp2-sp-fp8": (2, (*TP2, *FP8, "delayed")),
     "dp2": (2, DP2),
     "ep2": (2, (*PADDED_EXPERTS, "--expert-model-parallel-size", 2)),
+    "cp2": (2, CP2),
+    "cp2-hybrid": (2, (*CP2, *HYBRID, *long(512))),
+    "pp2": (2, PP2),
+    "pp2-vpp2": (2, (*PP2, "--num-layers-per-virtual-pipeline-stage", 1)),
 }
-IN_GRAPHS_OF_LAYERS = {"hybrid-fused": (1, HYBRID), "cp2": (2, ("--context-parallel-size", 2))}
+OF_LAYERS = {"hybrid-short": (1, HYBRID)}
+OF_ITERATION = {
+    "own-modules": (1, ("--transformer-impl", "local")),
+    "full-recompute": (1, FULL),
+    "pp2-hybrid": (2, (*PP2, *HYBRID, *long(256))),
+}
 AROUND_EXPERTS = {"routed-experts": (1, ROUTED_EXPERTS)}
 
 
@@ -150,9 +174,9 @@ AROUND_EXPERTS = {"routed-experts": (1, ROUTED_EXPERTS)}
     [
         pytest.param(graph, name, *case, id=f"{form}-{name}")
         for form, graph, cases in (
-            ("local", LOCAL_GRAPHS, GRAPHED | IN_GRAPHS_OF_LAYERS),
+            ("local", LOCAL_GRAPHS, GRAPHED | OF_LAYERS),
             ("router", (*LOCAL_GRAPHS, "--cuda-graph-modules", "moe_router"), AROUND_EXPERTS),
-            ("full-iteration", ITERATION_GRAPH, GRAPHED),
+            ("full-iteration", ITERATION_GRAPH, GRAPHED | OF_ITERATION),
         )
         for name, case in cases.items()
     ],
@@ -161,12 +185,12 @@ def test_cuda_graphs_train_as_no_graph_does(graph, name, processes, flags, megat
     pytest.importorskip("transformer_engine.pytorch")
     needs_gpus(processes)
     model = (*HGRN2, "--num-layers", 4, *WITHOUT_APEX, *TE, "--bf16", *flags)
-    script = "pretrain_hybrid.py" if name == "stack" else "pretrain_gpt.py"
+    script = "pretrain_hybrid.py" if name.startswith("stack") else "pretrain_gpt.py"
     where = dict(script=str(megatron_lm / script), num_processes=processes)
     losses, _ = train(*model, **where)
     ours, _ = train(*model, *graph, **where)
     # in a graph Transformer Engine takes another kernel for attention of this length
-    tolerance = 2e-3 if name == "hybrid-fused" else 0
+    tolerance = 2e-3 if name == "hybrid-short" else 0
     assert len(losses) == 8 and ours.keys() == losses.keys()
     assert max(abs(float(ours[i]) - float(losses[i])) for i in losses) <= tolerance, (ours, losses)
 

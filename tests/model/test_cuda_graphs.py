@@ -1,8 +1,12 @@
 """What CUDA graphs need of the model, as far as a CPU shows it; tests/launcher/test_gpu.py captures them."""
 
+import contextlib
+import types
+
 import harness
 import pytest
 import torch
+from megatron.core.full_cuda_graph import StaticBufferLoader
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -57,3 +61,31 @@ def test_megatrons_graphs_of_a_static_step_are_refused():
     mixer = model.decoder.layers[0].self_attention
     with pytest.raises(ValueError, match="advance the states .* dynamic engine"):
         mixer(torch.zeros(4, 1, 64), inference_context=StaticInferenceContext(1, 8))
+
+
+@pytest.mark.parametrize("settings", [{}, {"hybrid_layer_pattern": "M-"}], ids=["gpt", "stack"])
+def test_the_schedule_is_told_what_graphs_need(settings):
+    frees_and_waits = dict(settings, deallocate_pipeline_outputs=True)
+    config = build(**frees_and_waits).config
+    assert config.deallocate_pipeline_outputs and config.batch_p2p_sync
+    config = build(**frees_and_waits, cuda_graph_impl="full_iteration").config
+    assert not config.deallocate_pipeline_outputs and not config.batch_p2p_sync
+
+
+def test_what_a_script_does_to_a_batch_is_not_done_to_the_buffers_of_a_graph(monkeypatch):
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(StaticBufferLoader, "static_buffers", {"training": []})
+    load = StaticBufferLoader()
+    batches = [{"tokens": torch.full((4,), i), "labels": torch.full((4,), -i)} for i in range(2)]
+    first = load(batches[0], "training", 0)
+    read_by_the_graph = first["tokens"]
+    # one rank's part of the sequence, and what a pipeline stage does not use
+    first["tokens"], first["labels"] = first["tokens"][:2], None
+    second = load(batches[1], "training", 0)
+    assert second["tokens"] is read_by_the_graph
+    for name in batches[1]:
+        assert torch.equal(second[name], batches[1][name])
