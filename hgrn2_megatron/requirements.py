@@ -197,8 +197,9 @@ def _fused_attention_multiple(s: Settings) -> int:
     into two pieces a rank.
     """
     cp = s.context_parallel_size or 1
-    fused = s.attention_backend != AttnBackend.unfused and (s.cuda_graph_impl == "full_iteration" or cp > 1)
-    if ATTENTION not in s.layer_pattern or not fused:
+    may_be_fused = s.transformer_impl != "local" and s.attention_backend != AttnBackend.unfused
+    is_bound_to = s.cuda_graph_impl == "full_iteration" or cp > 1
+    if not (ATTENTION in s.layer_pattern and may_be_fused and is_bound_to):
         return 1
     return 128 * (2 * cp if cp > 1 else 1)
 
@@ -224,8 +225,8 @@ NOT_WITH_CUDA_GRAPHS = (
     ),
     (
         _stages_are_not_captured,
-        "--pipeline-model-parallel-size above 1",
-        "of this model and Megatron release; give --cuda-graph-impl full_iteration",
+        "--pipeline-model-parallel-size above 1, with attention layers or from megatron-core 0.20 on",
+        "give --cuda-graph-impl full_iteration",
     ),
     (
         lambda s: (s.seq_length or 0) % _fused_attention_multiple(s),

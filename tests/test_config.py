@@ -171,6 +171,7 @@ PADDED = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity":
 HYBRID = {"hgrn2_layer_pattern": "H*", "transformer_impl": "transformer_engine"}
 CP2, PP2 = {"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 UNFUSED = {"attention_backend": AttnBackend.unfused}
+STAGES = "--pipeline-model-parallel-size above 1, with attention layers or from megatron-core 0.20 on"
 SHORT = "fused attention layers at such a --seq-length"
 CUDA_GRAPH_CLASHES = [
     (CUDA_GRAPHS, {"sft": True}, "--sft"),
@@ -178,7 +179,7 @@ CUDA_GRAPH_CLASHES = [
     (CUDA_GRAPHS, EXPERTS, "--num-experts of any number of tokens"),
     (["local"], {"train_iters": 8}, "--transformer-impl local"),
     (["local"], {"train_samples": 8}, "--transformer-impl local"),
-    (["local"], HYBRID | PP2, "--pipeline-model-parallel-size above 1"),
+    (["local"], HYBRID | PP2, STAGES),
     (["full_iteration"], HYBRID | {"seq_length": 64}, SHORT),
     (CUDA_GRAPHS, HYBRID | CP2 | {"seq_length": 256}, SHORT),
 ]
@@ -197,6 +198,7 @@ CUDA_GRAPH_FRIENDS = [
     (CUDA_GRAPHS, HYBRID | CP2 | {"seq_length": 512}),
     (["full_iteration"], HYBRID | PP2 | {"seq_length": 256}),
     (CUDA_GRAPHS, HYBRID | UNFUSED | {"seq_length": 64}),
+    (CUDA_GRAPHS, HYBRID | {"transformer_impl": "local", "seq_length": 64}),
 ]
 
 
@@ -236,19 +238,24 @@ def test_stages_are_captured_by_layers_where_megatron_adds_every_gradient(releas
     check(Settings(hgrn2_settings(cuda_graph_impl="full_iteration", **PP2)))
     settings = Settings(hgrn2_settings(cuda_graph_impl="local", **PP2))
     if release in ("0.20.0", "1.0.0"):
-        with pytest.raises(UsageError, match="--pipeline-model-parallel-size above 1: .* full_iteration"):
+        with pytest.raises(UsageError, match="--pipeline-model-parallel-size above 1, .* full_iteration"):
             check(settings)
     else:
         check(settings)
 
 
-def test_a_hybrid_model_is_captured_as_the_gpt_is():
+def test_a_hybrid_model_is_captured_as_the_gpt_is(monkeypatch):
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+
+    def stack(**changes) -> Settings:
+        return Settings(stack_settings(transformer_impl="transformer_engine", **changes))
+
+    check(stack(cuda_graph_impl="local", seq_length=64), stack=True)
     for impl in CUDA_GRAPHS:
-        check(Settings(stack_settings(cuda_graph_impl=impl, hybrid_layer_pattern="M-M-")), stack=True)
-    check(Settings(stack_settings(cuda_graph_impl="local", seq_length=64)), stack=True)
-    check(Settings(stack_settings(cuda_graph_impl="full_iteration", seq_length=256)), stack=True)
+        check(stack(cuda_graph_impl=impl, seq_length=64, hybrid_layer_pattern="M-M-"), stack=True)
+        check(stack(cuda_graph_impl=impl, seq_length=256), stack=True)
     with pytest.raises(UsageError, match="does not go with fused attention layers at such a --seq-length: "):
-        check(Settings(stack_settings(cuda_graph_impl="full_iteration", seq_length=64)), stack=True)
+        check(stack(cuda_graph_impl="full_iteration", seq_length=64), stack=True)
 
 
 def test_every_clash_with_cuda_graphs_is_in_the_table_above():
