@@ -76,12 +76,7 @@ class HGRN2Mixer(MegatronModule):
             config.recompute_modules or ()
         )
         # what the norm makes for out_proj is then kept by nobody, or in another form, or is being copied elsewhere
-        self._keeps_normed = (
-            config.recompute_granularity == "full"
-            or config.fp8
-            or config.cpu_offloading
-            or config.fine_grained_activation_offloading
-        )
+        self._keeps_normed = config.recompute_granularity == "full" or config.fp8 or config.cpu_offloading
 
         common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
         self.in_proj = build_module(

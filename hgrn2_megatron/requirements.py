@@ -121,6 +121,12 @@ UNSUPPORTED = (
         "the recurrence has no positions, so documents would leak into each other unnoticed: give "
         "--dataloader-inter-document-masking",
     ),
+    (
+        # nothing of a mixer would be offloaded
+        lambda s: s.fine_grained_activation_offloading,
+        "--fine-grained-activation-offloading",
+        "recompute instead, with --recompute-granularity selective or full",
+    ),
     (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop it"),
     (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop it"),
     (lambda s: s.fp4, "--fp4-format", "use --fp8-format or bf16"),

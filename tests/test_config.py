@@ -127,6 +127,7 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         ({"reset_position_ids": True}, "--reset-position-ids"),
+        ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading .* recompute"),
         ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"fp4": "e2m1"}, "--fp4-format"),
