@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from pretrain import ATTENTION, HGRN2
+from pretrain import ATTENTION, GRAPH, HGRN2
 
 HYBRID = "hybrid"
 NAMES = [HGRN2, HYBRID, ATTENTION]
@@ -17,7 +17,7 @@ VARIANTS = {
     "": "",
     "micro-batch 1": "--micro-batch-size 1",
     "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
-    "graph": "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
+    "graph": " ".join(GRAPH),
     "graphs of layers": "--cuda-graph-impl local",
 }
 GRAPHS = ("graph", "graphs of layers")

@@ -101,11 +101,12 @@ class Matrix:
             if row.layout.variant in GRAPHS:
                 found.sent = math.nan
             self.figures[row.name] = found
-            cells = self.cells(row, found)
+            cells = [*self.cells(row, found), "" if math.isnan(found.sent) else f"{found.sent:,.2f}"]
         cells += [""] * (self.head[1].count("---") - 1 - len(cells))
         return f"| {' | '.join([row.name, *cells])} |"
 
     def cells(self, row: Row, found: Figures) -> list[str]:
+        """What stands in a row between its name and what it sends."""
         one = self.figures.get(f"{row.model}, {ONE}")
         compared = one is not None and not row.layout.weak
         return [
@@ -116,7 +117,6 @@ class Matrix:
             f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}",
             f"{max(abs(x - y) for x, y in zip(found.losses, one.losses, strict=True)):.1e}" if compared else "",
             f"{max(abs(x / y - 1) for x, y in zip(found.norms, one.norms, strict=True)):.1e}" if compared else "",
-            "" if math.isnan(found.sent) else f"{found.sent:,.2f}",
         ]
 
     def draw(self, rows: list[Row], plt):
@@ -170,7 +170,6 @@ class Sweep(Matrix):
             f"{found.rate / alone.rate:.1%}" if alone else "",
             f"{found.tflops:.1f}",
             f"{found.peak:.1f}" if found.peak else "",
-            "" if math.isnan(found.sent) else f"{found.sent:,.2f}",
         ]
 
     def draw(self, rows: list[Row], plt):
