@@ -12,10 +12,8 @@ ONE = "one"
 LAYOUTS = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
 LAYOUTS += ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "PP2", "PP2 VPP2", "PP4 VPP2", "CP2", "CP4", "CP8"]
 LAYOUTS += ["TP2 PP2", "TP2 CP2", "TP2 CP4", "TP2 PP2 CP2", "TP2 PP2 DP2", "TP2 PP2 DP2 weak"]
-# what may follow a layout's words -> flags
+# what may follow a layout's words, as "micro-batch 8" may -> flags
 VARIANTS = {
-    "": "",
-    "micro-batch 1": "--micro-batch-size 1",
     "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
     "graph": " ".join(GRAPH),
     "graphs of layers": "--cuda-graph-impl local",
@@ -25,7 +23,7 @@ GRAPHS = ("graph", "graphs of layers")
 
 @dataclass(frozen=True)
 class Layout:
-    """How processes divide the work, by its name: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, overlapped"."""
+    """How processes divide the work, by its name: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, graph, micro-batch 8"."""
 
     name: str
     tp: int = 1
@@ -34,20 +32,25 @@ class Layout:
     vpp: int = 1
     dp: int = 1
     weak: bool = False
-    variant: str = ""
+    variants: tuple[str, ...] = ()
 
     @classmethod
     def named(cls, name: str) -> "Layout":
-        words, _, variant = name.partition(", ")
+        words, *variants = name.split(", ")
         sizes, others = {}, set()
         for word in words.split():
             if found := re.fullmatch(r"(TP|CP|PP|VPP|DP)(\d+)", word):
                 sizes[found[1].lower()] = int(found[2])
             else:
                 others.add(word)
-        if not others <= {ONE, "SP", "weak"} or variant not in VARIANTS:
+        known = all(variant in VARIANTS or re.fullmatch(r"micro-batch \d+", variant) for variant in variants)
+        if not (others <= {ONE, "SP", "weak"} and known):
             raise SystemExit(f"no layout {name!r}: one of {'; '.join(LAYOUTS)}, or such with other numbers")
-        return cls(name, weak="weak" in others, variant=variant, **sizes)
+        return cls(name, weak="weak" in others, variants=tuple(variants), **sizes)
+
+    @property
+    def graphed(self) -> bool:
+        return not set(GRAPHS).isdisjoint(self.variants)
 
     @property
     def processes(self) -> int:
@@ -59,7 +62,9 @@ class Layout:
 
     def flags(self, of_one: int) -> list[str]:
         flags = f"--tensor-model-parallel-size {self.tp} --context-parallel-size {self.cp} "
-        flags += f"--pipeline-model-parallel-size {self.pp} {VARIANTS[self.variant]}"
+        flags += f"--pipeline-model-parallel-size {self.pp}"
+        for variant in self.variants:
+            flags += " " + (VARIANTS.get(variant) or variant.replace("micro-batch", "--micro-batch-size"))
         if self.tp > 1:
             flags += " --sequence-parallel"
         if self.vpp > 1:
@@ -93,9 +98,9 @@ class Row:
 
     def impossible_without_gpu(self) -> str:
         """Why the row needs a GPU, or nothing."""
-        if self.layout.variant == "overlapped":
+        if "overlapped" in self.layout.variants:
             return "--tp-comm-overlap is of Transformer Engine, which needs a GPU"
-        if self.layout.variant in GRAPHS:
+        if self.layout.graphed:
             return "CUDA graphs need a GPU"
         if self.layout.cp > 1 and self.model != HGRN2:
             return "Megatron's own attention takes no context parallelism, and Transformer Engine's needs a GPU"

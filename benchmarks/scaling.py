@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from devices import Devices, device_names, machine
 from figures import NOT_TRIED, TOO_LARGE, Figures, failure
-from layouts import GRAPHS, HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
+from layouts import HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
 from pretrain import FULL, HGRN2, MODELS, command_line, make_table, parse, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
@@ -98,7 +98,7 @@ class Matrix:
         if found is None:
             cells = [failure(log)]
         else:
-            if row.layout.variant in GRAPHS:
+            if row.layout.graphed:
                 found.sent = math.nan
             self.figures[row.name] = found
             cells = [*self.cells(row, found), "" if math.isnan(found.sent) else f"{found.sent:,.2f}"]

@@ -27,6 +27,7 @@ def row(name: str, sweep: bool = False):
         ("one, micro-batch 1", 1, "--micro-batch-size 1"),
         ("TP4 SP", 4, "--tensor-model-parallel-size 4 --sequence-parallel"),
         ("TP2 SP, overlapped", 2, "--sequence-parallel --tp-comm-overlap"),
+        ("TP2 SP, overlapped, graph, micro-batch 8", 2, "--tp-comm-overlap --cuda-graph-impl --micro-batch-size 8"),
         ("TP4 SP, graph", 4, "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"),
         ("CP4, graphs of layers", 4, "--context-parallel-size 4 --cuda-graph-impl local"),
         ("PP4 VPP2", 4, "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"),
@@ -57,7 +58,7 @@ def test_every_layout_divides_model_and_batch():
 
 @pytest.mark.parametrize(
     ("name", "sweep"),
-    [("HGRN2, QP2", False), ("HGRN2, DP2, fast", False), ("Mamba, DP2", False), ("HGRN2, CP2", True)],
+    [("HGRN2, QP2", False), ("HGRN2, DP2, fast", False), ("HGRN2, DP2, graph, fast", False), ("Mamba, DP2", False), ("HGRN2, CP2", True)],
 )
 def test_unknown_rows_are_refused(name, sweep):
     with pytest.raises(SystemExit, match="no (row|layout)"):
