@@ -37,19 +37,21 @@ def chunk_hgrn2_of_batch(qfv: Tensor, lower_bound: Tensor | None, group: Process
     """`chunk_hgrn2_fused` of whole sequences of which each rank has two chunks; differentiable.
 
     Args:
-        qfv: [b, s/cp, H, 3, K], raw projections of this rank's tokens.
+        qfv: [b, s/cp, H, 3, K], raw projections of this rank's tokens, best with the batch inside time in memory.
         lower_bound: [H, K] fp32, or None.
         group: ranks that share the sequences.
 
     Returns:
-        o: [b, s/cp, H, K], outputs of this rank's tokens.
+        o: [b, s/cp, H, K], outputs of this rank's tokens, with the batch inside time in memory.
 
     Raises:
         ValueError: an odd number of tokens.
     """
-    b, s = qfv.shape[:2]
-    chunks = qfv.reshape(2 * b, chunk_size(s), *qfv.shape[2:])
-    return chunk_hgrn2_sharded(chunks, lower_bound, Exchange(group)).reshape(b, s, qfv.shape[2], -1)
+    b, s, H, _, K = qfv.shape
+    # the chunks of a batch of one, whose heads are those of all sequences: a view, where [2 b, s/cp/2] would be a copy
+    chunks = qfv.transpose(0, 1).reshape(2, chunk_size(s), b * H, 3, K)
+    bounds = None if lower_bound is None else lower_bound.repeat(b, 1)
+    return chunk_hgrn2_sharded(chunks, bounds, Exchange(group)).reshape(s, b, H, K).transpose(0, 1)
 
 
 def chunk_hgrn2_of_packed(

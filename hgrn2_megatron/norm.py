@@ -1,6 +1,7 @@
 """RMSNorms in plain PyTorch: over a hidden dimension sharded over TP, and over a whole one under SP."""
 
 import torch
+from megatron.core.jit import jit_fuser
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -66,29 +67,59 @@ class HiddenShardedRMSNorm(torch.nn.Module):
 
 
 class _ShardedRMSNorm(torch.autograd.Function):
-    """The norm of a slice; what is kept for the backward is x in its own dtype, and one number a token."""
+    """The norm of a slice; what is kept for the backward is x in its own dtype, and one number a token.
+
+    Between two all-reduces everything is one function, which Megatron's fuser makes one pass over memory of.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, hidden_size, eps, group):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        square_sum = wide.square().sum(-1, keepdim=True)
+        square_sum = _square_sum(x)
         torch.distributed.all_reduce(square_sum, group=group)
-        scale = torch.rsqrt(square_sum / hidden_size + eps)
+        normed, scale = _normalize(x, weight, square_sum, hidden_size, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.hidden_size, ctx.group = hidden_size, group
-        return (wide * scale * weight).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, scale = ctx.saved_tensors
-        normed, dy = x.to(scale.dtype) * scale, dy.to(scale.dtype)
-        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        dnormed = dy * weight
         # every rank's output depends on the sum of squares, so its gradient is summed over the ranks as well
-        shared = (dnormed * normed).sum(-1, keepdim=True)
+        shared = _gradient_of_scale(x, weight, scale, dy)
         torch.distributed.all_reduce(shared, group=ctx.group)
-        dx = scale * (dnormed - normed * (shared / ctx.hidden_size))
-        return dx.to(x.dtype), dweight, None, None, None
+        dx, dweight = _gradients(x, weight, scale, dy, shared, ctx.hidden_size)
+        return dx, dweight, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@jit_fuser
+def _square_sum(x: Tensor) -> Tensor:
+    return _wide(x).square().sum(-1, keepdim=True)
+
+
+@jit_fuser
+def _normalize(x: Tensor, weight: Tensor, square_sum: Tensor, hidden_size: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, contiguous as the next layer wants it, and what x was multiplied by."""
+    scale = torch.rsqrt(square_sum / hidden_size + eps)
+    return (_wide(x) * scale * weight).to(x.dtype).contiguous(), scale
+
+
+@jit_fuser
+def _gradient_of_scale(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tensor:
+    return (_wide(dy) * weight * _wide(x) * scale).sum(-1, keepdim=True)
+
+
+@jit_fuser
+def _gradients(
+    x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, shared: Tensor, hidden_size: int
+) -> tuple[Tensor, Tensor]:
+    """Of x and of the weight."""
+    normed, dy = _wide(x) * scale, _wide(dy)
+    dx = scale * (dy * weight - normed * (shared / hidden_size))
+    return dx.to(x.dtype), (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
 
 
 class LocalRMSNorm:

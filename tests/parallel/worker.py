@@ -27,7 +27,7 @@ PACKINGS = {
 
 
 def data(step: int, dp_rank: int, dp_size: int, packing: str | None):
-    """This rank's micro-batches of one row of a step: (tokens, labels, mask of losses, PackedSeqParams or None)."""
+    """This rank's micro-batches of a step: (tokens, labels, mask of losses, PackedSeqParams or None)."""
     tokens, labels = harness.batch(seed=step, size=parity.GLOBAL_BATCH)
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.7).float()
     params = None
@@ -37,10 +37,15 @@ def data(step: int, dp_rank: int, dp_size: int, packing: str | None):
         params = harness.packed_seq_params(real, sizes)
         for start, end, length in zip(borders, borders[1:], real, strict=False):
             mask[:, start + length : end] = 0
-    for rows in zip(*(x.split(1) for x in (tokens, labels, mask)), strict=True):
+    for rows in zip(*(x.split(micro_batch(packing)) for x in (tokens, labels, mask)), strict=True):
         if dp_rank == 0:
             yield *_own_tokens(rows, packing), params
         dp_rank = (dp_rank - 1) % dp_size
+
+
+def micro_batch(packing: str | None) -> int:
+    """Rows of a micro-batch; packed sequences are one."""
+    return 1 if packing else 2
 
 
 def _own_tokens(rows, packing: str | None):
@@ -89,9 +94,9 @@ def run(model: dict, layout: dict, weights: dict) -> dict:
             forward_step_func=forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
-            num_microbatches=parity.GLOBAL_BATCH // dp_group.size(),
+            num_microbatches=parity.GLOBAL_BATCH // (micro_batch(packing) * dp_group.size()),
             seq_length=harness.SEQ,
-            micro_batch_size=1,
+            micro_batch_size=micro_batch(packing),
         )
         if step == 0:
             result = {f"gradient {name}": x for name, x in parity.gradients(chunks, optimizer).items()}
