@@ -12,13 +12,21 @@ ONE = "one"
 LAYOUTS = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
 LAYOUTS += ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "PP2", "PP2 VPP2", "PP4 VPP2", "CP2", "CP4", "CP8"]
 LAYOUTS += ["TP2 PP2", "TP2 CP2", "TP2 CP4", "TP2 PP2 CP2", "TP2 PP2 DP2", "TP2 PP2 DP2 weak"]
+# of GPUs, whose hosts keep up with these, and which have as many tokens of a micro-batch under TP and CP as one alone
+GPU_LAYOUTS = [ONE, "one, micro-batch 1", "one, graph", "DP2 weak", "DP4 weak", "DP8 weak"]
+GPU_LAYOUTS += ["TP2 SP, graph, micro-batch 8", "TP2 SP, overlapped, graph, micro-batch 8"]
+GPU_LAYOUTS += ["TP4 SP, graph, micro-batch 16", "TP8 SP, graph, micro-batch 32"]
+GPU_LAYOUTS += ["PP2 VPP2, graph", "PP2 VPP2 weak, graph", "PP4 VPP2, graph", "PP4 VPP2 weak, graph"]
+GPU_LAYOUTS += ["CP2, graph, micro-batch 8", "CP4, graph, micro-batch 16", "CP8, graph, micro-batch 32"]
+GPU_LAYOUTS += ["TP2 PP2, graph, micro-batch 8", "TP2 CP2, graph, micro-batch 16", "TP2 CP4, graph, micro-batch 32"]
+GPU_LAYOUTS += ["TP2 PP2 CP2, graph, micro-batch 16", "TP2 PP2 DP2, graph, micro-batch 8"]
+GPU_LAYOUTS += ["TP2 PP2 VPP2 DP2 weak, graph, micro-batch 8"]
 # what may follow a layout's words, as "micro-batch 8" may -> flags
 VARIANTS = {
     "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
     "graph": " ".join(GRAPH),
     "graphs of layers": "--cuda-graph-impl local",
 }
-GRAPHS = ("graph", "graphs of layers")
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,6 @@ class Layout:
         if not (others <= {ONE, "SP", "weak"} and known):
             raise SystemExit(f"no layout {name!r}: one of {'; '.join(LAYOUTS)}, or such with other numbers")
         return cls(name, weak="weak" in others, variants=tuple(variants), **sizes)
-
-    @property
-    def graphed(self) -> bool:
-        return not set(GRAPHS).isdisjoint(self.variants)
 
     @property
     def processes(self) -> int:
@@ -100,7 +104,7 @@ class Row:
         """Why the row needs a GPU, or nothing."""
         if "overlapped" in self.layout.variants:
             return "--tp-comm-overlap is of Transformer Engine, which needs a GPU"
-        if self.layout.graphed:
+        if any("graph" in variant for variant in self.layout.variants):
             return "CUDA graphs need a GPU"
         if self.layout.cp > 1 and self.model != HGRN2:
             return "Megatron's own attention takes no context parallelism, and Transformer Engine's needs a GPU"

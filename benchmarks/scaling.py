@@ -10,9 +10,9 @@ on the same batches. A name says the layout: TP always with sequence parallelism
 distributed optimizer and both overlaps. "Weak" layouts have the batch once for each GPU, and so no losses to compare.
 The table gives tokens/s a GPU (median of the iterations after the fourth) also as a share of one GPU's, TFLOP/s as
 Megatron logs them, peak memory, the first and the last loss, the largest difference of a loss to that of one GPU, the
-largest of the gradient's norm as a share, and what rank 0 sends in a step, counted where it is sent (counted.py). One
-GPU with another micro-batch says how much of the differences is the rounding of bf16. "TP4 SP, graph" is the iteration
-as one CUDA graph, "CP4, graphs of layers" a graph of each layer; what these send is not seen.
+largest of the gradient's norm as a share, and what rank 0 sends in the second step, counted where it is sent
+(counted.py). One GPU with another micro-batch says how much of the differences is the rounding of bf16. "TP4 SP, graph"
+is the iteration as one CUDA graph, "CP4, graphs of layers" a graph of each layer.
 
 The sweep trains on one sequence a step, of growing length, with full recompute at CP 1 to 8: HGRN2 and the hybrid with
 the loss by chunks, attention without, for Megatron has none. Its shares are of CP1 at as many tokens a GPU: what the
@@ -24,7 +24,6 @@ they may disturb each other's times. Without a GPU the runs are in fp32 over glo
 """
 
 import itertools
-import math
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from pathlib import Path
 import torch
 from devices import Devices, device_names, machine
 from figures import NOT_TRIED, TOO_LARGE, Figures, failure
-from layouts import HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
+from layouts import GPU_LAYOUTS, HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
 from pretrain import FULL, HGRN2, MODELS, command_line, make_table, parse, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
@@ -63,7 +62,8 @@ class Matrix:
         folder: for the first weights of each model.
     """
 
-    models, layouts, iterations, warm_up = [HGRN2, HYBRID], LAYOUTS, 20, 4
+    models, iterations, warm_up = [HGRN2, HYBRID], 20, 4
+    layouts = GPU_LAYOUTS if torch.cuda.is_available() else LAYOUTS
     head = [
         "| run | tokens/s a GPU | of one GPU's | TFLOP/s a GPU | peak GiB | loss, first -> last | loss apart | "
         "norm apart | MiB sent a step |",
@@ -98,10 +98,8 @@ class Matrix:
         if found is None:
             cells = [failure(log)]
         else:
-            if row.layout.graphed:
-                found.sent = math.nan
             self.figures[row.name] = found
-            cells = [*self.cells(row, found), "" if math.isnan(found.sent) else f"{found.sent:,.2f}"]
+            cells = [*self.cells(row, found), f"{found.sent:,.2f}"]
         cells += [""] * (self.head[1].count("---") - 1 - len(cells))
         return f"| {' | '.join([row.name, *cells])} |"
 
@@ -144,7 +142,8 @@ class Matrix:
 class Sweep(Matrix):
     """One sequence a step, of growing length."""
 
-    models, layouts, iterations, warm_up = NAMES, ["CP1", "CP2", "CP4", "CP8"], 6, 2
+    models, iterations, warm_up = NAMES, 6, 2
+    layouts = ["CP1", "CP2", "CP4", "CP8"]
     head = [
         "| run | ms a step | tokens/s a GPU | of CP1 at as many tokens a GPU | TFLOP/s a GPU | peak GiB | "
         "MiB sent a step |",
@@ -246,7 +245,7 @@ def save_picture(kind: Matrix, rows: list[Row], path: Path):
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--layouts", nargs="+", metavar="NAME", help=f"default: {'; '.join(LAYOUTS)}")
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help=f"default: {'; '.join(Matrix.layouts)}")
     parser.add_argument("--models", nargs="+", choices=NAMES, help="default: HGRN2 hybrid, and attention in the sweep")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="'HGRN2, TP2 SP', or in the sweep 'HGRN2, CP2, 4096'")
     parser.add_argument("--sweep", action="store_true", help="time and memory against the length of the sequence")
