@@ -3,30 +3,33 @@
 import re
 from dataclasses import dataclass
 
-from pretrain import ATTENTION, GRAPH, HGRN2
+from pretrain import ATTENTION, GRAPH, HGRN2, MODELS, SELECTIVE
 
 HYBRID = "hybrid"
 NAMES = [HGRN2, HYBRID, ATTENTION]
+# what may follow a model's name -> flags
+WIDTHS = {
+    "": [],
+    "4096": "--hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11264 --micro-batch-size 1".split()
+    + SELECTIVE,
+}
+WIDE = [f"{model} 4096" for model in (HGRN2, HYBRID)]
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 ONE = "one"
-LAYOUTS = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
-LAYOUTS += ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "PP2", "PP2 VPP2", "PP4 VPP2", "CP2", "CP4", "CP8"]
-LAYOUTS += ["TP2 PP2", "TP2 CP2", "TP2 CP4", "TP2 PP2 CP2", "TP2 PP2 DP2", "TP2 PP2 DP2 weak"]
-# of GPUs, whose hosts keep up with these, and which have as many tokens of a micro-batch under TP and CP as one alone
-GPU_LAYOUTS = [ONE, "one, micro-batch 1", "one, graph", "DP2 weak", "DP4 weak", "DP8 weak"]
-GPU_LAYOUTS += ["TP2 SP, graph, micro-batch 8", "TP2 SP, overlapped, graph, micro-batch 8"]
-GPU_LAYOUTS += ["TP4 SP, graph, micro-batch 16", "TP8 SP, graph, micro-batch 32"]
-GPU_LAYOUTS += ["PP2 VPP2, graph", "PP2 VPP2 weak, graph", "PP4 VPP2, graph", "PP4 VPP2 weak, graph"]
-GPU_LAYOUTS += ["CP2, graph, micro-batch 8", "CP4, graph, micro-batch 16", "CP8, graph, micro-batch 32"]
-GPU_LAYOUTS += ["TP2 PP2, graph, micro-batch 8", "TP2 CP2, graph, micro-batch 16", "TP2 CP4, graph, micro-batch 32"]
-GPU_LAYOUTS += ["TP2 PP2 CP2, graph, micro-batch 16", "TP2 PP2 DP2, graph, micro-batch 8"]
-GPU_LAYOUTS += ["TP2 PP2 VPP2 DP2 weak, graph, micro-batch 8"]
-# what may follow a layout's words, as "micro-batch 8" may -> flags
+ALONE = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
+SPLIT = ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "CP2", "CP4", "CP8", "TP2 CP2", "TP2 CP4"]
+SPLIT += ["PP2", "PP2 VPP2", "PP2 VPP2 weak", "PP4 VPP2", "PP4 VPP2 weak", "TP2 PP2", "TP2 PP2 CP2"]
+SPLIT += ["TP2 PP2 DP2", "TP2 PP2 VPP2 DP2 weak"]
+LAYOUTS = ALONE + SPLIT
+# hosts do not keep up with GPUs that each have a part of the work
+GPU_LAYOUTS = [*ALONE, "one, graph", *(f"{layout}, graph" for layout in SPLIT)]
+# what may follow a layout's words -> flags; and "micro-batch 8"
 VARIANTS = {
     "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
     "graph": " ".join(GRAPH),
     "graphs of layers": "--cuda-graph-impl local",
 }
+MICRO_BATCH = "micro-batch "
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Layout:
                 sizes[found[1].lower()] = int(found[2])
             else:
                 others.add(word)
-        known = all(variant in VARIANTS or re.fullmatch(r"micro-batch \d+", variant) for variant in variants)
+        known = all(variant in VARIANTS or re.fullmatch(rf"{MICRO_BATCH}\d+", variant) for variant in variants)
         if not (others <= {ONE, "SP", "weak"} and known):
             raise SystemExit(f"no layout {name!r}: one of {'; '.join(LAYOUTS)}, or such with other numbers")
         return cls(name, weak="weak" in others, variants=tuple(variants), **sizes)
@@ -64,11 +67,19 @@ class Layout:
         """Sequences of an iteration, where one process has so many."""
         return of_one * self.processes if self.weak else of_one
 
-    def flags(self, of_one: int) -> list[str]:
-        flags = f"--tensor-model-parallel-size {self.tp} --context-parallel-size {self.cp} "
-        flags += f"--pipeline-model-parallel-size {self.pp}"
+    def flags(self, of_one: int, micro_batch: int) -> list[str]:
+        """Args: sequences of an iteration and of a micro-batch, where one process has so many.
+
+        A micro-batch has as many tokens a process under TP and CP as one process alone has.
+        """
+        micro_batch = min(micro_batch * self.tp * self.cp, self.batch(of_one) // self.dp)
         for variant in self.variants:
-            flags += " " + (VARIANTS.get(variant) or variant.replace("micro-batch", "--micro-batch-size"))
+            if variant.startswith(MICRO_BATCH):
+                micro_batch = int(variant.removeprefix(MICRO_BATCH))
+        flags = f"--micro-batch-size {micro_batch} --tensor-model-parallel-size {self.tp} "
+        flags += f"--context-parallel-size {self.cp} --pipeline-model-parallel-size {self.pp}"
+        for variant in self.variants:
+            flags += " " + VARIANTS.get(variant, "")
         if self.tp > 1:
             flags += " --sequence-parallel"
         if self.vpp > 1:
@@ -92,7 +103,7 @@ class Row:
     def named(cls, name: str, sweep: bool) -> "Row":
         model, _, layout = name.partition(", ")
         layout, _, length = layout.rpartition(", ") if sweep else (layout, "", "")
-        if model not in NAMES or sweep != length.isdecimal():
+        if model not in NAMES + WIDE or sweep != length.isdecimal():
             raise SystemExit(f"no row {name!r}: write 'HGRN2, TP2 SP', or 'HGRN2, CP2, 4096' for the sweep")
         return cls(model, Layout.named(layout), int(length) if sweep else None)
 
@@ -100,8 +111,15 @@ class Row:
     def name(self) -> str:
         return ", ".join([self.model, self.layout.name, *([str(self.length)] if self.length else [])])
 
+    @property
+    def model_flags(self) -> list[str]:
+        base, _, width = self.model.partition(" ")
+        return [*MODELS[base][1], *WIDTHS[width]]
+
     def impossible_without_gpu(self) -> str:
         """Why the row needs a GPU, or nothing."""
+        if self.model in WIDE:
+            return "so wide a model is for a GPU"
         if "overlapped" in self.layout.variants:
             return "--tp-comm-overlap is of Transformer Engine, which needs a GPU"
         if any("graph" in variant for variant in self.layout.variants):

@@ -4,15 +4,17 @@
     python benchmarks/scaling.py path/to/Megatron-LM --sweep [--lengths 4096 32768 131072 1048576] [--out FOLDER] [...]
     python benchmarks/scaling.py path/to/Megatron-LM --tiny [--side-by-side] [...]      up to 8 processes, no GPU
 
-The first trains HGRN2 and the hybrid HHH* for 20 iterations in every layout. One process of each model first writes a
-checkpoint of fresh weights, because Megatron draws each pipeline stage's on its own; every layout then trains from it
-on the same batches. A name says the layout: TP always with sequence parallelism, DP and CP with the
-distributed optimizer and both overlaps. "Weak" layouts have the batch once for each GPU, and so no losses to compare.
-The table gives tokens/s a GPU (median of the iterations after the fourth) also as a share of one GPU's, TFLOP/s as
-Megatron logs them, peak memory, the first and the last loss, the largest difference of a loss to that of one GPU, the
-largest of the gradient's norm as a share, and what rank 0 sends in the second step, counted where it is sent
-(counted.py). One GPU with another micro-batch says how much of the differences is the rounding of bf16. "TP4 SP, graph"
-is the iteration as one CUDA graph, "CP4, graphs of layers" a graph of each layer.
+The first trains HGRN2 and the hybrid HHH*, 24 layers of 2048, and on GPUs of 4096 too ("HGRN2 4096"), for 20 iterations
+in every layout. One process of each model, or as many as it takes, first writes a checkpoint of fresh weights, because
+Megatron draws each pipeline stage's on its own; every layout then trains from it on the same batches. A name says the
+layout: TP always with sequence parallelism, DP and CP with the distributed optimizer and both overlaps. Under TP and CP
+micro-batches are larger, so that a process has as many tokens at a time as one alone. "Weak" layouts have the batch
+once for each GPU, and so no losses to compare. The table gives tokens/s a GPU (median of the iterations after the
+fourth) also as a share of one GPU's, TFLOP/s as Megatron logs them, peak memory, the first and the last loss, the
+largest difference of a loss to that of one GPU, or of the first layout that fits, the largest of the gradient's norm as
+a share, and what rank 0 sends in the second step, counted where it is sent (counted.py). One GPU with another
+micro-batch says how much of the differences is the rounding of bf16. "TP4 SP, graph" is the iteration as one CUDA
+graph, "CP4, graphs of layers" a graph of each layer.
 
 The sweep trains on one sequence a step, of growing length, with full recompute at CP 1 to 8: HGRN2 and the hybrid with
 the loss by chunks, attention without, for Megatron has none. Its shares are of CP1 at as many tokens a GPU: what the
@@ -24,6 +26,7 @@ they may disturb each other's times. Without a GPU the runs are in fp32 over glo
 """
 
 import itertools
+import math
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,8 +36,8 @@ from pathlib import Path
 import torch
 from devices import Devices, device_names, machine
 from figures import NOT_TRIED, TOO_LARGE, Figures, failure
-from layouts import GPU_LAYOUTS, HYBRID, LAYOUTS, NAMES, ONE, Layout, Row
-from pretrain import FULL, HGRN2, MODELS, command_line, make_table, parse, run, script_in
+from layouts import GPU_LAYOUTS, HYBRID, LAYOUTS, NAMES, ONE, WIDE, Layout, Row
+from pretrain import FULL, HGRN2, command_line, make_table, parse, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
     --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 4 --global-batch-size 32"""
@@ -62,7 +65,8 @@ class Matrix:
         folder: for the first weights of each model.
     """
 
-    models, iterations, warm_up = [HGRN2, HYBRID], 20, 4
+    models = [HGRN2, HYBRID, *(WIDE if torch.cuda.is_available() else [])]
+    iterations, warm_up = 20, 4
     layouts = GPU_LAYOUTS if torch.cuda.is_available() else LAYOUTS
     head = [
         "| run | tokens/s a GPU | of one GPU's | TFLOP/s a GPU | peak GiB | loss, first -> last | loss apart | "
@@ -73,13 +77,18 @@ class Matrix:
     def __init__(self, common: list[str], folder: Path):
         self.common, self.folder = ["--train-iters", str(self.iterations), *common], folder
         self.figures: dict[str, Figures] = {}
+        # of each model, one process, or the first layout of the same batch that fits
+        self.references: dict[str, Figures] = {}
 
-    def prepare(self, rows: list[Row], megatron: Callable[[list[str]], str]):
+    def prepare(self, rows: list[Row], devices: list[str], megatron: Callable[[list[str], list[str]], str]):
         """Write the first weights; a learning rate of nearly 0 leaves them as drawn."""
         for model in dict.fromkeys(row.model for row in rows):
+            # a wide one does not fit on one GPU
+            processes = 2 ** int(math.log2(len(devices))) if model in WIDE else 1
+            row = Row(model, Layout.named(f"DP{processes}"))
             save = ["--save", str(self.folder / model), "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
-            flags = [*self.common, *MODELS[model][1], *save, "--exit-interval", "1", "--lr", "1e-30"]
-            log = megatron(flags)
+            flags = [*self.of_row(row), *save, "--exit-interval", "1", "--lr", "1e-30"]
+            log = megatron(flags, devices[:processes])
             if not (self.folder / model / "latest_checkpointed_iteration.txt").is_file():
                 raise SystemExit(f"the first weights of {model} could not be written:\n{log[-3000:]}")
 
@@ -87,9 +96,13 @@ class Matrix:
         """Length of a sequence, and how many an iteration has in one process."""
         return value("--seq-length", self.common), value("--global-batch-size", self.common)
 
+    def of_row(self, row: Row) -> list[str]:
+        """Flags of a row's model and layout."""
+        flags = [*self.common, *row.model_flags]
+        return [*flags, *row.layout.flags(self.size(row)[1], value("--micro-batch-size", flags))]
+
     def flags(self, row: Row) -> list[str]:
-        load = ["--load", str(self.folder / row.model), "--finetune", "--no-load-optim"]
-        return [*self.common, *MODELS[row.model][1], *row.layout.flags(self.size(row)[1]), *load]
+        return [*self.of_row(row), "--load", str(self.folder / row.model), "--finetune", "--no-load-optim"]
 
     def read(self, row: Row, log: str) -> str:
         """A row's line of the table; keeps its figures."""
@@ -99,6 +112,8 @@ class Matrix:
             cells = [failure(log)]
         else:
             self.figures[row.name] = found
+            if not row.layout.weak:
+                self.references.setdefault(row.model, found)
             cells = [*self.cells(row, found), f"{found.sent:,.2f}"]
         cells += [""] * (self.head[1].count("---") - 1 - len(cells))
         return f"| {' | '.join([row.name, *cells])} |"
@@ -106,15 +121,19 @@ class Matrix:
     def cells(self, row: Row, found: Figures) -> list[str]:
         """What stands in a row between its name and what it sends."""
         one = self.figures.get(f"{row.model}, {ONE}")
-        compared = one is not None and not row.layout.weak
+        loss_apart = norm_apart = ""
+        if not row.layout.weak:
+            reference = self.references[row.model]
+            loss_apart = f"{max(abs(x - y) for x, y in zip(found.losses, reference.losses, strict=True)):.1e}"
+            norm_apart = f"{max(abs(x / y - 1) for x, y in zip(found.norms, reference.norms, strict=True)):.1e}"
         return [
             f"{found.rate:,.0f}",
             f"{found.rate / one.rate:.1%}" if one else "",
             f"{found.tflops:.1f}",
             f"{found.peak:.1f}" if found.peak else "",
             f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}",
-            f"{max(abs(x - y) for x, y in zip(found.losses, one.losses, strict=True)):.1e}" if compared else "",
-            f"{max(abs(x / y - 1) for x, y in zip(found.norms, one.norms, strict=True)):.1e}" if compared else "",
+            loss_apart,
+            norm_apart,
         ]
 
     def draw(self, rows: list[Row], plt):
@@ -128,12 +147,11 @@ class Matrix:
             found = [self.figures[row.name] for row in of_model]
             height = 0.8 / len(models)
             places = [layouts.index(row.layout.name) + (i - (len(models) - 1) / 2) * height for row in of_model]
-            one = self.figures.get(f"{model}, {ONE}")
-            axes[0].barh(places, [x.rate / one.rate if one else 0 for x in found], height, label=model)
+            axes[0].barh(places, [x.tflops for x in found], height, label=model)
             axes[1].barh(places, [x.sent for x in found], height)
         axes[0].set_yticks(range(len(layouts)), layouts)
         axes[0].invert_yaxis()
-        axes[0].set_xlabel("tokens/s a GPU, as a share of one GPU's")
+        axes[0].set_xlabel("TFLOP/s a GPU")
         axes[1].set_xlabel("MiB that rank 0 sends in a step")
         axes[0].legend()
         return figure
@@ -150,7 +168,7 @@ class Sweep(Matrix):
         "|---|---|---|---|---|---|---|",
     ]
 
-    def prepare(self, rows: list[Row], megatron: Callable[[list[str]], str]):
+    def prepare(self, rows: list[Row], devices: list[str], megatron: Callable[[list[str], list[str]], str]):
         """Nothing: each row draws its weights, no losses are compared."""
 
     def size(self, row: Row) -> tuple[int, int]:
@@ -158,8 +176,8 @@ class Sweep(Matrix):
 
     def flags(self, row: Row) -> list[str]:
         size = ["--seq-length", str(row.length), "--max-position-embeddings", str(row.length)]
-        loss = CHUNKED_LOSS if "--spec" in MODELS[row.model][1] else WHOLE_LOSS
-        return [*self.common, *MODELS[row.model][1], *SWEEP, *size, *loss, *row.layout.flags(1)]
+        loss = CHUNKED_LOSS if "--spec" in row.model_flags else WHOLE_LOSS
+        return [*self.common, *row.model_flags, *SWEEP, *size, *loss, *row.layout.flags(1, 1)]
 
     def cells(self, row: Row, found: Figures) -> list[str]:
         alone = self.figures.get(f"{row.model}, CP1, {row.length // row.layout.cp}")
@@ -246,7 +264,13 @@ def save_picture(kind: Matrix, rows: list[Row], path: Path):
 def main():
     parser = command_line(__doc__)
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help=f"default: {'; '.join(Matrix.layouts)}")
-    parser.add_argument("--models", nargs="+", choices=NAMES, help="default: HGRN2 hybrid, and attention in the sweep")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=NAMES + WIDE,
+        metavar="MODEL",
+        help=f"default: {'; '.join(Matrix.models)}; in the sweep {'; '.join(NAMES)}",
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="'HGRN2, TP2 SP', or in the sweep 'HGRN2, CP2, 4096'")
     parser.add_argument("--sweep", action="store_true", help="time and memory against the length of the sequence")
     parser.add_argument("--lengths", nargs="+", type=int, help=f"of the sweep, default {LENGTHS}")
@@ -282,7 +306,7 @@ def main():
             return run(script, True, flags, len(devices), **more)
 
         def runs() -> Iterator[tuple[str, str, str]]:
-            kind.prepare(rows, lambda flags: megatron(flags, names[:1]))
+            kind.prepare(rows, names, megatron)
             workers = len(names) if args.side_by_side else 1
             logs = run_all(rows, lambda row, devices: megatron(kind.flags(row), devices), Devices(names), workers)
             for row, log in zip(rows, logs, strict=True):

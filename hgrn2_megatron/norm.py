@@ -52,7 +52,9 @@ class HiddenShardedRMSNorm(torch.nn.Module):
         if self.tp_group.size() == 1:
             # one pass over memory on a GPU, and nothing kept in fp32
             return torch.nn.functional.rms_norm(x, (self.hidden_size,), self.weight, self.eps).to(x.dtype)
-        return _ShardedRMSNorm.apply(x, self.weight, self.hidden_size, self.eps, self.tp_group)
+        # as rows: what is compiled for one length and batch is for all
+        rows = x.reshape(-1, x.shape[-1])
+        return _ShardedRMSNorm.apply(rows, self.weight, self.hidden_size, self.eps, self.tp_group).view(x.shape)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Megatron's distributed checkpoint entry: `weight`, sharded over TP on axis 0."""
@@ -67,18 +69,20 @@ class HiddenShardedRMSNorm(torch.nn.Module):
 
 
 class _ShardedRMSNorm(torch.autograd.Function):
-    """The norm of a slice; what is kept for the backward is x in its own dtype, and one number a token.
+    """The norm of a slice, [tokens, channels]; kept for the backward are x in its own dtype and one number a token.
 
     Between two all-reduces everything is one function, which Megatron's fuser makes one pass over memory of.
     """
 
     @staticmethod
     def forward(ctx, x, weight, hidden_size, eps, group):
+        ctx.hidden_size, ctx.group = hidden_size, group
+        # what needs gradients and what does not would be compiled apart
+        x, weight = x.detach(), weight.detach()
         square_sum = _square_sum(x)
         torch.distributed.all_reduce(square_sum, group=group)
         normed, scale = _normalize(x, weight, square_sum, hidden_size, eps)
         ctx.save_for_backward(x, weight, scale)
-        ctx.hidden_size, ctx.group = hidden_size, group
         return normed
 
     @staticmethod
@@ -102,9 +106,9 @@ def _square_sum(x: Tensor) -> Tensor:
 
 @jit_fuser
 def _normalize(x: Tensor, weight: Tensor, square_sum: Tensor, hidden_size: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm, contiguous as the next layer wants it, and what x was multiplied by."""
+    """The norm, and what x was multiplied by."""
     scale = torch.rsqrt(square_sum / hidden_size + eps)
-    return (_wide(x) * scale * weight).to(x.dtype).contiguous(), scale
+    return (_wide(x) * scale * weight).to(x.dtype), scale
 
 
 @jit_fuser
@@ -119,7 +123,7 @@ def _gradients(
     """Of x and of the weight."""
     normed, dy = _wide(x) * scale, _wide(dy)
     dx = scale * (dy * weight - normed * (shared / hidden_size))
-    return dx.to(x.dtype), (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    return dx.to(x.dtype), (dy * normed).sum(0).to(weight.dtype)
 
 
 class LocalRMSNorm:

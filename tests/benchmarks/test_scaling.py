@@ -25,9 +25,14 @@ def row(name: str, sweep: bool = False):
     [
         ("one", 1, "--tensor-model-parallel-size 1 --context-parallel-size 1 --pipeline-model-parallel-size 1"),
         ("one, micro-batch 1", 1, "--micro-batch-size 1"),
-        ("TP4 SP", 4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+        ("TP2 CP2", 4, "--micro-batch-size 8"),
+        ("TP4 SP", 4, "--micro-batch-size 8 --tensor-model-parallel-size 4 --sequence-parallel"),
         ("TP2 SP, overlapped", 2, "--sequence-parallel --tp-comm-overlap"),
-        ("TP2 SP, overlapped, graph, micro-batch 8", 2, "--tp-comm-overlap --cuda-graph-impl --micro-batch-size 8"),
+        (
+            "TP2 SP, overlapped, graph, micro-batch 8",
+            2,
+            "--tp-comm-overlap --cuda-graph-impl full_iteration --micro-batch-size 8",
+        ),
         ("TP4 SP, graph", 4, "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"),
         ("CP4, graphs of layers", 4, "--context-parallel-size 4 --cuda-graph-impl local"),
         ("PP4 VPP2", 4, "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"),
@@ -38,19 +43,24 @@ def row(name: str, sweep: bool = False):
 def test_a_layout_is_its_name(name, processes, flags):
     layout = scaling.Layout.named(name)
     assert layout.processes == processes
-    assert set(flags.split()) <= set(layout.flags(16))
-    assert layout.weak == ("--global-batch-size" in layout.flags(16))
+    given = f"{' '.join(layout.flags(16, 2))} "
+    for flag in re.findall(r"--\S+(?: \w+)?", flags):
+        assert f"{flag} " in given
+    assert layout.weak == ("--global-batch-size" in given)
 
 
 def test_every_layout_divides_model_and_batch():
-    for model, layouts in ((scaling.MODEL, [*scaling.LAYOUTS, *scaling.GPU_LAYOUTS]), (scaling.TINY, scaling.LAYOUTS)):
+    wide = f"{scaling.MODEL} {shlex.join(row('HGRN2 4096, one').model_flags)}"
+    for model in (scaling.MODEL, wide, scaling.TINY):
+        layouts = scaling.LAYOUTS if model == scaling.TINY else scaling.GPU_LAYOUTS
         flags = shlex.split(model)
 
         def size(flag, flags=flags):
             return scaling.value(f"--{flag}", flags)
 
         for x in map(scaling.Layout.named, layouts):
-            micro_batch = scaling.value("--micro-batch-size", [*flags, *x.flags(1)])
+            batches = size("global-batch-size"), size("micro-batch-size")
+            micro_batch = scaling.value("--micro-batch-size", x.flags(*batches))
             micro_batches, rest = divmod(x.batch(size("global-batch-size")), micro_batch * x.dp)
             assert rest == 0 and micro_batches % x.pp == 0, x
             assert size("num-layers") % (x.pp * x.vpp) == 0 and size("num-attention-heads") % x.tp == 0, x
@@ -75,11 +85,13 @@ def test_unknown_rows_are_refused(name, sweep):
 def test_rows_of_this_machine(monkeypatch, capsys):
     monkeypatch.setattr(scaling.torch.cuda, "is_available", lambda: False)
     rows = [row(name) for name in ("hybrid, TP2 CP4", "HGRN2, TP2 CP4", "HGRN2, DP16", "HGRN2, TP2 SP")]
-    rows.append(row("HGRN2, TP2 SP, graph"))
+    rows += [row("HGRN2, TP2 SP, graph"), row("HGRN2 4096, DP2")]
     chosen = [row.name for row in scaling.choose(rows, 8)]
     assert chosen == ["hybrid, one", "HGRN2, one", "HGRN2, TP2 SP", "HGRN2, TP2 CP4"]
     left_out = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in left_out] == ["HGRN2, TP2 SP, graph", "hybrid, TP2 CP4", "HGRN2, DP16"]
+    assert {line.split(": ")[1] for line in left_out} == {
+        "HGRN2, TP2 SP, graph", "hybrid, TP2 CP4", "HGRN2, DP16", "HGRN2 4096, one", "HGRN2 4096, DP2"
+    }  # fmt: skip
     monkeypatch.setattr(scaling.torch.cuda, "is_available", lambda: True)
     assert "hybrid, TP2 CP4" in [row.name for row in scaling.choose(rows, 8)]
     assert [row.name for row in scaling.choose([row("HGRN2, CP2, 64", True)], 8)] == ["HGRN2, CP2, 64"]
@@ -153,6 +165,11 @@ def test_lines_of_the_table(tmp_path):
     # replayed, nothing is sent through Python
     graph = matrix.read(row("HGRN2, TP2 SP, graph"), log_of(80, apart, 3 << 20, seen=3))
     assert graph == tp2.replace("SP", "SP, graph")
+    # where one process has not the memory, the first layout that has
+    assert "out of memory" in matrix.read(row("HGRN2 4096, one"), "torch.OutOfMemoryError: CUDA out of memory")
+    matrix.read(row("HGRN2 4096, DP2 weak"), log_of(90, apart, 0))
+    assert "| 25,000 |  | 400.5 |" in matrix.read(row("HGRN2 4096, DP2"), log_of(80, losses, 0))
+    assert "| 2.0e-03 | 0.0e+00 |" in matrix.read(row("HGRN2 4096, TP2 SP"), log_of(80, apart, 0))
     # a run that dies on its way has no figures
     died = log_of(80, apart, 0).replace(f"/{6:8d}", f"/{7:8d}")
     assert matrix.read(row("HGRN2, DP2"), died) == "| HGRN2, DP2 | failed: see the log |  |  |  |  |  |  |  |"

@@ -1,8 +1,9 @@
-"""Bytes that context parallel ranks send each other, counted where they are sent, for more ranks than there are."""
+"""What context parallel ranks send each other, counted where it is sent for more ranks than there are, and copy."""
 
 import json
 
 import harness
+import torch
 
 COUNT = """
 import json, sys, torch
@@ -54,3 +55,21 @@ def test_the_formula_is_what_is_sent():
         else:
             want = 0, bytes_sent(documents, 0, 1, 16, cp, 4)
         assert (moved, sent) == want, (documents, length, cp, layout)
+
+
+def test_a_batch_is_cut_into_chunks_without_a_copy(monkeypatch):
+    from hgrn2_megatron import context_parallel
+
+    given = []
+
+    def sharded(qfv, lower_bound, hand_on):
+        given.append(qfv)
+        return qfv[..., 2, :].contiguous()
+
+    monkeypatch.setattr(context_parallel, "chunk_hgrn2_sharded", sharded)
+    # tokens outside the batch, as projections come
+    s, b, H, K = 6, 2, 3, 16
+    qfv = torch.randn(s, b, H, 3, K)
+    o = context_parallel.chunk_hgrn2_of_batch(qfv.transpose(0, 1), torch.rand(H, K), None)
+    assert given[0].data_ptr() == qfv.data_ptr() and given[0].shape == (2, s // 2, b * H, 3, K)
+    assert o.transpose(0, 1).is_contiguous() and torch.equal(o, qfv[..., 2, :].transpose(0, 1))
