@@ -147,11 +147,11 @@ class Matrix:
             found = [self.figures[row.name] for row in of_model]
             height = 0.8 / len(models)
             places = [layouts.index(row.layout.name) + (i - (len(models) - 1) / 2) * height for row in of_model]
-            axes[0].barh(places, [x.tflops for x in found], height, label=model)
+            axes[0].barh(places, [x.rate for x in found], height, label=model)
             axes[1].barh(places, [x.sent for x in found], height)
         axes[0].set_yticks(range(len(layouts)), layouts)
         axes[0].invert_yaxis()
-        axes[0].set_xlabel("TFLOP/s a GPU")
+        axes[0].set_xlabel("tokens/s a GPU")
         axes[1].set_xlabel("MiB that rank 0 sends in a step")
         axes[0].legend()
         return figure
