@@ -83,8 +83,8 @@ class Matrix:
     def prepare(self, rows: list[Row], devices: list[str], megatron: Callable[[list[str], list[str]], str]):
         """Write the first weights; a learning rate of nearly 0 leaves them as drawn."""
         for model in dict.fromkeys(row.model for row in rows):
-            # a wide one does not fit on one GPU
-            processes = 2 ** int(math.log2(len(devices))) if model in WIDE else 1
+            # a wide one does not fit on one GPU, and 8 GPUs are enough
+            processes = min(2 ** int(math.log2(len(devices))), 8) if model in WIDE else 1
             row = Row(model, Layout.named(f"DP{processes}"))
             save = ["--save", str(self.folder / model), "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
             flags = [*self.of_row(row), *save, "--exit-interval", "1", "--lr", "1e-30"]
