@@ -23,13 +23,12 @@ SPLIT += ["TP2 PP2 DP2", "TP2 PP2 VPP2 DP2 weak"]
 LAYOUTS = ALONE + SPLIT
 # hosts do not keep up with GPUs that each have a part of the work
 GPU_LAYOUTS = [*ALONE, "one, graph", *(f"{layout}, graph" for layout in SPLIT)]
-# what may follow a layout's words -> flags; and "micro-batch 8"
+# what may follow a layout's words -> flags
 VARIANTS = {
     "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
     "graph": " ".join(GRAPH),
     "graphs of layers": "--cuda-graph-impl local",
 }
-MICRO_BATCH = "micro-batch "
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,24 @@ class Layout:
     vpp: int = 1
     dp: int = 1
     weak: bool = False
+    micro_batch: int | None = None
     variants: tuple[str, ...] = ()
 
     @classmethod
     def named(cls, name: str) -> "Layout":
-        words, *variants = name.split(", ")
-        sizes, others = {}, set()
+        words, *more = name.split(", ")
+        sizes, others, variants = {}, set(), []
         for word in words.split():
             if found := re.fullmatch(r"(TP|CP|PP|VPP|DP)(\d+)", word):
                 sizes[found[1].lower()] = int(found[2])
             else:
                 others.add(word)
-        known = all(variant in VARIANTS or re.fullmatch(rf"{MICRO_BATCH}\d+", variant) for variant in variants)
-        if not (others <= {ONE, "SP", "weak"} and known):
+        for variant in more:
+            if found := re.fullmatch(r"micro-batch (\d+)", variant):
+                sizes["micro_batch"] = int(found[1])
+            else:
+                variants.append(variant)
+        if not (others <= {ONE, "SP", "weak"} and VARIANTS.keys() >= set(variants)):
             raise SystemExit(f"no layout {name!r}: one of {'; '.join(LAYOUTS)}, or such with other numbers")
         return cls(name, weak="weak" in others, variants=tuple(variants), **sizes)
 
@@ -70,16 +74,13 @@ class Layout:
     def flags(self, of_one: int, micro_batch: int) -> list[str]:
         """Args: sequences of an iteration and of a micro-batch, where one process has so many.
 
-        A micro-batch has as many tokens a process under TP and CP as one process alone has.
+        Unless the name says so many, a micro-batch has as many tokens a process under TP and CP as one process alone.
         """
-        micro_batch = min(micro_batch * self.tp * self.cp, self.batch(of_one) // self.dp)
-        for variant in self.variants:
-            if variant.startswith(MICRO_BATCH):
-                micro_batch = int(variant.removeprefix(MICRO_BATCH))
+        micro_batch = self.micro_batch or min(micro_batch * self.tp * self.cp, self.batch(of_one) // self.dp)
         flags = f"--micro-batch-size {micro_batch} --tensor-model-parallel-size {self.tp} "
         flags += f"--context-parallel-size {self.cp} --pipeline-model-parallel-size {self.pp}"
         for variant in self.variants:
-            flags += " " + VARIANTS.get(variant, "")
+            flags += f" {VARIANTS[variant]}"
         if self.tp > 1:
             flags += " --sequence-parallel"
         if self.vpp > 1:

@@ -1,4 +1,4 @@
-"""What context parallel ranks send each other, counted where it is sent for more ranks than there are, and copy."""
+"""Bytes that context parallel ranks send each other, counted for more ranks than there are; a batch is not copied."""
 
 import json
 
