@@ -4,7 +4,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from pretrain import OVERTIME, numbers
+from runs import OVERTIME
 
 OUT_OF_MEMORY = "out of memory"
 NOT_TRIED = "not tried: a shorter length ran out of memory or time"
@@ -22,7 +22,7 @@ class Figures:
         tflops: TFLOP/s a GPU.
         peak: GiB.
         losses, norms: of each iteration; norms of the gradient.
-        sent: MiB that rank 0 sends in the second iteration, which no CUDA graph hides yet.
+        sent: MiB that rank 0 sends in the second iteration, which no CUDA graph hides yet; None if not counted.
     """
 
     milliseconds: float
@@ -31,7 +31,7 @@ class Figures:
     peak: float
     losses: list[float]
     norms: list[float]
-    sent: float
+    sent: float | None
 
     @classmethod
     def of(cls, log: str, tokens: int, processes: int, warm_up: int) -> "Figures | None":
@@ -43,6 +43,7 @@ class Figures:
             found = numbers(name, log)
             return statistics.median(found[warm_up:] or found)
 
+        sent = numbers("bytes sent", log)[:2]
         milliseconds = median(r"elapsed time per iteration \(ms\)")
         return cls(
             milliseconds,
@@ -51,8 +52,13 @@ class Figures:
             max(numbers("max allocated", log)) / 1024,
             numbers("lm loss", log),
             numbers("grad norm", log),
-            numbers("bytes sent", log)[:2][-1] / 2**20,
+            sent[-1] / 2**20 if sent else None,
         )
+
+
+def numbers(name: str, log: str) -> list[float]:
+    """What Megatron logged under a name, a regular expression."""
+    return [float(x) for x in re.findall(rf"{name}: (\S+)", log)]
 
 
 def failure(log: str) -> str:

@@ -3,9 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from pretrain import ATTENTION, GRAPH, HGRN2, MODELS, SELECTIVE
+from models import ATTENTION, GRAPH, HGRN2, HYBRID, MODELS, SELECTIVE
 
-HYBRID = "hybrid"
 NAMES = [HGRN2, HYBRID, ATTENTION]
 # what may follow a model's name -> flags
 WIDTHS = {
@@ -19,7 +18,7 @@ ONE = "one"
 ALONE = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
 SPLIT = ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "CP2", "CP4", "CP8", "TP2 CP2", "TP2 CP4"]
 SPLIT += ["PP2", "PP2 VPP2", "PP2 VPP2 weak", "PP4 VPP2", "PP4 VPP2 weak", "TP2 PP2", "TP2 PP2 CP2"]
-SPLIT += ["TP2 PP2 DP2", "TP2 PP2 VPP2 DP2 weak"]
+SPLIT += ["TP2 PP2 DP2", "TP2 PP2 VPP2 DP2 weak", "TP2 PP2 VPP2 DP2 weak, overlapped"]
 LAYOUTS = ALONE + SPLIT
 # hosts do not keep up with GPUs that each have a part of the work
 GPU_LAYOUTS = [*ALONE, "one, graph", *(f"{layout}, graph" for layout in SPLIT)]

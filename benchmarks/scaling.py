@@ -9,12 +9,12 @@ in every layout. One process of each model, or as many as it takes, first writes
 Megatron draws each pipeline stage's on its own; every layout then trains from it on the same batches. A name says the
 layout: TP always with sequence parallelism, DP and CP with the distributed optimizer and both overlaps. Under TP and CP
 micro-batches are larger, so that a process has as many tokens at a time as one alone. "Weak" layouts have the batch
-once for each GPU, and so no losses to compare. The table gives tokens/s a GPU (median of the iterations after the
-fourth) also as a share of one GPU's, TFLOP/s as Megatron logs them, peak memory, the first and the last loss, the
-largest difference of a loss to that of one GPU, or of the first layout that fits, the largest of the gradient's norm as
-a share, and what rank 0 sends in the second step, counted where it is sent (counted.py). One GPU with another
-micro-batch says how much of the differences is the rounding of bf16. "TP4 SP, graph" is the iteration as one CUDA
-graph, "CP4, graphs of layers" a graph of each layer.
+once for each GPU. The table gives tokens/s a GPU (median of the iterations after the fourth) also as a share of one
+GPU's, TFLOP/s as Megatron logs them, peak memory, the first and the last loss, the largest difference of a loss to that
+of one GPU, or of the first layout on as large a batch that fits, the largest of the gradient's norm as a share, and
+what rank 0 sends in the second step, counted where it is sent (counted.py). One GPU with another micro-batch says how
+much of the differences is the rounding of bf16. "TP4 SP, graph" is the iteration as one CUDA graph, "CP4, graphs of
+layers" a graph of each layer.
 
 The sweep trains on one sequence a step, of growing length, with full recompute at CP 1 to 8: HGRN2 and the hybrid with
 the loss by chunks, attention without, for Megatron has none. Its shares are of CP1 at as many tokens a GPU: what the
@@ -36,8 +36,9 @@ from pathlib import Path
 import torch
 from devices import Devices, device_names, machine
 from figures import NOT_TRIED, TOO_LARGE, Figures, failure
-from layouts import GPU_LAYOUTS, HYBRID, LAYOUTS, NAMES, ONE, WIDE, Layout, Row
-from pretrain import FULL, HGRN2, command_line, make_table, parse, run, script_in
+from layouts import GPU_LAYOUTS, LAYOUTS, NAMES, ONE, WIDE, Layout, Row
+from models import FULL, HGRN2, HYBRID
+from runs import command_line, make_table, parse, run, script_in
 
 MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
     --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 4 --global-batch-size 32"""
@@ -77,8 +78,8 @@ class Matrix:
     def __init__(self, common: list[str], folder: Path):
         self.common, self.folder = ["--train-iters", str(self.iterations), *common], folder
         self.figures: dict[str, Figures] = {}
-        # of each model, one process, or the first layout of the same batch that fits
-        self.references: dict[str, Figures] = {}
+        # of each model and sequences of an iteration, the first layout that fits: one process, where it does
+        self.references: dict[tuple[str, int], Figures] = {}
 
     def prepare(self, rows: list[Row], devices: list[str], megatron: Callable[[list[str], list[str]], str]):
         """Write the first weights; a learning rate of nearly 0 leaves them as drawn."""
@@ -112,8 +113,6 @@ class Matrix:
             cells = [failure(log)]
         else:
             self.figures[row.name] = found
-            if not row.layout.weak:
-                self.references.setdefault(row.model, found)
             cells = [*self.cells(row, found), f"{found.sent:,.2f}"]
         cells += [""] * (self.head[1].count("---") - 1 - len(cells))
         return f"| {' | '.join([row.name, *cells])} |"
@@ -121,9 +120,9 @@ class Matrix:
     def cells(self, row: Row, found: Figures) -> list[str]:
         """What stands in a row between its name and what it sends."""
         one = self.figures.get(f"{row.model}, {ONE}")
+        reference = self.references.setdefault((row.model, row.layout.batch(self.size(row)[1])), found)
         loss_apart = norm_apart = ""
-        if not row.layout.weak:
-            reference = self.references[row.model]
+        if reference is not found:
             loss_apart = f"{max(abs(x - y) for x, y in zip(found.losses, reference.losses, strict=True)):.1e}"
             norm_apart = f"{max(abs(x / y - 1) for x, y in zip(found.norms, reference.norms, strict=True)):.1e}"
         return [

@@ -1,4 +1,4 @@
-"""The scaling benchmark: its rows, who gets which GPU, what it reads in a log, and the bytes that it counts."""
+"""The benchmarks of Megatron's loop: their rows, who gets which GPU, what logs say, and the bytes that are counted."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ import training
 
 # last, for it has a file of the name of a standard module
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-pretrain, scaling = (importlib.import_module(name) for name in ("pretrain", "scaling"))
+figures, pretrain, runs, scaling = map(importlib.import_module, ("figures", "pretrain", "runs", "scaling"))
 
 
 def row(name: str, sweep: bool = False):
@@ -156,12 +156,15 @@ def test_lines_of_the_table(tmp_path):
     matrix = scaling.Matrix(common, tmp_path)
     losses = [4.5, 4.4, 4.3, 4.2, 4.1, 4.0]
     one = matrix.read(row("HGRN2, one"), log_of(100, losses, 0))
-    assert one == "| HGRN2, one | 40,000 | 100.0% | 400.5 | 2.0 | 4.5000 -> 4.0000 | 0.0e+00 | 0.0e+00 | 0.00 |"
+    assert one == "| HGRN2, one | 40,000 | 100.0% | 400.5 | 2.0 | 4.5000 -> 4.0000 |  |  | 0.00 |"
     apart = [4.5, 4.4, 4.302, 4.2, 4.1, 4.001]
     tp2 = matrix.read(row("HGRN2, TP2 SP"), log_of(80, apart, 3 << 20))
     assert tp2 == "| HGRN2, TP2 SP | 25,000 | 62.5% | 400.5 | 2.0 | 4.5000 -> 4.0010 | 2.0e-03 | 0.0e+00 | 3.00 |"
     weak = matrix.read(row("HGRN2, DP2 weak"), log_of(110, apart, 1 << 20))
     assert weak == "| HGRN2, DP2 weak | 36,364 | 90.9% | 400.5 | 2.0 | 4.5000 -> 4.0010 |  |  | 1.00 |"
+    # of as large a batch, if not of one process's
+    cp2_weak = matrix.read(row("HGRN2, CP2 weak"), log_of(110, losses, 1 << 20))
+    assert "| 4.5000 -> 4.0000 | 2.0e-03 | 0.0e+00 |" in cp2_weak
     # replayed, nothing is sent through Python
     graph = matrix.read(row("HGRN2, TP2 SP, graph"), log_of(80, apart, 3 << 20, seen=3))
     assert graph == tp2.replace("SP", "SP, graph")
@@ -185,11 +188,23 @@ def test_lines_of_the_table(tmp_path):
         assert (tmp_path / name).stat().st_size > 0
 
 
+def test_lines_of_the_table_of_one_gpu():
+    attention, hgrn2 = (
+        "HGRN2: 2 of 2 layers\n" * i + log_of(milliseconds, [4.5, 4.4, 4.3, 4.2], 0, slow=2)
+        for i, milliseconds in enumerate((1000, 800))
+    )
+    found, beside = (figures.Figures.of(log, pretrain.TOKENS, 1, warm_up=2) for log in (hgrn2, attention))
+    line = pretrain.row("HGRN2, 4096", hgrn2, found, beside)
+    assert line == "| HGRN2, 4096 | 40,960 | 1.25 | 2.0 | 4.500 -> 4.200 | HGRN2: 2 of 2 layers |"
+    line = pretrain.row("HGRN2, 4096", "torch.OutOfMemoryError: CUDA out of memory", None, beside)
+    assert line == "| HGRN2, 4096 | out of memory | | | | |"
+
+
 def test_a_run_that_hangs_is_ended(tmp_path):
     script = tmp_path / "hangs.py"
     script.write_text("import os, time\nprint('hangs as', os.getpid(), flush=True)\ntime.sleep(600)\n")
-    log = pretrain.run(script, False, [], timeout=25)
-    assert scaling.failure(log) == pretrain.OVERTIME
+    log = runs.run(script, False, [], timeout=25)
+    assert scaling.failure(log) == runs.OVERTIME
     (process,) = re.findall(r"hangs as (\d+)", log)
     with pytest.raises(ProcessLookupError):
         os.kill(int(process), 0)
@@ -200,7 +215,7 @@ def sent_by_rank_0(*flags: str) -> tuple[set[float], str]:
     launcher = ("-m", "benchmarks.counted")
     done = training.launch(*training.HGRN2, *flags, "--eval-iters", 0, num_processes=2, launcher=launcher)
     assert done.returncode == 0, done.stdout[-3000:]
-    sent = pretrain.numbers("bytes sent", done.stdout)
+    sent = figures.numbers("bytes sent", done.stdout)
     assert len(sent) == 8
     return set(sent[1:]), done.stdout
 
