@@ -1,13 +1,14 @@
 """What context parallel ranks send each other: states of pieces, or whole sequences where these are less."""
 
 import dataclasses
+import itertools
 
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hgrn2_kernels import chunk_hgrn2_fused, combine_states
+from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.pieces import Moves
 
 
@@ -35,22 +36,24 @@ class Exchange:
             reverse: whether gradients go backwards in time.
         """
         cp, (pieces, H, K, V) = self.group.size(), state.shape
-        own = torch.cat([state, log_decay[..., None]], -1).flatten(1, 2)
         share = -(-H * K // cp)
-        if own.shape[1] < share * cp:
-            own = torch.nn.functional.pad(own, (0, 0, 0, share * cp - own.shape[1]))
-        # [cp, 2 n, share, V + 1]
-        sent = own.unflatten(1, (cp, share)).transpose(0, 1).contiguous()
+        own = [state.flatten(1, 2), log_decay.flatten(1, 2)[..., None]]
+        if H * K < share * cp:
+            own = [torch.nn.functional.pad(x, (0, 0, 0, share * cp - H * K)) for x in own]
+        own = [x.unflatten(1, (cp, share)).unflatten(0, (-1, 2)).permute(2, 1, 0, 3, 4) for x in own]
+        # [cp, 2, n, share, V + 1]
+        sent = torch.cat(own, -1).contiguous()
+        # of the ranks' first and second pieces, in the order of time
+        order = [*range(0, 2 * cp, 2), *range(2 * cp - 1, 0, -2)]
 
         def exchange() -> Tensor:
-            first, second = self._all_to_all(sent).unflatten(1, (-1, 2)).unbind(2)
-            in_order = torch.cat([first, second.flip(0)])
-            in_order = in_order.flip(0) if reverse else in_order
-            entering, _ = combine_states(in_order[..., None, :, :-1], in_order[..., None, :, -1])
-            entering = entering.flip(0) if reverse else entering
-            first, second = entering[:, :, 0].chunk(2)
-            back = self._all_to_all(torch.stack([first, second.flip(0)], 2).flatten(1, 2))
-            return back.transpose(0, 1).flatten(1, 2)[:, : H * K].reshape(pieces, H, K, V)
+            received = self._all_to_all(sent).flatten(0, 1)
+            entering = received.new_zeros(*received.shape[:-1], V)
+            states, decays, entered = received[..., :-1].unbind(), received[..., -1:].exp().unbind(), entering.unbind()
+            for piece, later in itertools.pairwise(order[::-1] if reverse else order):
+                torch.addcmul(states[piece], decays[piece], entered[piece], out=entered[later])
+            back = self._all_to_all(entering).unflatten(0, (cp, 2)).permute(2, 1, 0, 3, 4)
+            return back.flatten(2, 3)[:, :, : H * K].reshape(pieces, H, K, V)
 
         return _beside(exchange, sent)
 

@@ -1,8 +1,10 @@
-"""Bytes that context parallel ranks send each other, counted for more ranks than there are; a batch is not copied."""
+"""What context parallel ranks send each other, and how much, for more ranks than there are; a batch is not copied."""
 
 import json
+import threading
 
 import harness
+import pytest
 import torch
 
 COUNT = """
@@ -55,6 +57,61 @@ def test_the_formula_is_what_is_sent():
         else:
             want = 0, bytes_sent(documents, 0, 1, 16, cp, 4)
         assert (moved, sent) == want, (documents, length, cp, layout)
+
+
+class Ranks:
+    """Ranks that are threads, and their all-to-all."""
+
+    def __init__(self, count: int):
+        self.count, self.sent, self.meeting = count, [None] * count, threading.Barrier(count, timeout=30)
+
+    def group(self, rank: int):
+        return type("Group", (), {"size": lambda _: self.count, "rank": lambda _: rank})()
+
+    def all_to_all_single(self, received, x, group):
+        self.sent[group.rank()] = x.chunk(self.count)
+        self.meeting.wait()
+        received.copy_(torch.cat([chunks[group.rank()] for chunks in self.sent]))
+        self.meeting.wait()
+
+    def run(self, work) -> list:
+        """What work(group) returns on each rank."""
+        results = [None] * self.count
+
+        def start(rank: int):
+            results[rank] = work(self.group(rank))
+
+        threads = [threading.Thread(target=start, args=[rank]) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+# channels that the ranks share evenly, and that they do not
+@pytest.mark.parametrize(("cp", "n", "H", "K", "V"), [(2, 1, 2, 4, 4), (3, 2, 1, 5, 4), (4, 3, 2, 3, 5)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_enters_each_piece_is_what_those_before_it_make(monkeypatch, cp, n, H, K, V, reverse):
+    from hgrn2_kernels import combine_states
+    from hgrn2_megatron.exchange import Exchange
+
+    ranks = Ranks(cp)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", ranks.all_to_all_single)
+    state, log_decay = torch.randn(cp, n, 2, H, K, V), -torch.rand(cp, n, 2, H, K)
+    # no state passes this piece
+    log_decay[0, 0, 1] = -torch.inf
+
+    def exchange(group):
+        own = state[group.rank()].flatten(0, 1), log_decay[group.rank()].flatten(0, 1)
+        return Exchange(group)(*own, reverse)()
+
+    got = torch.stack(ranks.run(exchange)).unflatten(1, (n, 2))
+    in_time = [torch.cat([x[:, :, 0], x[:, :, 1].flip(0)]) for x in (state, log_decay, got)]
+    if reverse:
+        in_time = [x.flip(0) for x in in_time]
+    want, _ = combine_states(*in_time[:2])
+    torch.testing.assert_close(in_time[2], want)
 
 
 def test_a_batch_is_cut_into_chunks_without_a_copy(monkeypatch):
