@@ -3,16 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from models import ATTENTION, GRAPH, HGRN2, HYBRID, MODELS, SELECTIVE
+from models import GRAPH, HGRN2, MODELS, NAMES, WIDE, WIDTHS
 
-NAMES = [HGRN2, HYBRID, ATTENTION]
-# what may follow a model's name -> flags
-WIDTHS = {
-    "": [],
-    "4096": "--hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11264 --micro-batch-size 1".split()
-    + SELECTIVE,
-}
-WIDE = [f"{model} 4096" for model in (HGRN2, HYBRID)]
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 ONE = "one"
 ALONE = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]

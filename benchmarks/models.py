@@ -1,5 +1,12 @@
 """What the benchmarks of Megatron's loop train, and ways to do it, as its flags."""
 
+SIZE = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --vocab-size 32000"
+LOOP = """--mock-data --tokenizer-type NullTokenizer --untie-embeddings-and-output-weights --lr-warmup-iters 2
+    --log-interval 1 --log-throughput --eval-iters 0 --eval-interval 100"""
+GPU = "--bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
+SELECTIVE = "--recompute-granularity selective".split()
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad".split()
 BLOCK = """
     --normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu
     --hidden-dropout 0 --attention-dropout 0
@@ -15,6 +22,11 @@ MODELS = {
         [*BLOCK, "--position-embedding-type", "none", "--spec", "hgrn2_megatron.spec", "hgrn2"],
     ),
 }
-SELECTIVE = "--recompute-granularity selective".split()
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad".split()
+# what may follow a model's name -> flags
+WIDTHS = {
+    "": [],
+    "4096": "--hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11264 --micro-batch-size 1".split()
+    + SELECTIVE,
+}
+NAMES = [HGRN2, HYBRID, ATTENTION]
+WIDE = [f"{model} 4096" for model in (HGRN2, HYBRID)]

@@ -18,17 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from figures import Figures, failure
-from models import ATTENTION, FULL, GRAPH, HGRN2, HYBRID, MODELS, SELECTIVE
+from models import ATTENTION, FULL, GPU, GRAPH, HGRN2, HYBRID, LOOP, MODELS, SELECTIVE, SIZE
 from runs import command_line, file_stem, make_table, parse, run, script_in
 
 TOKENS = 32768
 
-COMMON = """
-    --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --untie-embeddings-and-output-weights
-    --bf16 --transformer-impl transformer_engine --use-distributed-optimizer --no-gradient-accumulation-fusion
-    --train-iters 12 --lr 3e-4 --lr-warmup-iters 2 --log-interval 1 --log-throughput --eval-iters 0 --eval-interval 100
-    --no-create-attention-mask-in-dataloader
+COMMON = f"""
+    {SIZE} {LOOP} {GPU} --use-distributed-optimizer --train-iters 12 --lr 3e-4 --no-create-attention-mask-in-dataloader
 """.split()
 
 # how a row is run -> (length, micro-batch, flags)

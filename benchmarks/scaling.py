@@ -36,21 +36,17 @@ from pathlib import Path
 import torch
 from devices import Devices, device_names, machine
 from figures import NOT_TRIED, TOO_LARGE, Figures, failure
-from layouts import GPU_LAYOUTS, LAYOUTS, NAMES, ONE, WIDE, Layout, Row
-from models import FULL, HGRN2, HYBRID
+from layouts import GPU_LAYOUTS, LAYOUTS, ONE, Layout, Row
+from models import FULL, GPU, HGRN2, HYBRID, LOOP, NAMES, SIZE, WIDE
 from runs import command_line, make_table, parse, run, script_in
 
-MODEL = """--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --seq-length 4096
-    --max-position-embeddings 4096 --vocab-size 32000 --micro-batch-size 4 --global-batch-size 32"""
+MODEL = f"{SIZE} --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 4 --global-batch-size 32"
 # what every layout divides: 8 heads, 8 layers, 16 pieces of a sequence
 TINY = """--num-layers 8 --hidden-size 64 --hgrn2-expand-ratio 8 --num-attention-heads 8 --ffn-hidden-size 128
     --seq-length 64 --max-position-embeddings 64 --vocab-size 128 --micro-batch-size 2 --global-batch-size 16
     --lr 1e-3"""
 # the vocabulary is padded to 16 a TP rank: to the same at TP1 and TP8
-LOOP = """--mock-data --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 16 --log-throughput
-    --untie-embeddings-and-output-weights --lr 3e-5 --lr-warmup-iters 2 --log-interval 1 --eval-iters 0
-    --eval-interval 100"""
-GPU = "--bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
+TRAINING = f"{LOOP} --make-vocab-size-divisible-by 16 --lr 3e-5"
 LENGTHS, TINY_LENGTHS = [4096, 32768, 131072, 1048576], [64, 128, 512]
 SWEEP = [*FULL, "--micro-batch-size", "1", "--global-batch-size", "1", "--no-create-attention-mask-in-dataloader"]
 # what the backward leaves goes back before NCCL asks for buffers of its own
@@ -284,7 +280,8 @@ def main():
         parser.error("--lengths is of --sweep")
     if not (gpus or args.tiny or args.model):
         parser.error("no GPU: give --tiny, or a small --model")
-    common = shlex.split(f"{LOOP} {args.model or (TINY if args.tiny else MODEL)} {GPU if gpus else ''}") + args.extra
+    model = args.model or (TINY if args.tiny else MODEL)
+    common = shlex.split(f"{TRAINING} {model} {GPU if gpus else ''}") + args.extra
     names = device_names()
     form = Sweep if args.sweep else Matrix
     lengths = args.lengths or (TINY_LENGTHS if args.tiny else LENGTHS)

@@ -45,12 +45,15 @@ class Exchange:
         sent = torch.cat(own, -1).contiguous()
         # of the ranks' first and second pieces, in the order of time
         order = [*range(0, 2 * cp, 2), *range(2 * cp - 1, 0, -2)]
+        if reverse:
+            order.reverse()
 
         def exchange() -> Tensor:
             received = self._all_to_all(sent).flatten(0, 1)
-            entering = received.new_zeros(*received.shape[:-1], V)
+            entering = received.new_empty(*received.shape[:-1], V)
             states, decays, entered = received[..., :-1].unbind(), received[..., -1:].exp().unbind(), entering.unbind()
-            for piece, later in itertools.pairwise(order[::-1] if reverse else order):
+            entered[order[0]].zero_()
+            for piece, later in itertools.pairwise(order):
                 torch.addcmul(states[piece], decays[piece], entered[piece], out=entered[later])
             back = self._all_to_all(entering).unflatten(0, (cp, 2)).permute(2, 1, 0, 3, 4)
             return back.flatten(2, 3)[:, :, : H * K].reshape(pieces, H, K, V)

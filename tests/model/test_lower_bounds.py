@@ -5,13 +5,6 @@ import pytest
 import torch
 
 
-class Group:
-    """What the holder asks of a process group."""
-
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = lambda: rank, lambda: size
-
-
 def make_bounds(pp_group=None, first=True):
     from megatron.core.transformer import TransformerConfig
 
@@ -19,7 +12,7 @@ def make_bounds(pp_group=None, first=True):
 
     harness.start_megatron()
     config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
-    return LowerBounds(4, 2, 16, config, Group(), pp_group or Group(), first)
+    return LowerBounds(4, 2, 16, config, harness.Group(), pp_group or harness.Group(), first)
 
 
 @pytest.fixture
@@ -67,7 +60,7 @@ def test_checkpoint_entry_says_depth_and_width_and_hands_out_the_parameter_itsel
 def test_one_of_the_replicas_is_counted_in_the_gradients_norm_and_saved(rank, first, replica):
     from megatron.core.transformer.module import param_is_not_shared
 
-    bounds = make_bounds(Group(rank, 2), first)
+    bounds = make_bounds(harness.Group(rank, 2), first)
     assert param_is_not_shared(bounds.weight) == (replica == 0)
     (factory,) = bounds.sharded_state_dict("decoder.hgrn2_bounds.").values()
     assert [entry.replica_id[0] for entry in factory.build()] == [replica]

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import harness
 import pytest
@@ -59,34 +60,17 @@ def test_the_formula_is_what_is_sent():
         assert (moved, sent) == want, (documents, length, cp, layout)
 
 
-class Ranks:
-    """Ranks that are threads, and their all-to-all."""
+class AllToAll:
+    """torch.distributed.all_to_all_single among threads, each of which is a rank."""
 
-    def __init__(self, count: int):
-        self.count, self.sent, self.meeting = count, [None] * count, threading.Barrier(count, timeout=30)
+    def __init__(self, ranks: int):
+        self.sent, self.meeting = [()] * ranks, threading.Barrier(ranks, timeout=30)
 
-    def group(self, rank: int):
-        return type("Group", (), {"size": lambda _: self.count, "rank": lambda _: rank})()
-
-    def all_to_all_single(self, received, x, group):
-        self.sent[group.rank()] = x.chunk(self.count)
+    def __call__(self, received, x, group):
+        self.sent[group.rank()] = x.chunk(group.size())
         self.meeting.wait()
         received.copy_(torch.cat([chunks[group.rank()] for chunks in self.sent]))
         self.meeting.wait()
-
-    def run(self, work) -> list:
-        """What work(group) returns on each rank."""
-        results = [None] * self.count
-
-        def start(rank: int):
-            results[rank] = work(self.group(rank))
-
-        threads = [threading.Thread(target=start, args=[rank]) for rank in range(self.count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
 
 
 # channels that the ranks share evenly, and that they do not
@@ -96,17 +80,16 @@ def test_what_enters_each_piece_is_what_those_before_it_make(monkeypatch, cp, n,
     from hgrn2_kernels import combine_states
     from hgrn2_megatron.exchange import Exchange
 
-    ranks = Ranks(cp)
-    monkeypatch.setattr(torch.distributed, "all_to_all_single", ranks.all_to_all_single)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", AllToAll(cp))
     state, log_decay = torch.randn(cp, n, 2, H, K, V), -torch.rand(cp, n, 2, H, K)
     # no state passes this piece
     log_decay[0, 0, 1] = -torch.inf
 
-    def exchange(group):
-        own = state[group.rank()].flatten(0, 1), log_decay[group.rank()].flatten(0, 1)
-        return Exchange(group)(*own, reverse)()
+    def exchange(rank):
+        return Exchange(harness.Group(rank, cp))(state[rank].flatten(0, 1), log_decay[rank].flatten(0, 1), reverse)()
 
-    got = torch.stack(ranks.run(exchange)).unflatten(1, (n, 2))
+    with ThreadPoolExecutor(cp) as ranks:
+        got = torch.stack(list(ranks.map(exchange, range(cp)))).unflatten(1, (n, 2))
     in_time = [torch.cat([x[:, :, 0], x[:, :, 1].flip(0)]) for x in (state, log_decay, got)]
     if reverse:
         in_time = [x.flip(0) for x in in_time]
