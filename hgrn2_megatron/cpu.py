@@ -41,6 +41,7 @@ def install() -> None:
     # torch._dynamo indexes torch functions by identity when Megatron first imports it: patch after that
     import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.inference.communication_utils
+    import megatron.core.optimizer.distrib_optimizer
     import megatron.core.tensor_parallel.random
     import megatron.training.initialize
     import megatron.training.training
@@ -51,6 +52,7 @@ def install() -> None:
     _keep_mode_in_threads()
     _adapt_megatron_random(megatron.core.tensor_parallel.random)
     _adapt_megatron_training(megatron.training)
+    _adapt_distributed_optimizer(megatron.core.optimizer.distrib_optimizer.DistributedOptimizer)
     # an assertion before tensors are sent
     megatron.core.inference.communication_utils._is_cuda = lambda tensor: None
     _adapt_megatron_saving(megatron.training.initialize, megatron.core.dist_checkpointing.strategies.filesystem_async)
@@ -161,6 +163,36 @@ def _adapt_megatron_training(package) -> None:
         module.initialize_megatron = initialize
     # a warm-up of fused kernels that would draw from the CPU's random numbers
     package.training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def _adapt_distributed_optimizer(optimizer) -> None:
+    """Let Megatron's distributed optimizer resume with PyTorch's Adam; Megatron tries others, which need a GPU."""
+    sharded_state_dict, load_state_dict = optimizer.sharded_state_dict, optimizer.load_state_dict
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(sharded_state_dict)
+    def sharded(self, model_sharded_state_dict, is_loading=False, *rest, **kwargs):
+        if is_loading and not self.optimizer.state:
+            # Megatron reads the number of steps from the states, which a new optimizer does not have yet
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *rest, **kwargs)
+
+    @functools.wraps(load_state_dict)
+    def load(self, state_dict):
+        # Megatron copies into fp32 parameters in place
+        with torch.no_grad():
+            load_state_dict(self, state_dict)
+        # and gives all states one tensor that counts their steps, which each of them would advance
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(set_states)
+    def set_own(self, model_param, tensors):
+        # the number of steps is not among what is loaded for each parameter
+        set_states(self, model_param, {**tensors, "step": None})
+
+    optimizer.sharded_state_dict, optimizer.load_state_dict = sharded, load
+    optimizer._set_main_param_and_optimizer_states = set_own
 
 
 def _adapt_megatron_saving(initialize, filesystem_async) -> None:

@@ -94,7 +94,8 @@ class LowerBounds(torch.nn.Module):
             return [ShardedTensor.from_rank_offsets(key, table, (1, tp_rank, tp_size), replica_id=replica_id)]
 
         def merge(shards):
-            return shards[0].reshape(-1)
+            # a copy: Megatron may hand the same loaded tensor to every replica that this rank holds
+            return shards[0].reshape(-1).clone()
 
         replica_id = (self.replica, 0, dp_cp_group.rank())
         key = f"{prefix}weight"

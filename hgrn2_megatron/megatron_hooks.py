@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -185,6 +186,79 @@ def install_graphs() -> None:
         return lambda self, inputs, stage, microbatch: dict(call(self, inputs, stage, microbatch))
 
     _wrap(StaticBufferLoader, "__call__", ["self", "inputs", "stage", "microbatch"], make_call)
+
+
+def install_saving() -> None:
+    """Wrap what divides a checkpoint's tensors among the ranks that could save or load them.
+
+    Megatron divides by rank, so it makes every replica that one rank holds the main one, and then refuses to save a
+    tensor with two. A rank with virtual pipeline stages holds a replica of the lower bounds for each. One is enough.
+    """
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.strategies import fully_parallel
+    from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
+
+    def is_replica(shard) -> bool:
+        # the last number of an id counts data parallel ranks, the others are 0 in the model's own copy
+        return isinstance(shard.replica_id, tuple) and any(shard.replica_id[:-1])
+
+    def make(distribute):
+        def wrapped(sharded_state_dict, parallelization_group, precomputed_distribution):
+            shards = [x for x in nested_values(sharded_state_dict) if isinstance(x, ShardedTensor)]
+            held, further = set(), []
+            for shard in sorted(shards, key=is_replica):
+                name = _sharded_tensor_shard_id(shard)
+                if name in held and is_replica(shard):
+                    further.append(shard)
+                held.add(name)
+            distribute(sharded_state_dict, parallelization_group, precomputed_distribution)
+            # no distribution: a single rank, which keeps the ids as they were
+            for shard in further if precomputed_distribution else []:
+                shard.replica_id = 1
+
+        return wrapped
+
+    parameters = ["sharded_state_dict", "parallelization_group", "precomputed_distribution"]
+    _wrap(fully_parallel, "distribute_main_replicas_with_precomputed_distribution", parameters, make)
+
+
+def install_optimizer() -> None:
+    """Wrap what the distributed optimizer saves with --dist-ckpt-optim-fully-reshardable, before megatron-core 0.20.
+
+    It cuts parameters out of buffers without padding at places that count the padding between buckets, and so saves and
+    loads parts of the wrong parameters. The lower bounds have a bucket of their own, which makes padding more likely.
+    Megatron mended it in pull request 5077.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if requirements.megatron_release() >= (0, 20):
+        return
+
+    def make(sharded_param_state):
+        def wrapped(self, *args, **kwargs):
+            padded = [buffer.param_index_map for buffer in self.buffers]
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_padding(buffer)
+            try:
+                return sharded_param_state(self, *args, **kwargs)
+            finally:
+                for buffer, index_map in zip(self.buffers, padded, strict=True):
+                    buffer.param_index_map = index_map
+
+        return wrapped
+
+    _wrap(DistributedOptimizer, "sharded_param_state_fully_reshardable", ["self", "model_sharded_state_dict"], make)
+
+
+def _without_padding(buffer) -> dict:
+    """Where each parameter lies in a gradient buffer whose buckets follow each other without padding."""
+    paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = [0, *itertools.accumulate(paddings)]
+    return {
+        param: (start - before[bucket], end - before[bucket], bucket)
+        for param, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

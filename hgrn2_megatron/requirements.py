@@ -28,6 +28,12 @@ class Settings:
         return None
 
 
+def megatron_release() -> tuple[int, int]:
+    """Return the release of megatron-core as numbers: (0, 19) for 0.19.2."""
+    major, minor = megatron.core.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def global_args():
     """Megatron's command line where its training loop runs; None where only megatron.core is used."""
     global_vars = sys.modules.get("megatron.training.global_vars")
@@ -190,9 +196,8 @@ def _stages_are_not_captured(s: Settings) -> bool:
     It stops at what micro-batches share, the positions of attention layers; and 0.20-dev adds up the gradients of the
     first micro-batch alone.
     """
-    release = tuple(map(int, megatron.core.__version__.split(".")[:2]))
     stages = s.cuda_graph_impl == "local" and (s.pipeline_model_parallel_size or 1) > 1
-    return stages and (ATTENTION in s.layer_pattern or release >= (0, 20))
+    return stages and (ATTENTION in s.layer_pattern or megatron_release() >= (0, 20))
 
 
 def _fused_attention_multiple(s: Settings) -> int:

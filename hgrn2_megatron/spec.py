@@ -1,6 +1,8 @@
 """What `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
 
-Importing this hooks TransformerBlock, GPTModel, MambaInferenceStateConfig and StaticBufferLoader.
+Importing this module installs the hooks that a model needs, on Megatron's blocks, models, generation, CUDA graphs,
+checkpoints and distributed optimizer (see megatron_hooks.py). Where Megatron's training loop is already imported, it
+also installs those on what the loop loads and reports.
 """
 
 import sys
@@ -35,6 +37,8 @@ megatron_hooks.install_block(HGRN2Layer, hgrn2_stack)
 megatron_hooks.install_loss()
 megatron_hooks.install_generation()
 megatron_hooks.install_graphs()
+megatron_hooks.install_saving()
+megatron_hooks.install_optimizer()
 if "megatron.training.checkpointing" in sys.modules:
     megatron_hooks.install_checkpoint()
 if "megatron.training.training" in sys.modules:

@@ -77,37 +77,43 @@ def forward_step(data_iterator, model):
     return model(tokens, None, None, labels=labels, packed_seq_params=params), loss_func
 
 
-def run(model: dict, layout: dict, weights: dict) -> dict:
-    """What this rank sees: losses and gradient norms of every step, gradients of the first, weights at the end."""
+def backward(chunks, optimizer, step: int, packing: str | None) -> torch.Tensor | None:
+    """Compute the gradients of a step. Return the loss of the global batch on the last stage, None on the others."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    chunks, optimizer = parity.build(model, layout, weights)
     dp_group = parallel_state.get_data_parallel_group()
-    losses, norms, packing = [], [], model.get("hgrn2_packed_layout")
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    iterators = [data(step, dp_group.rank(), dp_group.size(), packing) for _ in chunks]
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=parity.GLOBAL_BATCH // (micro_batch(packing) * dp_group.size()),
+        seq_length=harness.SEQ,
+        micro_batch_size=micro_batch(packing),
+    )
+    if not reports:
+        return None
+    total = sum(report["loss"] for report in reports)
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return total[0] / total[1]
+
+
+def run(model: dict, layout: dict, weights: dict) -> dict:
+    """What this rank sees: losses and gradient norms of every step, gradients of the first, weights at the end."""
+    chunks, optimizer = parity.build(model, layout, weights)
+    losses, norms = [], []
     for step in range(parity.STEPS):
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        iterators = [data(step, dp_group.rank(), dp_group.size(), packing) for _ in chunks]
-        reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks,
-            num_microbatches=parity.GLOBAL_BATCH // (micro_batch(packing) * dp_group.size()),
-            seq_length=harness.SEQ,
-            micro_batch_size=micro_batch(packing),
-        )
+        loss = backward(chunks, optimizer, step, model.get("hgrn2_packed_layout"))
         if step == 0:
             result = {f"gradient {name}": x for name, x in parity.gradients(chunks, optimizer).items()}
         _, norm, _ = optimizer.step()
         norms.append(norm)
-        if reports:
-            total = sum(report["loss"] for report in reports)
-            torch.distributed.all_reduce(
-                total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-            )
-            losses.append(total[0] / total[1])
+        if loss is not None:
+            losses.append(loss)
     result |= {f"weight {name}": x for name, x in parity.weights_of(chunks).items()}
     result["gradient norms"] = torch.tensor(norms)
     if losses:
