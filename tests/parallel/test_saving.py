@@ -35,6 +35,10 @@ CASES += list(itertools.product(["gpt", "stack"], ["dp2"], OPTIMIZERS[1:], ["bot
 CASES += [("gpt", "cp2", "fully_reshardable", work) for work in WORK]
 CASES += list(itertools.product(["hybrid", "tied"], ["dp2"], OPTIMIZERS[:2], ["both"]))
 
+# those that also run against the older release of megatron-core
+ON_RELEASES = [("gpt", "dp2", optimizer, "both") for optimizer in ("plain", "fully_reshardable")]
+PARAMETERS = [pytest.param(*case, marks=pytest.mark.releases if case in ON_RELEASES else ()) for case in CASES]
+
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
@@ -61,7 +65,7 @@ def results(request, tmp_path_factory):
     return harness.torchrun(4, str(worker), str(folder), json.dumps(runs)).stdout, folder
 
 
-@pytest.mark.parametrize(("model", "layout", "optimizer", "work"), CASES)
+@pytest.mark.parametrize(("model", "layout", "optimizer", "work"), PARAMETERS)
 def test_a_checkpoint_brings_everything_back(model, layout, optimizer, work, results):
     output, folder = results
     assert (folder / f"{model}-{layout}-{optimizer}-{work}.done").exists(), output[-6000:]
