@@ -30,21 +30,21 @@ def needs_gpus(count: int):
         pytest.skip(f"needs {count} GPUs")
 
 
-def save(folder, *flags):
-    """Eight iterations and the checkpoint of the fourth: losses."""
-    losses, _ = train(*MODEL, *flags, "--save", folder, "--save-interval", 4)
+def save(folder, *flags, model=MODEL, **options):
+    """Train eight iterations and save the fourth. Return the losses; the options are those of `train`."""
+    losses, _ = train(*model, *flags, "--save", folder, "--save-interval", 4, **options)
     return losses
 
 
-def save_again(saved, folder, *flags):
+def save_again(saved, folder, *flags, model=MODEL, **options):
     """Load iteration 4, train no step and save."""
     # an iteration that is no multiple of the interval is saved at the end
     end = ("--train-iters", 4, "--override-opt-param-scheduler", "--save", folder, "--save-interval", 3)
-    train(*MODEL, *flags, "--load", saved, "--ckpt-step", 4, *end)
+    train(*model, *flags, "--load", saved, "--ckpt-step", 4, *end, **options)
 
 
-def resume(saved, *flags):
-    losses, _ = train(*MODEL, *flags, "--load", saved, "--ckpt-step", 4)
+def resume(saved, *flags, model=MODEL, **options):
+    losses, _ = train(*model, *flags, "--load", saved, "--ckpt-step", 4, **options)
     return losses
 
 
@@ -77,6 +77,35 @@ def test_the_distributed_optimizer_resumes(dtype, sharding, tmp_path):
     assert_continues(resume(tmp_path / "first", *flags), losses, tolerance=1e-5 if not dtype else 1e-3)
 
 
+VPP2 = ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1)
+STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack", "--hybrid-layer-pattern")
+GPT_VPP2 = ("examples/pretrain_gpt.py", MODEL, VPP2)
+STACK_VPP2 = ("examples/pretrain_hybrid.py", (*STACK, "M-|M-|*-|M-", *WITHOUT_APEX), VPP2[:2])
+DISTRIBUTED = ("--use-distributed-optimizer",)
+
+
+@pytest.mark.parametrize(
+    ("form", "flags"),
+    [
+        (GPT_VPP2, ("--micro-batch-size", 1)),
+        (GPT_VPP2, ("--micro-batch-size", 1, *DISTRIBUTED)),
+        (GPT_VPP2, ("--context-parallel-size", 2, *DISTRIBUTED, *RESHARDABLE)),
+        (STACK_VPP2, ("--micro-batch-size", 1)),
+    ],
+    ids=["dp2", "dp2-distributed", "cp2-reshardable", "stack-dp2"],
+)
+def test_virtual_stages_resume(form, flags, tmp_path):
+    pytest.importorskip("transformer_engine.pytorch")
+    needs_gpus(4)
+    script, model, stages = form
+    flags = (*TE, "--bf16", *stages, *flags, "--ckpt-fully-parallel-load")
+    options = dict(model=model, script=script, num_processes=4)
+    losses = save(tmp_path / "first", *flags, **options)
+    save_again(tmp_path / "first", tmp_path / "second", *flags, **options)
+    assert_equal(saved_tensors(tmp_path / "second", 4), saved_tensors(tmp_path / "first", 4))
+    assert_continues(resume(tmp_path / "first", *flags, **options), losses, tolerance=1e-3)
+
+
 def test_an_asynchronous_save_is_the_same_checkpoint(tmp_path):
     losses = save(tmp_path / "sync", *LOCAL)
     save_again(tmp_path / "sync", tmp_path / "async", *LOCAL, *ASYNC)
@@ -105,9 +134,6 @@ def test_the_kernels_train_as_pytorch_does(tmp_path, flags, tolerance):
     assert ours.keys() == want.keys()
     for iteration, loss in ours.items():
         assert abs(float(loss) - float(want[iteration])) <= tolerance, iteration
-
-
-STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack", "--hybrid-layer-pattern")
 
 
 def test_a_hybrid_model_trains_as_the_gpt_does():
