@@ -4,7 +4,6 @@ A script for the launcher, not a test.
 """
 
 import functools
-import multiprocessing
 import os
 import runpy
 import signal
@@ -21,14 +20,16 @@ def write_some(transforms, stream, *args, **kwargs):
     result = write_item(transforms, stream, *args, **kwargs)
     if f"iter_{int(os.environ['KILL_ITERATION']):07d}" in stream.name:
         written.append(result)
-    if len(written) == WRITTEN:
+    if len(written) >= WRITTEN:
         stream.flush()
-        # its helpers as well, which would keep its output open
-        for child in multiprocessing.active_children():
-            child.kill()
-        os.kill(os.getpid(), signal.SIGKILL)
+        # with its helpers at once: PyTorch raises an error in a process that hears of the death of a loader of data,
+        # and a helper that lives on keeps the output open
+        os.killpg(os.getpgrp(), signal.SIGKILL)
     return result
 
 
+if os.getpgrp() != os.getpid():
+    # torchrun's, which is to go on
+    os.setpgrp()
 filesystem_async._write_item = write_some
 runpy.run_path(os.path.join("examples", "pretrain_gpt.py"), run_name="__main__")
