@@ -75,8 +75,8 @@ class HGRN2Mixer(MegatronModule):
         self._recomputes = config.recompute_granularity == "selective" and "core_attn" in (
             config.recompute_modules or ()
         )
-        # what the norm makes for out_proj is then kept by nobody, or in another form, or is being copied elsewhere
-        self._keeps_normed = config.recompute_granularity == "full" or config.fp8 or config.cpu_offloading
+        # the layer's backward then follows its forward at once, and nothing is kept between them
+        self._keeps_normed = config.recompute_granularity == "full"
 
         common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
         self.in_proj = build_module(
@@ -90,7 +90,7 @@ class HGRN2Mixer(MegatronModule):
             name=name and f"{name}.in_proj",
             **common,
         )
-        self.norm = HiddenShardedRMSNorm(hidden_size, hgrn2.norm_eps, config, pg_collection.tp)
+        self.norm = _Norm(hidden_size, hgrn2.norm_eps, config, pg_collection.tp)
         self.out_proj = build_module(
             submodules.out_proj,
             hidden_size,
@@ -133,7 +133,8 @@ class HGRN2Mixer(MegatronModule):
                 the states; else None. The dynamic one has packed the tokens of all requests into one row.
             packed_seq_params: Megatron's PackedSeqParams of packed sequences [t, 1, h], each of which starts from an
                 empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more. Its
-                cp_group, where it has one, takes the place of the model's.
+                cp_group, where it has one, takes the place of the model's. One of the format sbhd, without borders or
+                with those of a sequence a row, is an unpacked batch.
             attention_bias: ignored but with CUDA graphs of single layers in training, where it is the lower bound,
                 [H/tp, K] fp32, an input of the graph (see layer.py).
 
@@ -142,7 +143,8 @@ class HGRN2Mixer(MegatronModule):
 
         Raises:
             ValueError: generation in another layout, or with what the context's own states do not allow; sequences
-                packed in another format, or dealt out to context parallel ranks in an unknown layout.
+                packed in another format or without borders, or dealt out to context parallel ranks in an unknown
+                layout.
         """
         qfi, _ = self.in_proj(hidden_states)
         s, b, _ = qfi.shape
@@ -157,11 +159,10 @@ class HGRN2Mixer(MegatronModule):
         if self._recomputes and inference_context is None:
             mix = partial(self._mix, operator)
             return self.out_proj(tensor_parallel.checkpoint(mix, False, qfi, lower_bound))
-        o = _of_tokens(operator(qfi, lower_bound))
-        normed = self.norm(o)
+        normed = self.norm(_of_tokens(operator(qfi, lower_bound)))
         projected = self.out_proj(normed)
-        if normed.requires_grad and not self._keeps_normed:
-            _free_until_backward(normed, partial(self.norm, o.detach()), projected[0])
+        if not self._keeps_normed:
+            _make_again(normed, projected[0])
         return projected
 
     def _generator(self, context, packed_seq_params) -> Callable:
@@ -185,25 +186,17 @@ class HGRN2Mixer(MegatronModule):
 
     def _operator(self, packed_seq_params, num_tokens: int, batch: int) -> Callable:
         """The operator of [b, s, H, 3, K] and the bound for these sequences."""
-        p = packed_seq_params
-        if p is None:
-            if self.cp_group.size() == 1:
-                return _of_whole
-            return partial(chunk_hgrn2_of_batch, group=self.cp_group)
-        if p.qkv_format != "thd" or batch != 1:
-            raise ValueError(
-                f"HGRN2 layers take packed sequences as thd with a batch of 1, got {p.qkv_format} with {batch}: "
-                "flatten the batch into one row, as Megatron's pretrain_gpt.py does"
-            )
-        borders = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
-        group, layout = getattr(p, "cp_group", None) or self.cp_group, self.packed_layout
+        borders = _borders(packed_seq_params, batch)
+        group = getattr(packed_seq_params, "cp_group", None) or self.cp_group
         # hybrid context parallelism: each batch has ranks of its own, and one rank alone no group
-        ranks = getattr(p, "local_cp_size", None)
-        if ranks:
-            layout = STREAM
-        if (ranks or group.size()) == 1:
+        ranks = getattr(packed_seq_params, "local_cp_size", None)
+        alone = (ranks or group.size()) == 1
+        if borders is None:
+            return _of_whole if alone else partial(chunk_hgrn2_of_batch, group=group)
+        if alone:
             end = borders.new_full((1,), num_tokens)
             return partial(_of_whole, cu_seqlens=torch.cat([borders, end]).int())
+        layout = STREAM if ranks else self.packed_layout
         if layout is None:
             raise ValueError(
                 "PackedSeqParams does not say how packed sequences are dealt out to context parallel ranks: set "
@@ -220,29 +213,90 @@ def _of_whole(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None
     return chunk_hgrn2_fused(qfv, lower_bound, cu_seqlens=cu_seqlens)[0]
 
 
+def _borders(packed_seq_params, batch: int) -> Tensor | None:
+    """Borders of packed sequences with their padding, [n + 1] int32; None for an unpacked batch.
+
+    Raises:
+        ValueError: another format, or packed sequences without borders.
+    """
+    p = packed_seq_params
+    if p is None:
+        return None
+    borders = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
+    sequences = "no" if borders is None else len(borders) - 1
+    # a sequence a row, and its padding behind it
+    if p.qkv_format == "sbhd" and sequences in ("no", batch):
+        return None
+    if p.qkv_format != "thd" or batch != 1:
+        raise ValueError(
+            "HGRN2 layers take packed sequences as thd with a batch of 1, and sbhd as an unpacked batch, got "
+            f"{p.qkv_format} of {sequences} sequences with a batch of {batch}: flatten the batch into one row, as "
+            "Megatron's pretrain_gpt.py does"
+        )
+    if borders is None:
+        raise ValueError(
+            "PackedSeqParams of thd has no borders: give cu_seqlens_q, [n + 1] int32 from 0 to the end of the last "
+            "of n sequences, or no PackedSeqParams for an unpacked batch"
+        )
+    return borders
+
+
 def _of_tokens(o: Tensor) -> Tensor:
     """[b, s, H, K] to [s, b, H K]."""
     return o.transpose(0, 1).flatten(2)
 
 
-def _free_until_backward(x: Tensor, make: Callable[[], Tensor], user: Tensor) -> None:
-    """Free the memory of x, which autograd keeps for the backward of `user` alone, until user's gradient is there.
+class _Norm(HiddenShardedRMSNorm):
+    """The norm, whose output carries how it is made again until `_make_again` takes that off."""
 
-    Megatron's CheckpointWithoutOutput does the same, and compiles C++ in the first backward for it.
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            # on the tensor: a hook may give the norm another x, or what comes next another y
+            vars(y)[_RECIPE] = y._version, partial(super().forward, x.detach())
+        return y
+
+
+_RECIPE = "hgrn2_recipe"
+
+
+def _make_again(x: Tensor, user: Tensor) -> None:
+    """Have autograd make x again for the backward of `user`, so that in between it need not keep x.
+
+    Nothing is freed here. The memory of x is free once nobody holds it any more, and whoever does, a hook, a view or an
+    alias, finds it as it was. Autograd itself keeps x where an operation saved it in a way that cannot be changed: not
+    by `save_for_backward`, as all linear layers of Megatron and Transformer Engine do, or under saved-tensor hooks of
+    others, which move it elsewhere. Hooks on all that out_proj saves would be simpler, but they give its backward a
+    plain tensor for the weight, without what Megatron has put on the parameter.
 
     Args:
-        x: has its storage for itself.
-        make: gives the same numbers again.
-        user: computed from x, which nothing else reads any more.
+        x: what `_Norm` has made, or what a hook has put in its place, which is kept.
+        user: computed from x, and not yet used.
     """
-    storage, x = x.untyped_storage(), x.detach()
-    size = storage.nbytes()
-    storage.resize_(0)
+    version, make = vars(x).pop(_RECIPE, (None, None))
+    if version is None or x.grad_fn is None or x._version != version:
+        return
+    memory = x.untyped_storage().data_ptr()
 
-    def restore(gradient: Tensor) -> None:
-        storage.resize_(size)
-        # the numbers that autograd has kept, so that it need not find them changed
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(x):
-            x.copy_(make())
+    def make_view(packed: tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        with torch.no_grad():
+            return make().as_strided(*packed)
 
-    user.register_hook(restore)
+    for saved in _saved_since(x.grad_fn, user.grad_fn):
+        # others' hooks have it, or PyTorch is too old to say
+        if getattr(saved, "unpack_hook", saved) is not None:
+            continue
+        data = saved.data
+        if type(data) is Tensor and data.dtype == x.dtype and data.untyped_storage().data_ptr() == memory:
+            saved.register_hooks(lambda y: (y.size(), y.stride(), y.storage_offset()), make_view)
+
+
+def _saved_since(begin, end) -> list:
+    """What autograd functions have saved that have run since the node `begin` and led to the node `end`."""
+    nodes, todo = set(), [end]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes and node._sequence_nr() > begin._sequence_nr():
+            nodes.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return [saved for node in nodes for saved in getattr(node, "_raw_saved_tensors", ())]

@@ -53,8 +53,11 @@ def test_each_document_is_what_it_is_alone(alone, padded, behind):
 @pytest.mark.parametrize(
     ("change", "batch", "message"),
     [
-        ({"qkv_format": "sbhd"}, 1, "as thd with a batch of 1, got sbhd with 1"),
-        ({}, 2, "as thd with a batch of 1, got thd with 2"),
+        ({"qkv_format": "bshd"}, 1, "got bshd of 1 sequences with a batch of 1"),
+        ({"qkv_format": "sbhd"}, 2, "got sbhd of 1 sequences with a batch of 2"),
+        ({}, 2, "got thd of 1 sequences with a batch of 2"),
+        ({"cu_seqlens_q": None}, 2, "got thd of no sequences with a batch of 2"),
+        ({"cu_seqlens_q": None}, 1, "has no borders: give cu_seqlens_q"),
         ({"cp_group": types.SimpleNamespace(size=lambda: 2)}, 1, "does not say how packed sequences are dealt out"),
     ],
 )
@@ -66,3 +69,34 @@ def test_other_packings_are_refused(change, batch, message):
     tokens, _ = harness.batch(size=batch)
     with pytest.raises(ValueError, match=message):
         harness.build_model()(tokens, None, None, packed_seq_params=params)
+
+
+@pytest.mark.parametrize("borders", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_unpacked_batch_may_come_with_parameters_of_the_format_sbhd(batch, borders):
+    harness.start_megatron()
+    model = harness.build_model()
+    tokens, _ = harness.batch(size=batch)
+    # as Megatron's multimodal models give them: a sequence a row, without the padding behind it
+    params = harness.packed_seq_params(batch * [harness.SEQ - 3])
+    params.qkv_format = "sbhd"
+    if not borders:
+        params.cu_seqlens_q = params.cu_seqlens_kv = None
+    assert torch.equal(model(tokens, None, None, packed_seq_params=params), model(tokens, None, None))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("inside", [True, False], ids=["borders-inside", "borders-outside"])
+def test_without_gradients_the_losses_are_the_same(alone, mode, inside):
+    model, documents, want, _ = alone
+    tokens, labels = (torch.cat([x[:, own] for x in documents], 1) for own in (slice(None, -1), slice(1, None)))
+    params = None if inside else harness.packed_seq_params(LENGTHS)
+    with mode():
+        params = params or harness.packed_seq_params(LENGTHS)
+        losses = model(tokens, None, None, labels=labels, packed_seq_params=params)
+        whole = model(documents[-1][:, :-1], None, None, labels=documents[-1][:, 1:].contiguous())
+    torch.testing.assert_close(losses, torch.cat(want, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, want[-1], rtol=0, atol=0)
+    # and training goes on from there
+    if mode is torch.no_grad or not inside:
+        model(tokens, None, None, labels=labels, packed_seq_params=params).sum().backward()
