@@ -33,7 +33,9 @@ def advance(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int)
     cache = context.key_value_memory_dict
     if layer_number not in cache:
         dtype = torch.promote_types(qfv.dtype, torch.float32)
-        states = qfv.new_zeros((1, context.max_batch_size, H, K, K), dtype=dtype)
+        # the next batch may come without torch.inference_mode, where a tensor of that could not be written
+        with torch.inference_mode(False):
+            states = qfv.new_zeros((1, context.max_batch_size, H, K, K), dtype=dtype)
         cache[layer_number] = states, states.new_zeros((1, context.max_batch_size, 0))
     first = context.batch_size_offset
     states = cache[layer_number][0][0, first : first + b]

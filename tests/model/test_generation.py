@@ -12,7 +12,7 @@ from megatron.core.inference.contexts.attention_context.mamba_metadata import Ma
 
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron import generation
-from hgrn2_megatron.generation import advance_dynamic
+from hgrn2_megatron.generation import advance, advance_dynamic
 
 LENGTH, PROMPTS = 532, (3, 9, 20)
 MODELS = {
@@ -75,6 +75,40 @@ def test_greedy_tokens_are_those_of_the_whole_sequence(model):
         prompts = [prompt.flip(0) for prompt in prompts]
 
 
+def test_inference_mode_generates_as_no_grad_does(model):
+    torch.manual_seed(1)
+    prompts = [torch.randint(harness.VOCAB, (length,)) for length in PROMPTS]
+    tokens = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            tokens.append(greedy(model, prompts, StaticInferenceContext(len(prompts), LENGTH), 40))
+    assert torch.equal(*tokens)
+
+
+H, K, SLOTS, WIDTH = 2, 4, 6, 20
+
+
+@pytest.mark.parametrize("modes", [[torch.no_grad] * 3, [torch.inference_mode, torch.no_grad, torch.inference_mode]])
+def test_batches_take_turns_in_one_context(modes):
+    """Of five sequences Megatron gives the first two and then the others; prompts come in pieces, which go on."""
+    generator = torch.Generator().manual_seed(5)
+    qfv = torch.randn(5, 17, H, 3, K, generator=generator)
+    bound = torch.rand(H, K, generator=generator)
+    want, _ = chunk_hgrn2_fused(qfv, bound)
+    context = StaticInferenceContext(5, 17)
+    # the second time in a context that has been used
+    for _ in range(2):
+        outputs = torch.zeros_like(want)
+        for mode, start, end in zip(modes + modes[:1], (0, 6, 7, 12), (6, 7, 12, 17), strict=True):
+            context.sequence_len_offset = start
+            for first, rows in ((0, slice(0, 2)), (2, slice(2, 5))):
+                context.batch_size_offset = first
+                with mode():
+                    outputs[rows, start:end] = advance(qfv[rows, start:end], bound, context, 1)
+        torch.testing.assert_close(outputs, want)
+        context.reset()
+
+
 def test_layouts_that_are_not_built_are_refused():
     harness.start_megatron()
     mixer = harness.build_model().decoder.layers[0].self_attention
@@ -83,7 +117,6 @@ def test_layouts_that_are_not_built_are_refused():
         mixer(torch.zeros(4, 1, 64), inference_context=StaticInferenceContext(1, LENGTH), packed_seq_params=params)
 
 
-H, K, SLOTS, WIDTH = 2, 4, 6, 20
 LENGTHS = [1, 1, 7, 3]
 
 
@@ -114,14 +147,16 @@ def dynamic_context(decodes: int, prefills: int, lengths=LENGTHS, **settings):
     return types.SimpleNamespace(**fields | settings), states, slots.tolist()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(("decodes", "prefills"), [(2, 2), (2, 4), (4, 2), (5, 3)])
-def test_a_step_with_the_padding_of_a_cuda_graph(decodes, prefills):
+def test_a_step_with_the_padding_of_a_cuda_graph(decodes, prefills, mode):
     generator = torch.Generator().manual_seed(4)
     qfv = torch.randn(1, WIDTH, H, 3, K, generator=generator)
     bound = torch.rand(H, K, generator=generator)
     context, states, slots = dynamic_context(decodes, prefills)
     before, start = states.clone(), 0
-    o = advance_dynamic(qfv, bound, context, 1)
+    with mode():
+        o = advance_dynamic(qfv, bound, context, 1)
     assert o.shape == (1, WIDTH, H, K)
     for slot, length in zip(slots, LENGTHS, strict=True):
         own = slice(start, start := start + length)
