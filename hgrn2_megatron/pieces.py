@@ -59,7 +59,7 @@ def deal_of(cu_seqlens: Tensor, num_tokens: int, layout: str, rank: int, cp: int
 
     Args:
         cu_seqlens: [n + 1] int32, borders of the sequences with their padding, over all ranks' tokens; read on the
-            host, once for all layers.
+            host, once for all layers, or by every layer where they were made under torch.inference_mode.
         num_tokens: of this rank.
         layout: "documents" or "stream".
         state_cost: tokens that are as many bytes as what handing on the states of a sequence takes a rank. Documents of
@@ -68,15 +68,20 @@ def deal_of(cu_seqlens: Tensor, num_tokens: int, layout: str, rank: int, cp: int
     Raises:
         ValueError: sequences or a stream that are not cut into 2 * cp chunks.
     """
-    made = _kept.setdefault(cu_seqlens, {})
-    # whoever writes other borders into the same tensor changes its version
-    key = cu_seqlens._version, num_tokens, layout, rank, cp, state_cost
+    # whoever writes other borders into the same tensor changes its version, which one of inference mode does not have
+    version = tuple(cu_seqlens.tolist()) if cu_seqlens.is_inference() else cu_seqlens._version
+    if _kept.get(cu_seqlens, (None,))[0] != version:
+        _kept[cu_seqlens] = version, {}
+    made = _kept[cu_seqlens][1]
+    key = num_tokens, layout, rank, cp, state_cost
     if key not in made:
         borders = cu_seqlens.tolist()
-        if layout == DOCUMENTS:
-            made[key] = _of_documents(borders, num_tokens, rank, cp, state_cost, cu_seqlens.device)
-        else:
-            made[key] = Deal(num_tokens, _of_stream(borders, num_tokens, rank, cp, cu_seqlens.device))
+        # training may want the same deal after an evaluation
+        with torch.inference_mode(False):
+            if layout == DOCUMENTS:
+                made[key] = _of_documents(borders, num_tokens, rank, cp, state_cost, cu_seqlens.device)
+            else:
+                made[key] = Deal(num_tokens, _of_stream(borders, num_tokens, rank, cp, cu_seqlens.device))
     return made[key]
 
 

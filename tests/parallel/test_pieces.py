@@ -1,0 +1,54 @@
+"""What is kept of the borders at hand: an answer for each question, and for the borders that are there now."""
+
+import pytest
+import torch
+
+from hgrn2_megatron.pieces import Deal, deal_of
+
+BORDERS = [0, 16, 24, 32, 40]
+QUESTION = dict(num_tokens=10, layout="documents", rank=1, cp=4, state_cost=3.0)
+
+
+def same(a: Deal, b: Deal) -> bool:
+    """Of a few numbers each, whole in what is printed."""
+    return str(a) == str(b)
+
+
+def answer(borders: list[int], **question) -> Deal:
+    return deal_of(torch.tensor(borders, dtype=torch.int32), **QUESTION | question)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_tokens": 12}, {"layout": "stream"}, {"rank": 3}, {"cp": 2, "num_tokens": 20}, {"state_cost": 5.0}],
+    ids=str,
+)
+def test_another_question_about_the_same_borders_has_its_own_answer(change):
+    borders = torch.tensor(BORDERS, dtype=torch.int32)
+    first = deal_of(borders, **QUESTION)
+    second = deal_of(borders, **QUESTION | change)
+    assert not same(first, second) and same(second, answer(BORDERS, **change))
+    assert deal_of(borders, **QUESTION) is first
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_other_borders_in_the_same_tensor_have_their_own_answer(inference):
+    with torch.inference_mode(inference):
+        borders = torch.tensor(BORDERS, dtype=torch.int32)
+        first = deal_of(borders, **QUESTION)
+        assert deal_of(borders, **QUESTION) is first
+        borders[1:4] += 8
+        second = deal_of(borders, **QUESTION)
+    assert not same(first, second) and same(second, answer([0, 24, 32, 40, 40]))
+
+
+@pytest.mark.parametrize("state_cost", [0.0, 3.0, 100.0], ids=["all-stay", "some-move", "all-move"])
+def test_tokens_behind_the_last_document_stay(state_cost):
+    without, with_some = (answer(BORDERS, num_tokens=n, state_cost=state_cost) for n in (10, 13))
+    assert with_some.num_stay == without.num_stay + 3
+    assert with_some.pieces.cu_seqlens[-1] == with_some.num_stay
+    # and no state enters or leaves them
+    assert with_some.pieces.entered[-1] == with_some.pieces.left[-1] == -1
+    if with_some.moves:
+        places = with_some.moves.apart[: with_some.num_stay]
+        assert places[-3:].tolist() == [10, 11, 12]
