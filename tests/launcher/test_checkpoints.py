@@ -193,9 +193,11 @@ def test_checkpoint_args_of_another_model():
     # every run through the launcher saves the plugin's flags
     arguments.restore(ours, args_of(spec=None, hgrn2_layer_pattern="H", layernorm_epsilon=1e-5))
     assert (ours.hgrn2_layer_pattern, ours.layernorm_epsilon) == ("HH*H", 1e-5)
+    arguments.restore(ours, args_of(hgrn2_layer_pattern="H"))
+    assert ours.hgrn2_layer_pattern == "H"
     saved = dict(
         hgrn2_expand_ratio=64,
-        hgrn2_layer_pattern="H",
+        hgrn2_layer_pattern="HHHH",
         hgrn2_lower_bounds="none",
         hgrn2_norm_eps=1e-3,
         layernorm_epsilon=1e-4,

@@ -109,6 +109,19 @@ def test_batches_take_turns_in_one_context(modes):
         context.reset()
 
 
+def test_states_are_fp32_and_go_where_megatron_puts_their_sequences():
+    qfv = torch.randn(3, 9, H, 3, K, generator=torch.Generator().manual_seed(6)).bfloat16()
+    order = torch.tensor([2, 0, 1])
+    context = StaticInferenceContext(3, 9)
+    advance(qfv[:, :5], None, context, 1)
+    context.swap_key_value_dict(order)
+    context.sequence_len_offset = 5
+    states = context.key_value_memory_dict[1][0]
+    assert states.dtype == torch.float32
+    o = advance(qfv[order, 5:], None, context, 1)
+    torch.testing.assert_close(o, chunk_hgrn2_fused(qfv, None)[0][order, 5:])
+
+
 def test_layouts_that_are_not_built_are_refused():
     harness.start_megatron()
     mixer = harness.build_model().decoder.layers[0].self_attention

@@ -103,9 +103,11 @@ def main():
                     assert_same(model, tokens[:1], layout, OTHERS[layout], given)
                 report(layout, first, second, "inside" if inside else "outside")
 
-    # documents that are cut into chunks each, and tokens behind them that are nobody's
+    # tokens behind the last document: nobody's, or one document more of a stream; and documents without a token
     borders, _ = worker.PACKINGS["documents"]
     assert_same(build("documents"), tokens[:1], "documents", borders, params_of(borders), behind=BEHIND)
+    for layout, borders in (("stream", [0, 1, 3, 5, 25, 26]), ("documents", [0, 8, 8, 8, 24, 24, 32, 40, 40])):
+        assert_same(build(layout), tokens[:1], layout, borders, params_of(borders))
     report("behind")
 
     # a batch with ranks of its own, which Megatron cuts as a stream whatever the others are

@@ -1,8 +1,12 @@
-"""What is kept of the borders at hand: an answer for each question, and for the borders that are there now."""
+"""What is kept of the borders at hand, for each question and for those that are there now; how tokens are dealt out."""
+
+import argparse
+import types
 
 import pytest
 import torch
 
+from hgrn2_megatron import UsageError, context_parallel
 from hgrn2_megatron.pieces import Deal, deal_of
 
 BORDERS = [0, 16, 24, 32, 40]
@@ -52,3 +56,25 @@ def test_tokens_behind_the_last_document_stay(state_cost):
     if with_some.moves:
         places = with_some.moves.apart[: with_some.num_stay]
         assert places[-3:].tolist() == [10, 11, 12]
+
+
+def test_documents_that_move_are_as_many_tokens_on_every_rank():
+    # the longest, which comes last, is as long as the other two
+    assert answer([0, 4, 8, 16], num_tokens=8, cp=2, state_cost=100.0).moves.sizes == [4, 4]
+
+
+def test_the_config_says_how_packed_sequences_are_dealt_out_before_the_command_line_does(monkeypatch):
+    # what the command line alone says is in inference.py
+    monkeypatch.setattr(context_parallel, "global_args", lambda: argparse.Namespace(sft=True))
+    config = types.SimpleNamespace(hgrn2_packed_layout="stream")
+    assert context_parallel.packed_layout(config) == "stream"
+    config.hgrn2_packed_layout = "rows"
+    with pytest.raises(UsageError, match="must be documents or stream, got 'rows'"):
+        context_parallel.packed_layout(config)
+
+
+def test_sequences_that_are_not_cut_into_chunks_are_refused():
+    with pytest.raises(ValueError, match="a packed sequence of 12 tokens is not cut into 2 [*] 4 chunks"):
+        answer([0, 12, 40])
+    with pytest.raises(ValueError, match="13 tokens a context parallel rank are no two chunks"):
+        answer(BORDERS, layout="stream", num_tokens=13)
