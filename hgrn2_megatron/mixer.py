@@ -264,10 +264,10 @@ def _make_again(x: Tensor, user: Tensor) -> None:
     """Have autograd make x again for the backward of `user`, so that in between it need not keep x.
 
     Nothing is freed here. The memory of x is free once nobody holds it any more, and whoever does, a hook, a view or an
-    alias, finds it as it was. Autograd itself keeps x where an operation saved it in a way that cannot be changed: not
-    by `save_for_backward`, as all linear layers of Megatron and Transformer Engine do, or under saved-tensor hooks of
-    others, which move it elsewhere. Hooks on all that out_proj saves would be simpler, but they give its backward a
-    plain tensor for the weight, without what Megatron has put on the parameter.
+    alias, finds it as it was. Made again is what a function has saved by `save_for_backward`, as all linear layers of
+    Megatron and Transformer Engine do. Saved-tensor hooks of others, which move it elsewhere, are left alone. Such
+    hooks around out_proj would be simpler, but its backward would get a plain tensor for the weight, without what
+    Megatron has put on the parameter.
 
     Args:
         x: what `_Norm` has made, or what a hook has put in its place, which is kept.
