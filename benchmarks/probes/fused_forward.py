@@ -27,11 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hgrn2_kernels import chunk_hgrn2
+from hgrn2_kernels.chunk_plan import Segments
 from hgrn2_kernels.chunk_triton import Launches
 from hgrn2_kernels.matrices import matrices
 from hgrn2_kernels.reference import recurrent_hgrn2
 from hgrn2_kernels.triton_math import (
+    BANDS,
     INTERPRET,
+    LIMIT,
     LOG2E,
     channels,
     column,
@@ -47,7 +50,14 @@ from hgrn2_kernels.triton_math import (
 )
 
 D, C = 128, 64
-SHAPES = {"8x4096x16": (8, 4096, 16), "1x32768x16": (1, 32768, 16)}
+SHAPES = {
+    "8x4096x16": (8, 4096, 16),
+    "1x32768x16": (1, 32768, 16),
+    "1x32768x4": (1, 32768, 4),
+    "8x2048x8": (8, 2048, 8),
+}
+# segments a sequence, so that segments x heads come near a multiple of 132
+SEGMENTS = {"8x4096x16": 1, "1x32768x16": 8, "1x32768x4": 32, "8x2048x8": 2}
 # relative Frobenius error of o against the recurrence and of dv against today's kernel, both rounded to bf16
 CEILING = 3.5e-3
 # a child that says nothing for so long is killed, and no child is started after the last
@@ -92,6 +102,29 @@ def operands(
 
 
 @triton.jit
+def operands_checked(
+    b_f, b_q, b, eye, matrix, inverse_scale, at_bands, C: tl.constexpr, REVERSE: tl.constexpr, DT: tl.constexpr
+):
+    """As operands, for any gates: (queries, keys, decay to the frame, what a channel decays by beyond the limit).
+
+    What is written to the state has exponents of at most the limit, so the state is right where the output is not. A
+    channel beyond the limit says so by itself, in the number of bands of its chunk (64 channels share one), which waits
+    for no other warp.
+    """
+    g, k = gate(channels(b_f, eye), b[:, None], DT)
+    e = sum_gates(g, matrix, False)
+    middle = column(e, C - 1)
+    framed = tl.maximum(middle, -LIMIT)
+    beyond = middle - framed
+    needed = ((1.5 - 2.0 * middle) * (0.5 / LIMIT)).to(tl.int32) + 1
+    tl.atomic_max(at_bands, tl.minimum(needed, BANDS + 1), mask=needed > 1, sem="relaxed")
+    kd = (k * exp2(-e if REVERSE else beyond[:, None] - e)).to(DT)
+    a = silu(channels(b_q, eye), inverse_scale)
+    qd = (a * exp2(e + beyond[:, None] if REVERSE else e)).to(DT)
+    return qd, kd, exp2(framed), exp2(2.0 * beyond)
+
+
+@triton.jit
 def prefetch(at):
     if not INTERPRET:
         tl.inline_asm_elementwise(
@@ -126,6 +159,7 @@ def fused_kernel(
     bound,  # [H, K] fp32
     first,  # [segments, H, K, V] fp32, read where HAS_FIRST
     states,  # [chunks, H, K, V] bf16, out where STATES: a descriptor where HTMA
+    bands,  # [chunks, H, K / 64] int32, of ones; out where CHECK: how many bands the chunk needs
     o,  # [B T, H V], out: a descriptor where OTMA
     sums,
     ones,
@@ -153,6 +187,7 @@ def fused_kernel(
     AHEAD: tl.constexpr,
     WHOLE: tl.constexpr,
     RCP: tl.constexpr,
+    CHECK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program walks a (segment, head, BV channels of V).
@@ -200,9 +235,13 @@ def fused_kernel(
                 prefetch(raw_f + later * stride_qt + c_q + o_c[:, None] * stride_qt + lines)
                 prefetch(raw_q + later * stride_qt + c_q + o_c[:, None] * stride_qt + lines)
                 prefetch(raw_y + later * stride_yt + i_h * stride_yh + o_c[:, None] * stride_yt + lines)
-        qd, kd, half = operands(b_f, b_q, b, eye, matrix, inverse_scale, C, WHOLE, RCP, DT)
-        reader, writer = (kd, qd) if REVERSE else (qd, kd)
         place = (chunk * H + i_h) * K
+        if CHECK:
+            at_bands = bands + (chunk * H + i_h) * (K // 64) + o_k // 64
+            qd, kd, half, beyond = operands_checked(b_f, b_q, b, eye, matrix, inverse_scale, at_bands, C, REVERSE, DT)
+        else:
+            qd, kd, half = operands(b_f, b_q, b, eye, matrix, inverse_scale, C, WHOLE, RCP, DT)
+        reader, writer = (kd, qd) if REVERSE else (qd, kd)
         if VK:
             state = state * half[None, :]
             b_h = state.to(DT)
@@ -213,6 +252,8 @@ def fused_kernel(
             # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
             scores = tl.where(seen, scores, 0.0).to(DT)
             out = tl.trans(dot(tl.trans(b_y), scores, out))
+            if CHECK:
+                state = state * beyond[None, :]
             state = dot(tl.trans(b_y), tl.trans(writer), state) * half[None, :]
         else:
             state = state * half[:, None]
@@ -229,6 +270,8 @@ def fused_kernel(
                 scores = dot(tl.trans(writer), reader, tl.zeros([C, C], tl.float32))
                 scores = tl.where(seen, scores, 0.0).to(DT)
                 out = tl.trans(dot(tl.trans(b_y), scores, out))
+            if CHECK:
+                state = state * beyond[:, None]
             state = dot(writer, b_y, state) * half[:, None]
         put(o, row, i_h * stride_oh + i_v * BV, off_o, stride_ot, out.to(DT), OTMA)
 
@@ -279,6 +322,7 @@ def fused_halves_kernel(
     bound,
     first,
     states,
+    bands,
     o,
     sums,
     ones,
@@ -379,7 +423,7 @@ class Variant:
         predicted: microseconds at 8 x 4096 x 16, written down before the first run.
         warps: of a program.
         halves: whether it is fused_halves_kernel, two programs of 64 channels of V for each (segment, head).
-        mode, stages, ahead, states, ltma, otma, htma, rcp: constants of the kernels.
+        mode, stages, ahead, states, ltma, otma, htma, rcp, check: constants of the kernels.
         reverse: the mirrored kernel: dv, and the gradients of the states.
         shape: of SHAPES.
     """
@@ -396,6 +440,7 @@ class Variant:
     otma: bool = True
     htma: bool = False
     rcp: bool = False
+    check: bool = False
     whole: bool = False
     reverse: bool = False
     shape: str = "8x4096x16"
@@ -422,7 +467,16 @@ VARIANTS = [
     Variant("mirrored halves, 2 stages, L2 ahead", 310, 4, True, stages=2, ahead=2, otma=False, reverse=True),
     Variant("vk, 3 stages, segments", 360, shape=LONG),
     Variant("halves, 2 stages, L2 ahead, segments", 310, 4, True, stages=2, ahead=2, otma=False, shape=LONG),
+    # round 2
+    Variant("vk, 2 stages, L2 ahead, states by TMA, bands", 402, stages=2, ahead=2, states=True, htma=True, check=True),
 ]
+
+
+def rows(x, width):
+    """Descriptor of tiles [C, width] of the matrix [B T, H D] that x [B, T, H, D] is, whose heads may lie apart."""
+    assert x.stride(0) == x.shape[1] * x.stride(1) and x.stride(3) == 1
+    shape = [x.shape[0] * x.shape[1], (x.shape[2] - 1) * x.stride(2) + D]
+    return TensorDescriptor(x, shape, [x.stride(1), 1], [C, width])
 
 
 class Problem:
@@ -437,18 +491,26 @@ class Problem:
         self.do = torch.randn(self.B, self.T, self.H, D, device=device, dtype=dtype)
         self.sums, self.ones = matrices(self.q.device, C, dtype)
         self.dtype = dtype
-        self.segments, self.length, self.first = self.B, self.T // C, None
+        self.segments, self.length = self.B, self.T // C
+        # states that enter the segments, forward and in reverse
+        self.first = {False: None, True: None}
+        self.bands = torch.ones(self.B * self.T // C, self.H, D // 64, device=device, dtype=torch.int32)
 
-    def cut(self, run: Launches):
-        """Take segments as today's kernels do; returns the pass that finds the states which enter them."""
-        segments = run.plan.segments
+    def cut(self, run: Launches, per_sequence: int):
+        """Take so many segments of each sequence.
+
+        Returns a function of (y, reverse), v and False or do and True, that finds the states which enter the segments.
+        """
+        chunks = self.T // C
+        plan = run.plan
+        segments = Segments(self.B * per_sequence, chunks // per_sequence, per_sequence)
+        run.plan = dataclasses.replace(plan, segments=segments)
         self.segments, self.length = segments.count, segments.length
 
-        def before():
-            added, decays = run._segment_totals(self.v, False)
-            return run._scan(added, decays, None, None, False)[0]
+        def before(y, reverse):
+            added, decays = run._segment_totals(y, reverse)
+            return run._scan(added, decays, None, None, reverse)[0]
 
-        self.first = before()
         return before
 
     def outputs(self):
@@ -463,20 +525,15 @@ class Problem:
         BV = 64 if variant.halves else D
         BK = D // 2 if variant.halves else D
         H = self.H
-
-        def rows(x, width):
-            """[B T, H D] of a [B, T, H, D] whose heads may lie apart."""
-            assert x.stride(0) == x.shape[1] * x.stride(1) and x.stride(3) == 1
-            shape = [x.shape[0] * x.shape[1], (H - 1) * x.stride(2) + D]
-            return TensorDescriptor(x, shape, [x.stride(1), 1], [C, width])
-
+        first = self.first[variant.reverse]
         flat = states.view(-1, D)
         loads = (rows(self.q, BK), rows(self.f, BK), rows(y, BV)) if variant.ltma else (self.q, self.f, y)
         kernel = fused_halves_kernel if variant.halves else fused_kernel
         arguments = (
             *loads,
-            *(self.q, self.f, y, self.bound, self.bound if self.first is None else self.first),
+            *(self.q, self.f, y, self.bound, self.bound if first is None else first),
             TensorDescriptor(flat, list(flat.shape), [D, 1], [BK, BV]) if variant.htma else states,
+            self.bands,
             rows(o, BV) if variant.otma else o,
             *(self.sums, self.ones),
             *(self.q.stride(1), self.q.stride(2), y.stride(1), y.stride(2), o.stride(1), o.stride(2)),
@@ -491,7 +548,7 @@ class Problem:
             BV=BV,
             DT=tl.float32 if self.dtype == torch.float32 else tl.bfloat16,
             REVERSE=variant.reverse,
-            HAS_FIRST=self.first is not None,
+            HAS_FIRST=first is not None,
             STATES=variant.states,
             LTMA=variant.ltma,
             OTMA=variant.otma,
@@ -503,7 +560,7 @@ class Problem:
             num_warps=variant.warps,
         )
         if not variant.halves:
-            constants["MODE"] = variant.mode
+            constants.update(MODE=variant.mode, CHECK=variant.check)
         grid = (self.segments * H * (D // BV),)
         return lambda: kernel[grid](*arguments, **constants)
 
@@ -560,9 +617,10 @@ class Bench:
             )
             measured["dv"] = milliseconds(lambda: run.output(problem.do, dstates, today["dv"], reverse=True))
             measured["attention"] = attention_ms(problem.B, problem.T, problem.H)
-            if run.plan.segments.cut:
-                before = problem.cut(run)
-                measured["before segments"] = milliseconds(before)
+            if SEGMENTS[shape] > 1:
+                before = problem.cut(run, SEGMENTS[shape])
+                problem.first[False] = before(v, False)
+                measured["before segments"] = milliseconds(lambda: before(v, False))
             self.say(row)
             today["gold"] = gold
             self.known[shape] = problem, today
@@ -603,27 +661,31 @@ def copy_rate() -> float:
     return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) / 1e6
 
 
-def work(begin: int, chosen: list[Variant], say):
+def run_chosen(begin: int, chosen: list, say, variant):
+    """Call variant(x) for each of chosen from number begin on, and tell what failed and what is done."""
     if begin == 0:
         say(dict(name="copy", rate=copy_rate(), device=torch.cuda.get_device_name()))
-    bench = Bench(say)
-    with torch.no_grad():
-        for n, variant in enumerate(chosen[begin:], begin):
-            try:
-                bench.variant(variant)
-            except Exception:
-                last = traceback.format_exc().strip().splitlines()[-4:]
-                say(dict(name=variant.name, shape=variant.shape, predicted=variant.predicted, failed=last))
-                if "CUDA error" in " ".join(last) or "illegal" in " ".join(last):
-                    os._exit(3)
-            say(dict(done=n))
+    for n, x in enumerate(chosen[begin:], begin):
+        try:
+            with torch.no_grad():
+                variant(x)
+        except Exception:
+            last = traceback.format_exc().strip().splitlines()[-4:]
+            say(dict(name=x.name, shape=x.shape, predicted=x.predicted, failed=last))
+            if "CUDA error" in " ".join(last) or "illegal" in " ".join(last):
+                os._exit(3)
+        say(dict(done=n))
 
 
-def supervise(only: list[str], chosen: list[Variant]) -> list[dict]:
-    """Run the variants in children, each of which goes on where the last one ended."""
+def tell(row: dict):
+    print(json.dumps(row), flush=True)
+
+
+def supervise(only: list[str], chosen: list[Variant], script: str = __file__) -> list[dict]:
+    """Run the variants of a script in children, each of which goes on where the last one ended."""
     rows, begin, clock = [], 0, time.time()
     while begin < len(chosen) and time.time() - clock < LAST:
-        command = [sys.executable, "-u", __file__, "--worker", str(begin), *(["--only", *only] if only else [])]
+        command = [sys.executable, "-u", script, "--worker", str(begin), *(["--only", *only] if only else [])]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         lines = queue.Queue()
 
@@ -696,7 +758,7 @@ def main():
     if args.list:
         return print(*chosen, sep="\n")
     if args.worker is not None:
-        return work(args.worker, chosen, lambda row: print(json.dumps(row), flush=True))
+        return run_chosen(args.worker, chosen, tell, Bench(tell).variant)
     rows = supervise(args.only, chosen)
     if os.environ.get("OUT"):
         with open(os.path.join(os.environ["OUT"], "fused_forward.json"), "w") as file:
