@@ -2,11 +2,11 @@
 
     python benchmarks/probes/fused_backward.py [--only WORD ...] [--list]
 
-Two sorts of probes. A "path" is forward and backward in three kernels: those of fused_forward.py both ways, with states
-stored, and today's chunk_gradient. A "walk" is a kernel in plain Triton that walks the chunks in reverse, reads the
-states of the forward and writes dq and df on the way, and dv too where it holds all channels. Every chunk is within the
-fast limit. Gradients are checked against autograd through the float64 recurrence (first row) and today's kernels, on
-the inputs that are timed. The figures go to $OUT/fused_backward.json as well.
+Three sorts of probes. A "path" is a forward and a backward of several kernels. A "walk" is a kernel that walks the
+chunks in reverse, reads the states of the forward and writes dq and df on the way, and dv too where it holds all
+channels. A "pass" is one of fused_forward.py or fused_gluon.py. Every chunk is within the fast limit. Results are
+checked against autograd through the float64 recurrence (first row) and today's kernels, on the inputs that are timed.
+The figures go to $OUT/fused_backward.json as well.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def backward_kernel(
     o_v = tl.arange(0, V)
     o_kv = o_k[:, None] * V + o_v[None, :]
     eye = load_matrix(ones, 0, C).to(DT)
-    again = load_matrix(ones, 1, C).to(DT)
+    again = tl.trans(eye)
     matrix = load_matrix(sums, 0, C)
     from_here = load_matrix(ones, 2, C)
     causal = o_c[:, None] >= o_c[None, :]
@@ -214,6 +214,7 @@ class Walk:
         BK: channels of K a program.
         carry: whether the gradient of the state is walked here, or read as the mirrored kernel stored it.
         stages, ahead: constants of the kernel.
+        regs: registers a thread of the gates' warps in the kernel of fused_gluon_backward.py; 0 for the kernel here.
     """
 
     name: str
@@ -223,33 +224,55 @@ class Walk:
     carry: bool = True
     stages: int = 1
     ahead: int = 1
+    regs: int = 0
     shape: str = "8x4096x16"
 
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """Forward and backward in three kernels and, where sequences are cut, the passes before the segments.
+    """Forward and backward and, where sequences are cut, the passes before the segments.
 
     Attributes:
         name, shape, predicted: as of Walk, of all kernels in a graph.
         check: whether both walks find the chunks beyond the fast limit.
+        regs: of Variant, for the forward and its mirror.
+        backward_regs: of Walk, for a backward of one kernel; 0 for the mirror and today's chunk_gradient.
     """
 
     name: str
     predicted: int
     check: bool = False
+    regs: int = 0
+    backward_regs: int = 0
     shape: str = "8x4096x16"
 
 
+TRITON = dict(stages=2, ahead=2, states=True, htma=True)
+GATES, GATES_BACKWARD = 96, 104
+BOTH = dict(regs=GATES, backward_regs=GATES_BACKWARD)
 VARIANTS = [
-    Path("path", 1490),
-    Path("path, bands", 1510, check=True),
-    Walk("walk of all: dv, dq, df", 950),
-    Walk("walk of halves: dq, df", 800, 4, 64),
-    Walk("stored, halves: dq, df", 780, 4, 64, carry=False),
-    Path("path, bands, 1x32768x16", 1800, True, "1x32768x16"),
-    Path("path, bands, 1x32768x4", 520, True, "1x32768x4"),
-    Path("path, bands, 8x2048x8", 430, True, "8x2048x8"),
+    Path("path of three kernels, Triton", 1490),
+    Path("path of three kernels, Triton, bands", 1510, check=True),
+    Variant("pass, Triton, bands", 405, check=True, **TRITON),
+    Walk("walk of all, Triton: dv, dq, df", 1300),
+    Walk("walk of halves, Triton: dq, df", 1200, 4, 64),
+    Walk("stored, halves, Triton: dq, df", 850, 4, 64, carry=False),
+    Variant("pass, Gluon", 290, states=True, regs=GATES),
+    Variant("pass, Gluon, no states", 240, regs=GATES),
+    Variant("pass, Gluon, bands", 295, states=True, check=True, regs=GATES),
+    Variant("pass, Gluon, mirrored", 290, states=True, reverse=True, regs=GATES),
+    Path("path of three kernels, Gluon, bands", 1330, True, GATES),
+    Walk("walk of all, Gluon: dv, dq, df", 560, regs=GATES_BACKWARD),
+    Path("path of two kernels, Gluon", 850, **BOTH),
+    Path("path of three kernels, Triton, bands, 1x32768x16", 1800, True, shape="1x32768x16"),
+    Path("path of three kernels, Gluon, bands, 1x32768x16", 1620, True, GATES, shape="1x32768x16"),
+    Path("path of two kernels, Gluon, 1x32768x16", 1150, **BOTH, shape="1x32768x16"),
+    Path("path of three kernels, Triton, bands, 8x2048x8", 430, True, shape="8x2048x8"),
+    Path("path of three kernels, Gluon, bands, 8x2048x8", 390, True, GATES, shape="8x2048x8"),
+    Path("path of two kernels, Gluon, 8x2048x8", 290, **BOTH, shape="8x2048x8"),
+    Path("path of three kernels, Triton, bands, 1x32768x4", 520, True, shape="1x32768x4"),
+    Path("path of three kernels, Gluon, bands, 1x32768x4", 470, True, GATES, shape="1x32768x4"),
+    Path("path of two kernels, Gluon, 1x32768x4", 340, **BOTH, shape="1x32768x4"),
 ]
 
 
@@ -264,6 +287,10 @@ def in_graph(function) -> float:
 
 def walk_launch(problem: Problem, walk: Walk, states, dstates, out: dict):
     """A function that launches a walk into out's dv, dq, df and dbound."""
+    if walk.regs:
+        import fused_gluon_backward
+
+        return fused_gluon_backward.launch(problem, walk.regs, states, out)
     p, H = problem, problem.H
     q, f, v, do = p.q, p.f, p.v, p.do
     first = p.first[True]
@@ -369,7 +396,28 @@ class Bench:
     def variant(self, variant):
         known = self.problem(variant.shape)
         row = dict(name=variant.name, shape=variant.shape, predicted=variant.predicted)
-        (self.path if isinstance(variant, Path) else self.walk)(variant, known, row)
+        {Path: self.path, Walk: self.walk, Variant: self.one_pass}[type(variant)](variant, known, row)
+
+    def one_pass(self, variant: Variant, known: dict, row: dict):
+        p, name = known["p"], "dv" if variant.reverse else "o"
+        o, states = p.outputs()
+        launch = p.launch(variant, o, states)
+        begun = time.time()
+        row.update(numbers(launch()))
+        torch.cuda.synchronize()
+        row["first call s"] = time.time() - begun
+        got = {name: o}
+        today = dict(known["today"])
+        if variant.states:
+            got["states"], today["states"] = states, known["dstates" if variant.reverse else "states"]
+        row.update(self.errors(got, today, known["gold"]))
+        again = o.clone()
+        o.fill_(torch.nan)
+        launch()
+        row["same bits"] = torch.equal(again, o)
+        row["ms"] = ms = milliseconds(launch)
+        row["GB/s"] = p.do.nbytes * (4 + (2 if variant.states else 0)) / ms / 1e6
+        self.say(row)
 
     def walk(self, walk: Walk, known: dict, row: dict):
         p = known["p"]
@@ -401,7 +449,7 @@ class Bench:
 
     def path(self, path: Path, known: dict, row: dict):
         p, before = known["p"], known["before"]
-        plain = dict(predicted=0, stages=2, ahead=2, states=True, htma=True, check=path.check)
+        plain = dict(predicted=0, **TRITON, check=path.check, regs=path.regs)
         o, states = p.outputs()
         dv, dstates = p.outputs()
         dq, df = torch.full_like(o, torch.nan), torch.full_like(o, torch.nan)
@@ -409,28 +457,39 @@ class Bench:
         # its own launches: those of the kernels before are bound to flags of another dtype
         run.plan = dataclasses.replace(run.plan)
         run.bands = p.bands if path.check else torch.ones_like(p.bands, dtype=torch.int8)
-        first = dict(p.first)
         forward_launch = p.launch(Variant("", **plain), o, states)
-        mirrored = p.launch(Variant("", reverse=True, **plain), dv, dstates)
+        kernels = dict(forward=forward_launch)
+        if path.backward_regs:
+            out = dict(dv=dv, dq=dq, df=df, dbound=p.bound.new_empty(p.H, D, p.segments))
+            backward_launch = walk_launch(p, Walk("", 0, regs=path.backward_regs), states, dstates, out)
+            kernels["backward"] = backward_launch
 
-        def gradient():
-            return run.gradients(p.v, p.do, states, dstates, dq, df)
+            def gradient():
+                return out["dbound"].sum(-1)
+        else:
+            backward_launch = p.launch(Variant("", reverse=True, **plain), dv, dstates)
+            kernels["mirrored"] = backward_launch
+
+            def gradient():
+                return run.gradients(p.v, p.do, states, dstates, dq, df)
+
+            kernels["gradient"] = gradient
 
         def forward():
             if path.check:
                 p.bands.fill_(1)
             if before:
-                first[False].copy_(before(p.v, False))
+                before(p.v, False, p.first[False])
             forward_launch()
 
         def backward():
             if before:
-                first[True].copy_(before(p.do, True))
-            mirrored()
+                before(p.do, True, p.first[True])
+            backward_launch()
             return gradient()
 
         begun = time.time()
-        row["forward kernel"], row["mirrored kernel"] = numbers(forward_launch()), numbers(mirrored())
+        row["forward kernel"], row["backward kernel"] = numbers(forward_launch()), numbers(backward_launch())
         forward()
         got = dict(o=o, dq=dq, df=df, dv=dv, dbound=backward())
         torch.cuda.synchronize()
@@ -444,11 +503,7 @@ class Bench:
         row["same bits"] = all(torch.equal(x, again[name]) for name, x in got.items())
         if path.check and not p.q.is_meta:
             row["beyond"] = (p.bands != 1).sum().item()
-        measured = row["measured"] = dict(
-            forward_kernel=milliseconds(forward_launch),
-            mirrored=milliseconds(mirrored),
-            gradient=milliseconds(gradient),
-        )
+        measured = row["measured"] = {name: milliseconds(kernel) for name, kernel in kernels.items()}
         if before:
             measured["before"] = milliseconds(lambda: before(p.v, False))
             measured["before, reversed"] = milliseconds(lambda: before(p.do, True))
@@ -475,7 +530,7 @@ def table(found: list[dict]) -> str:
         if "rate" in row:
             lines.append(f"| copy on {row['device']}: {row['rate']:.0f} GB/s |")
             continue
-        kernels = [row, row.get("forward kernel", {}), row.get("mirrored kernel", {})]
+        kernels = [row, row.get("forward kernel", {}), row.get("backward kernel", {})]
         kernels = "; ".join(f"{x['n_regs']} {x['n_spills']} {x['shared']}" for x in kernels if "n_regs" in x)
         times = f"{1e3 * row['ms']:.0f}" if "ms" in row else ""
         if "measured" in row:

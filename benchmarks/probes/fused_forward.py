@@ -61,7 +61,7 @@ SEGMENTS = {"8x4096x16": 1, "1x32768x16": 8, "1x32768x4": 32, "8x2048x8": 2}
 # relative Frobenius error of o against the recurrence and of dv against today's kernel, both rounded to bf16
 CEILING = 3.5e-3
 # a child that says nothing for so long is killed, and no child is started after the last
-SECONDS, LAST = 60, 300
+SECONDS, LAST = 45, 300
 
 
 @triton.jit
@@ -425,6 +425,7 @@ class Variant:
         halves: whether it is fused_halves_kernel, two programs of 64 channels of V for each (segment, head).
         mode, stages, ahead, states, ltma, otma, htma, rcp, check: constants of the kernels.
         reverse: the mirrored kernel: dv, and the gradients of the states.
+        regs: registers a thread of the gates' warps in the kernel of fused_gluon.py; 0 for the kernels here.
         shape: of SHAPES.
     """
 
@@ -443,6 +444,7 @@ class Variant:
     check: bool = False
     whole: bool = False
     reverse: bool = False
+    regs: int = 0
     shape: str = "8x4096x16"
 
 
@@ -499,7 +501,8 @@ class Problem:
     def cut(self, run: Launches, per_sequence: int):
         """Take so many segments of each sequence.
 
-        Returns a function of (y, reverse), v and False or do and True, that finds the states which enter the segments.
+        Returns a function of (y, reverse), v and False or do and True, that finds the states which enter the segments,
+        in a tensor that is given or a new one.
         """
         chunks = self.T // C
         plan = run.plan
@@ -507,8 +510,9 @@ class Problem:
         run.plan = dataclasses.replace(plan, segments=segments)
         self.segments, self.length = segments.count, segments.length
 
-        def before(y, reverse):
-            added, decays = run._segment_totals(y, reverse)
+        def before(y, reverse, into=None):
+            added, decays = run._per_segment(y, D) if into is None else into, run._per_segment(y)
+            run._walk(y, reverse, None, None, last=added, decays=decays)
             return run._scan(added, decays, None, None, reverse)[0]
 
         return before
@@ -521,6 +525,10 @@ class Problem:
 
     def launch(self, variant: Variant, o, states):
         """A function that launches the variant and returns the compiled kernel."""
+        if variant.regs:
+            import fused_gluon
+
+            return fused_gluon.launch(self, variant, o, states)
         y = self.do if variant.reverse else self.v
         BV = 64 if variant.halves else D
         BK = D // 2 if variant.halves else D
