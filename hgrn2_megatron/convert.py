@@ -230,4 +230,4 @@ def main(argv: list[str]) -> None:
         from hgrn2_megatron import hf_check
 
         hf, megatron = (args.source, args.out) if from_hf else (args.out, args.source)
-        print(hf_check.compare(hf, megatron), flush=True)
+        print(hf_check.compare(hf, megatron, dtype), flush=True)

@@ -23,8 +23,14 @@ BATCH, TIME = 2, 40
 TOLERANCE = 1e-3
 
 
-def compare(hf: Path, megatron: Path) -> str:
+def compare(hf: Path, megatron: Path, written: torch.dtype | None = None) -> str:
     """One line that says by how much the logits differ, in fp32.
+
+    Args:
+        hf: folder with config.json and safetensors files.
+        megatron: what `--load` takes, or the folder of one iteration.
+        written: dtype that the conversion rounded the weights to, None where it kept each one's. The weights of both
+            sides are rounded to it, so that what rounding does to the logits is no difference.
 
     Raises:
         UsageError: they differ by more than rounding.
@@ -33,13 +39,17 @@ def compare(hf: Path, megatron: Path) -> str:
     tensors = HFTensors(hf, model.ffn_hidden_size)
     tokens = torch.randint(model.vocab_size, (BATCH, TIME), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        theirs = hf_logits(model, lambda name: tensors.read(name).float(), tokens)
-    ours = megatron_logits(megatron, tokens)[..., : model.vocab_size]
+        theirs = hf_logits(model, lambda name: _rounded(tensors.read(name), written).float(), tokens)
+    ours = megatron_logits(megatron, tokens, written=written)[..., : model.vocab_size]
     difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     line = f"logits of {BATCH} x {TIME} tokens differ by at most {difference:.1e}, the largest is {largest:.1e}"
     if not difference <= TOLERANCE * largest:
         raise UsageError(f"{hf} and {megatron} are different models: {line}")
     return line
+
+
+def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)
 
 
 def hf_logits(args: argparse.Namespace, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
@@ -91,13 +101,16 @@ def _rotate(x: Tensor, base: float) -> Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
-def megatron_logits(checkpoint: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def megatron_logits(
+    checkpoint: Path, tokens: Tensor, dtype: torch.dtype = torch.float32, written: torch.dtype | None = None
+) -> Tensor:
     """Megatron's model of a torch_dist checkpoint, on one process, on the GPU where there is one.
 
     Args:
         checkpoint: what `--load` takes, or the folder of one iteration.
         tokens: [B, T] int64.
         dtype: fp32 or bf16, that the model has and computes in.
+        written: that the weights are rounded to before; None takes them as they are saved.
 
     Returns:
         logits: [B, T, padded vocabulary] fp32, on the CPU.
@@ -151,10 +164,13 @@ def megatron_logits(checkpoint: Path, tokens: Tensor, dtype: torch.dtype = torch
     ours, saved = (argparse.Namespace(spec=args.spec, transformer_impl=name) for name in ("local", "another"))
     adapt(ours, wanted, saved, str(folder))
     model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
+    for p in model.parameters():
+        p.data = _rounded(p.data, written)
     b, s = tokens.shape
     causal = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1).cuda()
     positions = torch.arange(s).expand(b, -1)
     with torch.inference_mode():
         logits = model.to("cuda", dtype).eval()(tokens.cuda(), positions.cuda(), causal)
+    parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     return logits.float().cpu()

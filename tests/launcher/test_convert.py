@@ -82,8 +82,25 @@ def read_hf(folder) -> dict[str, torch.Tensor]:
 
 
 def run(source, out, *flags):
+    """A conversion in this process, where the check cannot run: it would switch the CPU mode on for good."""
     convert.main([str(source), str(out), "--no-check", *map(str, flags)])
     return out
+
+
+def run_checked(cases):
+    """Conversions with their checks, in a process of their own.
+
+    Args:
+        cases: (words of the command line, exit status, whether to swap two matrices on the way).
+    """
+    cases = [([*map(str, words)], *rest) for words, *rest in cases]
+    done = harness.python("tests/launcher/conversions.py", json.dumps([(words, swap) for words, _, swap in cases]))
+    assert done.returncode == 0, done.stdout[-3000:]
+    statuses = json.loads(done.stdout.splitlines()[-1])
+    assert statuses == [expected for _, expected, _ in cases], done.stdout[-6000:]
+    wrong = sum(swap for *_, swap in cases)
+    assert done.stdout.count("are different models") == wrong
+    assert done.stdout.count("\nlogits of") == len(cases) - wrong
 
 
 HYBRID = {"attn": ATTENTION}
@@ -99,12 +116,23 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def there_and_back(tmp_path_factory):
+    """Folder of each model, with what it was in hf, and what became of it in megatron and back; each checked."""
+    folders = {name: tmp_path_factory.mktemp("model") for name in MODELS}
+    for name, folder in folders.items():
+        write_hf(folder / "hf", **MODELS[name])
+    steps = [
+        (folder / a, folder / b) for a, b in (("hf", "megatron"), ("megatron", "back")) for folder in folders.values()
+    ]
+    run_checked([(words, 0, False) for words in steps])
+    return folders
+
+
 @pytest.mark.releases
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_there_and_back_is_exact(model, tmp_path):
-    source = write_hf(tmp_path / "hf", **model)
-    there = run(source, tmp_path / "megatron")
-    back = run(there, tmp_path / "back")
+@pytest.mark.parametrize("model", MODELS)
+def test_there_and_back_is_exact(model, there_and_back):
+    source, back = (there_and_back[model] / name for name in ("hf", "back"))
     expected, actual = read_hf(source), read_hf(back)
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
@@ -149,6 +177,28 @@ def test_another_dtype(tmp_path):
     assert all(torch.equal(x, read_hf(back)[name]) for name, x in read_hf(narrow).items())
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "norms in fp32": torch.bfloat16}
+
+
+@pytest.mark.releases
+def test_the_check_knows_right_from_wrong_in_every_dtype(tmp_path):
+    """Each dtype of the source, each --dtype, both directions: 0 for a right conversion, 2 for two matrices swapped."""
+    there, back = [], []
+    for kept, dtype in DTYPES.items():
+        config = CONFIG | HYBRID | {"use_lower_bound": kept != "fp16"}
+        weights = hf_weights(config, dtype)
+        if kept == "norms in fp32":
+            weights |= {name: x for name, x in hf_weights(config).items() if "norm" in name}
+        source = write_hf(tmp_path / kept, weights, **config)
+        there.append(((source, tmp_path / f"{kept} there"), 0, False))
+        for flags in ((), ("--dtype", "bf16"), ("--dtype", "fp32")):
+            for wrong in (False, True):
+                name, status = f"{kept} {flags} {wrong}", 2 if wrong else 0
+                there.append(((source, tmp_path / f"to {name}", *flags), status, wrong))
+                back.append(((tmp_path / f"{kept} there", tmp_path / f"from {name}", *flags), status, wrong))
+    run_checked([*there, *back])
+
+
 def test_the_padding_of_the_vocabulary_is_zeros(tmp_path):
     there = run(write_hf(tmp_path / "hf"), tmp_path / "megatron")
     saved = MegatronTensors(there / "release")
@@ -183,7 +233,7 @@ def test_the_forward_of_the_check_is_that_of_the_independent_implementation():
 
 def test_the_check_refuses_different_logits(tmp_path, monkeypatch):
     source = write_hf(tmp_path / "hf")
-    monkeypatch.setattr(hf_check, "megatron_logits", lambda folder, tokens: torch.zeros(*tokens.shape, 256))
+    monkeypatch.setattr(hf_check, "megatron_logits", lambda folder, tokens, **_: torch.zeros(*tokens.shape, 256))
     with pytest.raises(UsageError, match="different models: logits"):
         convert.main([str(source), str(tmp_path / "out")])
 
