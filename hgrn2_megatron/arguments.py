@@ -32,13 +32,18 @@ _COMMON = ("normalization", "layernorm_epsilon", "add_bias_linear", "hidden_drop
 BLOCK: dict[str, Any] = dict(gated_linear_unit=True, activation_func=F.silu, **{name: SILENT[name] for name in _COMMON})
 
 
+# Megatron's attribute -> the extension of NVIDIA apex without which its default stops a run
+EXTENSIONS = {
+    "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
+    # in attention of Megatron's own in 16 bits
+    "masked_softmax_fusion": "scaled_masked_softmax_cuda",
+}
+
+
 def silent_defaults() -> dict:
     """Parser defaults of an HGRN2 run: attribute -> value where the user gives no flag."""
-    defaults = dict(SILENT)
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        # an extension of NVIDIA apex, without which Megatron's default for this flag stops every run
-        defaults["gradient_accumulation_fusion"] = False
-    return defaults
+    missing = {name: False for name, module in EXTENSIONS.items() if importlib.util.find_spec(module) is None}
+    return SILENT | missing
 
 
 # what a checkpoint says of its model, beside what Megatron itself restores

@@ -20,9 +20,45 @@ DEFAULTS = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
     "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
 }
+
+# (whether the settings ask for it, the flag, what to do instead), as in requirements.py: what stops a CPU run with an
+# error that names no flag, or does nothing in it
+NEEDS_CUDA = (
+    (lambda s: s.distributed_backend == "nccl", "--distributed-backend nccl", "give gloo, or drop it"),
+    (lambda s: s.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "give local"),
+    (lambda s: s.fp8, "--fp8-format", "give --bf16"),
+    (
+        lambda s: s.enable_cuda_graph or s.cuda_graph_impl not in (None, "none"),
+        "--cuda-graph-impl",
+        "drop it",
+    ),
+    (lambda s: s.optimizer_cuda_graph, "--optimizer-cuda-graph", "drop it"),
+    (lambda s: s.cpu_offloading_num_layers, "--cpu-offloading-num-layers", "drop it: all is on the CPU"),
+    (lambda s: s.optimizer_cpu_offload, "--optimizer-cpu-offload", "drop it: all is on the CPU"),
+    (lambda s: s.use_precision_aware_optimizer, "--use-precision-aware-optimizer", "drop it"),
+    (lambda s: s.tp_comm_overlap, "--tp-comm-overlap", "drop it"),
+    (lambda s: s.nccl_ub, "--use-nccl-ub", "drop it"),
+    (lambda s: s.use_sharp, "--use-sharp", "drop it"),
+    (lambda s: s.moe_permute_fusion, "--moe-permute-fusion", "drop it"),
+    (lambda s: s.moe_router_fusion, "--moe-router-fusion", "drop it"),
+    (
+        lambda s: s.moe_token_dispatcher_type == "flex" or s.moe_enable_deepep,
+        "--moe-token-dispatcher-type flex",
+        "give allgather or alltoall",
+    ),
+    (lambda s: s.use_te_activation_func, "--use-te-activation-func", "drop it"),
+    (lambda s: s.use_transformer_engine_op_fuser, "--use-transformer-engine-op-fuser", "drop it"),
+    (lambda s: s.fused_residual_rmsnorm, "--fused-residual-rmsnorm", "drop it"),
+    (lambda s: s.symmetric_ar_type, "--symmetric-ar-type", "drop it"),
+    (lambda s: s.batch_invariant_mode, "--batch-invariant-mode", "drop it"),
+    (lambda s: s.gpu_sniff_test_interval, "--gpu-sniff-test-interval", "drop it"),
+    (lambda s: s.record_memory_history, "--record-memory-history", "drop it"),
+    (lambda s: s.profile and not s.use_pytorch_profiler, "--profile", "give --use-pytorch-profiler too"),
+)
 
 
 def needed() -> bool:
@@ -30,9 +66,14 @@ def needed() -> bool:
     return not torch.cuda.is_available()
 
 
+def installed() -> bool:
+    """Whether the CPU mode is on in this process."""
+    return getattr(install, "done", False)
+
+
 def install() -> None:
     """Switch the CPU mode on, once. Call it before anything imports Megatron, which decides then what to compile."""
-    if not needed() or getattr(install, "done", False):
+    if not needed() or installed():
         return
     install.done = True
     # torch.compile on the host compiles C++ for half a minute; Megatron asks for one connection under TP

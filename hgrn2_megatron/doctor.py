@@ -48,12 +48,9 @@ def _lines() -> Iterator[tuple[str, str, str | None]]:
         te or "missing: no FP8, no packed or context parallel attention; --transformer-impl local",
         None,
     )
-    fused = _has("fused_weight_gradient_mlp_cuda")
-    yield (
-        "apex",
-        "fused weight gradients" if fused else "missing: the launcher gives --no-gradient-accumulation-fusion",
-        None,
-    )
+    fused = _has("fused_weight_gradient_mlp_cuda") and _has("scaled_masked_softmax_cuda")
+    off = "missing, in part or whole: the launcher turns off gradient accumulation fusion, masked softmax fusion"
+    yield "apex", "fused weight gradients, masked softmax" if fused else off, None
     device = "cuda" if gpu else "cpu"
     form = implementation(device, torch.bfloat16)
     slow = ": right, and slow" if form == "pytorch" else ""

@@ -10,6 +10,7 @@ import megatron.core
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 
+from hgrn2_megatron import cpu
 from hgrn2_megatron.config import ATTENTION, EXPERTS, HGRN2Config, UsageError
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
@@ -61,6 +62,8 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
     _check_loss(settings, stack)
+    if cpu.installed():
+        _refuse(settings, cpu.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2)
 
 

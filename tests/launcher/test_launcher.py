@@ -91,3 +91,10 @@ def test_a_hybrid_models_checkpoint_is_of_the_same_model(here, saved, flag):
         return arguments.check_same_model(args, checkpoint_args)
     with pytest.raises(UsageError, match=flag):
         arguments.check_same_model(args, checkpoint_args)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_fusions_are_off_where_their_extension_is_missing(there, monkeypatch):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda module: object() if there else None)
+    off = {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False}
+    assert arguments.silent_defaults() == arguments.SILENT | ({} if there else off)

@@ -2,6 +2,7 @@
 
 import harness
 import pytest
+import torch
 
 SIZES = "--num-layers 2 --hidden-size 64 --hgrn2-expand-ratio 32 --num-attention-heads 2 --seq-length 32"
 RUN = "--max-position-embeddings 32 --mock-data --tokenizer-type NullTokenizer --vocab-size 64"
@@ -27,6 +28,11 @@ def launch(flags: str):
         ),
         ("--spec hgrn2 --hidden-size 72 --hgrn2-expand-ratio 36 --fp8-format hybrid", "--hidden-size 72"),
         ("--spec hgrn2 --transformer-impl transformer_engine", "--transformer-impl"),
+        pytest.param(
+            "--spec hgrn2 --distributed-backend nccl",
+            "--distributed-backend nccl does not work on a machine without CUDA: give gloo",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU mode is for machines without a GPU"),
+        ),
         ("--spec hgrn2 --normalization LayerNorm", "--normalization"),
         ("--spec hgrn2 --add-qkv-bias", "--add-qkv-bias"),
         ("--spec hgrn2 --hgrn2-loss-chunk-size 8 --cross-entropy-loss-fusion", "--cross-entropy-loss-fusion"),

@@ -1,0 +1,96 @@
+"""Megatron's loop on a machine without CUDA: what the README's commands make, in each dtype, with no flag added."""
+
+import re
+
+import harness
+import pytest
+import torch
+from test_config import hgrn2_settings
+from training import FLAGS, HGRN2, LAUNCHER
+
+from hgrn2_megatron import UsageError, cpu
+from hgrn2_megatron.requirements import Settings, check
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU mode is for machines without a GPU")
+
+STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack")
+EXPERTS = ("--num-experts", "2")
+GPT, HYBRID_MODEL = "examples/pretrain_gpt.py", "examples/pretrain_hybrid.py"
+MODELS = {
+    "pure": (GPT, *HGRN2),
+    "hybrid": (GPT, *HGRN2, "--hgrn2-layer-pattern", "H*"),
+    "experts": (GPT, *HGRN2, *EXPERTS, "--hgrn2-layer-pattern", "H*"),
+    "HybridModel": (HYBRID_MODEL, *STACK, *EXPERTS, "--hybrid-layer-pattern", "M-*E"),
+}
+
+
+def train(model: str, *flags: str) -> dict[int, float]:
+    """Losses by iteration of a run without `--use-cpu-initialization`, which no command of the README has."""
+    run = [flag for flag in FLAGS if flag != "--use-cpu-initialization"]
+    done = harness.torchrun(1, *LAUNCHER, *MODELS[model][:1], *run, *MODELS[model][1:], *flags)
+    assert done.returncode == 0, done.stdout[-3000:]
+    logged = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
+    return {int(iteration): float(loss) for iteration, loss in logged}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_model_trains_in_every_dtype(model, dtype):
+    losses = train(model, *(["--bf16"] if dtype == "bf16" else []))
+    assert losses[8] < losses[1] - 0.3
+
+
+def test_fp16_trains_once_the_loss_scale_has_come_down():
+    losses = train("hybrid", "--fp16", "--train-iters", "28")
+    # an iteration whose gradients overflow is skipped, and logs no loss or one of zero
+    taken = [loss for loss in losses.values() if loss]
+    assert len(taken) >= 8 and taken[-1] < taken[0] - 0.3
+
+
+NEED_CUDA = [
+    ({"distributed_backend": "nccl"}, "--distributed-backend nccl"),
+    ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine"),
+    ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-format"),
+    ({"enable_cuda_graph": True}, "--cuda-graph-impl"),
+    ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+    ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl"),
+    ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+    ({"cpu_offloading_num_layers": 1}, "--cpu-offloading-num-layers"),
+    ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
+    ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+    ({"tp_comm_overlap": True}, "--tp-comm-overlap"),
+    ({"nccl_ub": True}, "--use-nccl-ub"),
+    ({"use_sharp": True}, "--use-sharp"),
+    ({"moe_permute_fusion": True}, "--moe-permute-fusion"),
+    ({"moe_router_fusion": True}, "--moe-router-fusion"),
+    ({"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex"),
+    ({"moe_enable_deepep": True}, "--moe-token-dispatcher-type flex"),
+    ({"use_te_activation_func": True}, "--use-te-activation-func"),
+    ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
+    ({"fused_residual_rmsnorm": True}, "--fused-residual-rmsnorm"),
+    ({"symmetric_ar_type": "two_shot"}, "--symmetric-ar-type"),
+    ({"batch_invariant_mode": True}, "--batch-invariant-mode"),
+    ({"gpu_sniff_test_interval": 1}, "--gpu-sniff-test-interval"),
+    ({"record_memory_history": True}, "--record-memory-history"),
+    ({"profile": True}, "--profile"),
+]
+
+
+@pytest.mark.parametrize(("changes", "flag"), NEED_CUDA)
+def test_what_needs_cuda_is_refused_by_flag_without_it_alone(changes, flag, monkeypatch):
+    from megatron.core.extensions import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+    check(Settings(hgrn2_settings(**changes)))
+    monkeypatch.setattr(cpu, "installed", lambda: True)
+    with pytest.raises(UsageError, match=f"^{flag} does not work on a machine without CUDA: "):
+        check(Settings(hgrn2_settings(**changes)))
+
+
+def test_a_profile_of_the_cpu_is_pytorchs(monkeypatch):
+    monkeypatch.setattr(cpu, "installed", lambda: True)
+    check(Settings(hgrn2_settings(profile=True, use_pytorch_profiler=True)))
+
+
+def test_every_flag_that_needs_cuda_is_in_the_table_above():
+    assert [flag for _, flag, _ in cpu.NEEDS_CUDA] == list(dict.fromkeys(flag for _, flag in NEED_CUDA))
