@@ -14,6 +14,12 @@ class UsageError(ValueError):
     """A flag or a combination of flags that cannot train HGRN2; the message names the flag to change."""
 
 
+def stages_fit(pattern: str, num_stages: int) -> bool:
+    """Whether a HybridModel's pattern has no `|`, or has them for so many stages, or for virtual ones of these."""
+    segments = pattern.count(PIPE) + 1
+    return segments == 1 or (num_stages > 1 and segments % num_stages == 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class HGRN2Config:
     """The HGRN2 part of a model, independent of Megatron.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 
 from hgrn2_megatron import cpu
-from hgrn2_megatron.config import ATTENTION, EXPERTS, HGRN2Config, UsageError
+from hgrn2_megatron.config import ATTENTION, EXPERTS, PIPE, HGRN2Config, UsageError, stages_fit
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
 
@@ -56,6 +56,8 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     """
     hgrn2 = HGRN2Config.of_stack(settings) if stack else HGRN2Config.of(settings)
     _check_block(settings, hgrn2)
+    if stack:
+        _check_stages(settings)
     _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
     _check_cuda_graphs(settings, hgrn2)
     _check_packing(settings, hgrn2)
@@ -175,6 +177,17 @@ def _check_unsupported(s: Settings, table: tuple):
                 "--transformer-impl transformer_engine, but Transformer Engine cannot be imported: "
                 "install transformer-engine[pytorch], or give --transformer-impl local"
             )
+
+
+def _check_stages(s: Settings):
+    """The `|` of a HybridModel's pattern, of which Megatron would speak as of an interleaved schedule."""
+    stages = s.pipeline_model_parallel_size or 1
+    if not stages_fit(s.hybrid_layer_pattern, stages):
+        raise UsageError(
+            f"--hybrid-layer-pattern {s.hybrid_layer_pattern!r} has {s.hybrid_layer_pattern.count(PIPE) + 1} segments "
+            f"for --pipeline-model-parallel-size {stages}: write one segment a stage, or as many for each of them; "
+            "one stage takes no |"
+        )
 
 
 def _experts_wait_for_the_host(s: Settings) -> bool:

@@ -276,6 +276,18 @@ def test_blocks_of_a_hybrid_model_are_its_token_mixers(pattern, blocks):
     assert HGRN2Config.of_stack(stack_settings(hybrid_layer_pattern=pattern)).layer_pattern == blocks
 
 
+@pytest.mark.parametrize(
+    ("pattern", "stages", "fits"),
+    [("M-M-", 4, True), ("M-|M-", 2, True), ("M|-|M|-", 2, True), ("M-|M-", 1, False), ("M-|M|-", 2, False)],
+)
+def test_segments_of_a_hybrid_model_are_those_of_the_stages(pattern, stages, fits):
+    settings = Settings(stack_settings(hybrid_layer_pattern=pattern, pipeline_model_parallel_size=stages))
+    if fits:
+        return check(settings, stack=True)
+    with pytest.raises(UsageError, match=f"segments for --pipeline-model-parallel-size {stages}: "):
+        check(settings, stack=True)
+
+
 def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
     assert check(Settings(stack_settings()), stack=True) == []
     assert check(Settings(stack_settings(hybrid_layer_pattern="MEM-", num_experts=4)), stack=True) == []

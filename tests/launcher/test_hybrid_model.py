@@ -47,11 +47,59 @@ def test_a_resumed_run_may_divide_the_layers_among_stages(run, tmp_path):
     assert_continues(losses, run[0], tolerance=2e-6)
 
 
-def test_a_gpt_refuses_the_checkpoint_by_name(run):
-    done = launch(*HGRN2, "--num-layers", 4, "--load", run[2])
-    assert done.returncode != 0 and "iteration        5/" not in done.stdout
-    message = "--spec is hgrn2_megatron.spec hgrn2 here and hgrn2_megatron.spec hgrn2_stack in the checkpoint"
-    assert f"hgrn2_megatron: error: {message}" in done.stdout, done.stdout[-2000:]
+@pytest.fixture(scope="module")
+def stages(run, tmp_path_factory):
+    """A checkpoint of the run above after iteration 6, on two stages of two virtual ones each, as its pattern says."""
+    folder = tmp_path_factory.mktemp("stages")
+    stages = ("--pipeline-model-parallel-size", 2, "--hybrid-layer-pattern", "M-|M-|*-|M-")
+    files = ("--load", run[2], "--ckpt-step", 4, "--save", folder, "--save-interval", 6, "--exit-interval", 6)
+    train(*STACK, *stages, *files, script=OURS, num_processes=2)
+    return folder
+
+
+@pytest.mark.parametrize(("flags", "num_processes"), [((), 1), (("--pipeline-model-parallel-size", 2), 2)])
+def test_a_checkpoint_of_stages_says_what_model_it_is_to_any_number_of_them(flags, num_processes, run, stages):
+    files = ("--load", stages, "--ckpt-step", 6, "--use-checkpoint-args")
+    losses, output = train(*files, *flags, script=OURS, num_processes=num_processes)
+    assert "HGRN2: 3 of 4 layers, expand 32" in output
+    assert sorted(losses) == [7, 8] and abs(float(losses[7]) - float(run[0][7])) < 2e-6
+
+
+def test_stages_on_the_command_line_must_be_those_of_the_run():
+    done = launch(*STACK, "--hybrid-layer-pattern", "M-|M-|*-|M-", script=OURS)
+    message = "--hybrid-layer-pattern 'M-|M-|*-|M-' has 4 segments for --pipeline-model-parallel-size 1: "
+    assert done.returncode != 0 and f"hgrn2_megatron: error: {message}" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.fixture(scope="module")
+def gpt_checkpoint(tmp_path_factory):
+    """A checkpoint of the GPT form."""
+    folder = tmp_path_factory.mktemp("gpt")
+    model = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "HH*H")
+    train(*model, "--save", folder, "--save-interval", 2, "--exit-interval", 2)
+    return folder
+
+
+GPT_FORM = (("examples/pretrain_gpt.py", *HGRN2, "--num-layers", 4), "pretrain_gpt.py with --spec hgrn2 ")
+STACK_FORM = ((OURS, *STACK, *PATTERN), "pretrain_hybrid.py with --spec hgrn2_stack ")
+
+
+@pytest.mark.parametrize("flags", [(), ("--use-checkpoint-args",)])
+@pytest.mark.parametrize("theirs", ["gpt", "stack"])
+def test_a_checkpoint_of_the_other_form_is_refused_with_what_to_run_instead(theirs, flags, run, gpt_checkpoint):
+    ours, other, folder = (STACK_FORM, GPT_FORM, gpt_checkpoint) if theirs == "gpt" else (GPT_FORM, STACK_FORM, run[2])
+    (script, *model), (_, instead) = ours[0], other
+    done = launch(*model, "--load", folder, *flags, script=script)
+    errors = [line for line in done.stdout.splitlines() if "hgrn2_megatron: error: " in line]
+    assert done.returncode != 0 and len(errors) == 1, done.stdout[-2000:]
+    assert " in the checkpoint to load: " in errors[0] and f"run {instead}and --use-checkpoint-args" in errors[0]
+
+
+def test_the_advice_of_that_refusal_works(gpt_checkpoint):
+    # that of a HybridModel's checkpoint is the resumed run above
+    (script, *model), _ = GPT_FORM
+    losses, _ = train(*model, "--load", gpt_checkpoint, "--use-checkpoint-args", script=script)
+    assert sorted(losses) == list(range(3, 9))
 
 
 WITHOUT_LAUNCHER = """

@@ -59,7 +59,7 @@ def test_the_function_is_that_of_the_gpt_form(pattern, gpt, capsys):
         ({"hybrid_layer_pattern": "ME"}, "--num-experts"),
         ({"hybrid_layer_pattern": "M-", "hgrn2_layer_pattern": "H*"}, "--hgrn2-layer-pattern"),
         ({"hybrid_layer_pattern": "M-", "normalization": "LayerNorm"}, "--normalization"),
-        ({"hybrid_layer_pattern": "M-|M-"}, "2 segments for 1 pipeline chunks"),
+        ({"hybrid_layer_pattern": "M-|M-"}, "2 segments for --pipeline-model-parallel-size 1"),
     ],
 )
 def test_the_model_is_refused_when_it_is_built(config, message):
