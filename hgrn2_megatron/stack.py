@@ -6,6 +6,7 @@ import types
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
@@ -13,6 +14,13 @@ from hgrn2_megatron import requirements
 from hgrn2_megatron.block import banner, create_bounds, settle_graphs, share_bounds
 from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
+
+# what Megatron's router calls the losses that it logs, by --moe-router-load-balancing-type
+EXPERT_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
 
 
 class HGRN2Stack(HybridStack):
@@ -75,8 +83,23 @@ class HGRN2Stack(HybridStack):
             )
         self.hgrn2_bounds = create_bounds(self, hgrn2, num_blocks)
         share_bounds(self, _rows(pattern.replace(PIPE, ""), pp_layer_offset, len(own)))
+        _make_room_for_expert_losses(config)
         if pre_process:
             banner(config, hgrn2, num_blocks, warnings)
+
+
+def _make_room_for_expert_losses(config: TransformerConfig):
+    """Let every stage log the losses of experts with one value a layer, as stages with experts do.
+
+    Before 0.20 Megatron makes room for one value an E of the pattern where a stage has no experts, and its sum over
+    stages then waits forever.
+    """
+    if not config.num_moe_experts:
+        return
+    kinds = config.moe_router_load_balancing_type
+    names = [EXPERT_LOSSES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in EXPERT_LOSSES]
+    for name in (*names, "z_loss"):
+        get_moe_metrics_tracker().ensure_initialized(name, config.num_layers)
 
 
 def _rows(symbols: str, start: int, length: int) -> list[int]:

@@ -1,5 +1,7 @@
 """Megatron's HybridModel through the launcher: real runs, compared by losses with those of the GPT form."""
 
+import re
+
 import harness
 import pytest
 from training import FLAGS, HGRN2, assert_continues, launch, train
@@ -100,6 +102,36 @@ def test_the_advice_of_that_refusal_works(gpt_checkpoint):
     (script, *model), _ = GPT_FORM
     losses, _ = train(*model, "--load", gpt_checkpoint, "--use-checkpoint-args", script=script)
     assert sorted(losses) == list(range(3, 9))
+
+
+EXPERTS = ("--num-experts", 2, "--moe-aux-loss-coeff", 1e-2, "--moe-z-loss-coeff", 1e-3, "--train-iters", 4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind", "name"),
+    [
+        ("ME|M-", "aux_loss", "load_balancing_loss"),
+        ("M-|ME", "seq_aux_loss", "seq_load_balancing_loss"),
+        ("M-|M-|ME|M-", "global_aux_loss", "global_load_balancing_loss"),
+    ],
+)
+def test_a_stage_without_experts_logs_the_losses_of_those_of_others(pattern, kind, name, tmp_path):
+    """Megatron before 0.20 makes room for another number of values there, and the sum over stages never ends."""
+    experts = (*STACK, *EXPERTS, "--moe-router-load-balancing-type", kind)
+    stages = ("--pipeline-model-parallel-size", 2, "--distributed-timeout-minutes", 1)
+    logged = []
+    for layers, flags, num_processes in (
+        (pattern.replace("|", ""), ("--save", tmp_path, "--save-interval", 2), 1),
+        (pattern, ("--load", tmp_path, "--ckpt-step", 2, *stages), 2),
+    ):
+        model = (*experts, "--hybrid-layer-pattern", layers)
+        _, output = train(*model, *flags, script=OURS, num_processes=num_processes)
+        # the second line that a run logs would be the mean of two iterations
+        logged.append(re.findall(rf"iteration +3/.* (lm loss): (\S+) .* ({name}): (\S+) .*(z_loss): (\S+) ", output))
+    (one,), (two,) = logged
+    assert one[::2] == ("lm loss", name, "z_loss")
+    one, two = ([*map(float, line[1::2])] for line in (one, two))
+    assert all(one) and two == pytest.approx(one, rel=2e-5)
 
 
 WITHOUT_LAUNCHER = """
