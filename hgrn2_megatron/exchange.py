@@ -100,8 +100,11 @@ def chunk_hgrn2_of_moved(qfv: Tensor, lower_bound: Tensor | None, group: Process
     received = [moves.sizes[group.rank()]] * group.size()
     x = all_to_all(group, qfv[0], received, moves.sizes)[None]
     x = permute(x, moves.order, moves.inverse)
-    # a rank may have none
-    o = chunk_hgrn2_fused(x, lower_bound, cu_seqlens=moves.cu_seqlens)[0] if x.shape[1] else x[:, :, :, 0]
+    if x.shape[1]:
+        o = chunk_hgrn2_fused(x, lower_bound, cu_seqlens=moves.cu_seqlens)[0]
+    else:
+        # a rank may have no sequence, but its outputs depend on whatever the other ranks' do: the backward sends too
+        o = x[:, :, :, 0] if lower_bound is None else x[:, :, :, 0] + lower_bound.to(x.dtype)
     o = permute(o, moves.inverse, moves.order)
     return all_to_all(group, o[0], moves.sizes, received)[None]
 

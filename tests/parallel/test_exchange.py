@@ -113,3 +113,18 @@ def test_a_batch_is_cut_into_chunks_without_a_copy(monkeypatch):
     o = context_parallel.chunk_hgrn2_of_batch(qfv.transpose(0, 1), torch.rand(H, K), None)
     assert given[0].data_ptr() == qfv.data_ptr() and given[0].shape == (2, s // 2, b * H, 3, K)
     assert o.transpose(0, 1).is_contiguous() and torch.equal(o, qfv[..., 2, :].transpose(0, 1))
+
+
+def test_a_rank_without_a_whole_document_takes_part_in_the_backward():
+    from hgrn2_megatron.exchange import chunk_hgrn2_of_moved
+    from hgrn2_megatron.pieces import Moves
+
+    harness.start_megatron()
+    none = torch.zeros(0, dtype=torch.int64)
+    moves = Moves(none, none, sizes=[0], order=none, inverse=none, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    # what comes in needs no gradient, the bound does
+    bound = torch.rand(2, 16, requires_grad=True)
+    o = chunk_hgrn2_of_moved(torch.randn(1, 0, 2, 3, 16), bound, torch.distributed.group.WORLD, moves)
+    assert o.shape == (1, 0, 2, 16) and o.requires_grad
+    o.sum().backward()
+    assert torch.equal(bound.grad, torch.zeros(2, 16))
