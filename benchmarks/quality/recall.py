@@ -1,0 +1,79 @@
+"""Sequences of multi-query associative recall (MQAR), made on the device that trains on them.
+
+A sequence begins with pairs of a key and a value. Then each key comes once more, with gaps between them, and the model
+has to give the key's value there. All else is the filler token 0.
+
+Source: Arora et al., "Zoology", arXiv 2312.04927; its generator (HazyResearch/zoology, multiquery_ar) as the
+configuration of its Figure 2 calls it, with random_non_queries off.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# exponent of the gaps' power law, `power_a` in the original
+POWER = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The shape of a sequence: so many tokens, so many pairs of a key and a value.
+
+    Raises:
+        ValueError: the tokens do not hold the pairs and a place for each query.
+    """
+
+    length: int
+    pairs: int
+
+    def __post_init__(self):
+        if self.length % 2 or self.length < 4 * self.pairs:
+            raise ValueError(
+                f"a sequence of {self.length} tokens for {self.pairs} pairs: give an even length of at least "
+                f"{4 * self.pairs}, two tokens for a pair and two for its query"
+            )
+
+
+class Batch(NamedTuple):
+    """Sequences of one size.
+
+    Attributes:
+        tokens: [batch, length] int64.
+        queries: [batch, pairs] int64, where the queries are, in the order of the keys.
+        answers: [batch, pairs] int64, the value of each key.
+    """
+
+    tokens: Tensor
+    queries: Tensor
+    answers: Tensor
+
+
+def sequences(size: Size, count: int, vocab: int, generator: torch.Generator) -> Batch:
+    """Draw `count` sequences on the generator's device; nothing waits for the device.
+
+    Keys are tokens from 1 to vocab / 2 - 1 and values those from vocab / 2 on, all different within a sequence. The
+    places of the queries are drawn one after the other without repeating, place i (from 1) with weight i^(power - 1).
+
+    Raises:
+        ValueError: the vocabulary has fewer keys than a sequence has pairs.
+    """
+    half = vocab // 2
+    if half - 1 < size.pairs:
+        raise ValueError(f"a vocabulary of {vocab} has {half - 1} keys and a sequence {size.pairs}: give a larger one")
+    device, context = generator.device, 2 * size.pairs
+    keys = 1 + _distinct(count, half - 1, size.pairs, generator)
+    values = half + _distinct(count, half, size.pairs, generator)
+    places = torch.arange(1, (size.length - context) // 2 + 1, device=device)
+    # the smallest of exponential variables are what drawing without repeating gives, in its order
+    times = torch.empty(count, len(places), device=device).exponential_(generator=generator) / places ** (POWER - 1)
+    queries = context + 2 * times.topk(size.pairs, largest=False).indices
+    tokens = torch.zeros(count, size.length, dtype=torch.int64, device=device)
+    tokens[:, 0:context:2], tokens[:, 1:context:2] = keys, values
+    return Batch(tokens.scatter_(1, queries, keys), queries, values)
+
+
+def _distinct(count: int, choices: int, number: int, generator: torch.Generator) -> Tensor:
+    """[count, number] different numbers below `choices` in each row."""
+    return torch.rand(count, choices, generator=generator, device=generator.device).topk(number).indices

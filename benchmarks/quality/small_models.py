@@ -1,0 +1,212 @@
+"""Small models of Megatron's own code, several of them training side by side on one GPU.
+
+A step of each is a CUDA graph on a stream of its own, so that neither the host nor the size of its kernels decides how
+fast many small models train. On a CPU the same steps run one after the other.
+"""
+# ruff: noqa: E402
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from kinds import LAYERS, Kind
+from recall import Batch, Size, sequences
+
+# Megatron compiles a few functions for GPUs, which takes longer than these models train
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from hgrn2_megatron import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
+from hgrn2_megatron.spec import hgrn2
+
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# of attention; RoPE needs more than a few
+HEAD = 64
+WEIGHT_DECAY, CLIP = 0.1, 1.0
+# of the steps
+WARM_UP = 0.05
+
+
+def start():
+    """Set Megatron up for one process without torchrun; with gloo no thread of NCCL disturbs a capture."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    # this tracker does not look at the generator's state, which a capture does not allow
+    model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
+
+
+def build(kind: Kind, vocab: int, length: int, seed: int) -> GPTModel:
+    """A GPT of two layers as Megatron builds one, with its own (unfused) modules and tied embeddings."""
+    torch.manual_seed(seed)
+    settings = dict(
+        **BLOCK,
+        num_layers=LAYERS,
+        hidden_size=kind.width,
+        ffn_hidden_size=2 * kind.width,
+        num_attention_heads=max(1, kind.width // HEAD),
+        params_dtype=torch.float32,
+        bf16=ON_GPU,
+        transformer_impl="local",
+        # 0.02, the default, is for wide models: 1 over its root is what keeps the scale of a narrow one
+        init_method_std=kind.width**-0.5,
+        # the same draws on every device
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+    if kind.expand:
+        more = dict(hgrn2_expand_ratio=kind.expand, hgrn2_layer_pattern=kind.pattern)
+        config, spec = HGRN2TransformerConfig(**settings, **more), hgrn2
+    else:
+        config, spec = TransformerConfig(**settings), get_gpt_layer_local_spec(normalization="RMSNorm")
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=vocab,
+        max_sequence_length=length,
+        position_embedding_type="rope" if "*" in kind.pattern else "none",
+        share_embeddings_and_output_weights=True,
+    ).to("cuda")
+
+
+class Recaller:
+    """A model that is asked at the queries of a batch alone: its output layer sees nothing else."""
+
+    def __init__(self, model: GPTModel):
+        self.model = model
+        self.queries: Tensor | None = None
+        model.output_layer.register_forward_pre_hook(self._at_queries)
+
+    def _at_queries(self, layer, args: tuple) -> tuple:
+        """Of the hidden states [s, b, h] those at the queries: [pairs, b, h]."""
+        hidden, *rest = args
+        index = self.queries.t().unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(0, index), *rest
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[batch, pairs, vocab]"""
+        self.queries = batch.queries
+        return self.model(batch.tokens, None, None)
+
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The mean loss over the queries, the logits, and the gradient of each parameter."""
+        logits = self.logits(batch)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.answers.flatten())
+        return loss.detach(), logits.detach(), torch.autograd.grad(loss, list(self.model.parameters()))
+
+
+class Learner:
+    """A model and its AdamW, which keeps fp32 copies of the weights; weights of more than one dimension decay.
+
+    Args:
+        model: with fp32 weights, which become bf16 on a GPU.
+        lr: the highest learning rate; it rises over the first 5% of the steps and falls as a cosine to 0.
+        steps: of the whole training.
+        batches: an example of each size that will come.
+        graphs: whether steps are captured in CUDA graphs.
+    """
+
+    def __init__(self, model: GPTModel, lr: float, steps: int, batches: list[Batch], graphs: bool = ON_GPU):
+        self.masters = [p.detach().clone() for p in model.parameters()]
+        self.recaller, self.params = Recaller(model.to(DTYPE)), list(model.parameters())
+        self.peak, self.steps, self.step = lr, steps, 0
+        self.lr = torch.tensor(lr, device=self.masters[0].device)
+        matrices = [p for p in self.masters if p.dim() > 1]
+        vectors = [p for p in self.masters if p.dim() < 2]
+        groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True, capturable=graphs)
+        # step -> loss and accuracy
+        self.history = torch.zeros(steps, 2, device=self.lr.device)
+        self.stream = torch.cuda.Stream() if ON_GPU else None
+        self.graphs = self._capture(batches) if graphs else {}
+
+    def _update(self, batch: Batch) -> Tensor:
+        """One step of training: loss and accuracy, [2] fp32."""
+        loss, logits, gradients = self.recaller.gradients(batch)
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient.float()
+        torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.masters)
+        right = (logits.argmax(-1) == batch.answers).float().mean()
+        return torch.stack([loss, right])
+
+    def _capture(self, batches: list[Batch]) -> dict:
+        """Size of tokens -> graph, its batch, its result. The weights are as before."""
+        initial, graphs, pool = [p.clone() for p in self.masters], {}, torch.cuda.graph_pool_handle()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        for example in batches:
+            batch = Batch(*(x.clone() for x in example))
+            with torch.cuda.stream(self.stream):
+                for _ in range(2):
+                    self._update(batch)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # other learners' graphs have other streams, and run at the same time
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                result = self._update(batch)
+            graphs[batch.tokens.shape] = graph, batch, result
+        with torch.no_grad(), torch.cuda.stream(self.stream):
+            torch._foreach_copy_(self.masters, initial)
+            torch._foreach_copy_(self.params, initial)
+            for state in self.optimizer.state.values():
+                torch._foreach_zero_(list(state.values()))
+        torch.cuda.synchronize()
+        return graphs
+
+    def learn(self, batch: Batch):
+        """Take one step; on a GPU on this learner's stream, without waiting for it."""
+        if self.stream is None:
+            return self._learn(batch)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self._learn(batch)
+        for x in batch:
+            x.record_stream(self.stream)
+
+    def _learn(self, batch: Batch):
+        self.lr.fill_(self.peak * schedule(self.step, self.steps))
+        if self.graphs:
+            graph, own, result = self.graphs[batch.tokens.shape]
+            for mine, given in zip(own, batch, strict=True):
+                mine.copy_(given)
+            graph.replay()
+        else:
+            result = self._update(batch)
+        self.history[self.step].copy_(result)
+        self.step += 1
+
+    @torch.no_grad()
+    def accuracy(self, batches: list[Batch]) -> float:
+        """The share of queries whose answer the model finds most likely of the whole vocabulary."""
+        right = [(self.recaller.logits(batch).argmax(-1) == batch.answers).float().mean() for batch in batches]
+        return torch.stack(right).mean().item()
+
+
+def schedule(step: int, steps: int) -> float:
+    """The factor on the learning rate in step 0, 1, .. of so many."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def draw(size: Size, count: int, vocab: int, seed: int) -> Batch:
+    """Sequences that depend on nothing but these numbers and the kind of device."""
+    device = "cuda" if ON_GPU else "cpu"
+    return sequences(size, count, vocab, torch.Generator(device).manual_seed(seed))
