@@ -1,0 +1,190 @@
+"""Train one of six models alike through Megatron's loop, in pieces that continue from each other.
+
+    python benchmarks/quality/train.py MODEL --data data --out runs [--lr 1e-3] [--seed 1] [--minutes 9] [-- more flags]
+
+MODEL is attention, hgrn2, hybrid (HHH*), gdn (gated delta net), gdn-hybrid (three of four layers) or mamba2. All else
+is one list of flags: the block, the data and their order, the schedule. The GLU is as wide as makes the models' numbers
+of parameters equal, which is in the log. Call it again, and it continues from its last checkpoint, until it says that
+it is done; with --minutes it ends after so many. Each call's log is in runs/MODEL-lr-seed/, where draw.py reads it.
+The data are those of tokens.py.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.append(str(EXAMPLES))
+
+from training_log import LAUNCH, TrainingLog, bits, device_flags, run_lines  # noqa: E402
+
+BLOCK = (
+    "--normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu --hidden-dropout 0 "
+    "--attention-dropout 0 --position-embedding-type rope"
+)
+GDN = (
+    "--experimental-attention-variant gated_delta_net --linear-num-key-heads {heads} --linear-num-value-heads {heads} "
+    "--linear-key-head-dim {head} --linear-value-head-dim {head}"
+)
+MAMBA = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --mamba-num-groups 1"
+# name -> the flags that make the difference; `heads` and `head` are those of HGRN2 layers
+MODELS = {
+    "attention": "",
+    "hgrn2": "--spec hgrn2 --hgrn2-expand-ratio {head}",
+    "hybrid": "--spec hgrn2 --hgrn2-expand-ratio {head} --hgrn2-layer-pattern HHH*",
+    "gdn": f"{GDN} --linear-attention-freq {{layers}}",
+    "gdn-hybrid": f"{GDN} --linear-attention-freq 4",
+    "mamba2": f"{MAMBA} --hybrid-layer-pattern {{mamba}}",
+}
+# layers, hidden size, attention heads, expand ratio, sequence, micro-batch, batch, iterations, vocabulary's multiple
+SIZES = {
+    "125m": dict(layers=12, hidden=768, attention_heads=12, head=128, seq=2048, micro=16, batch=64, iterations=2400),
+    "tiny": dict(layers=4, hidden=64, attention_heads=2, head=32, seq=64, micro=8, batch=8, iterations=60),
+}
+TRAINING = "--lr-decay-style cosine --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0"
+
+
+def glu_width(model: str, hidden: int) -> int:
+    """The width of the channel mixer that gives a model's layers the parameters of attention's.
+
+    Attention and HGRN2 have 4 hidden^2 parameters a layer and a GLU of 8/3 of the hidden size. Gated delta net's mixer
+    of as many channels as the hidden size has 5 hidden^2, and Mamba2's, of twice as many, a state of 128 and heads
+    of 64, has 6 hidden^2 and 280 hidden or so; convolutions are left out of this count. What a mixer has more is
+    taken from the GLU, whose width multiplies 3 hidden.
+
+    Raises:
+        KeyError: another model.
+    """
+    wide = hidden * 8 // 3
+    more = {
+        "attention": 0,
+        "hgrn2": 0,
+        "hybrid": 0,
+        "gdn": hidden**2,
+        "gdn-hybrid": hidden**2 * 3 // 4,
+        "mamba2": 2 * hidden**2 + hidden * (2 * 128 + hidden // 32),
+    }[model]
+    # a multiple of 16, as tensor cores like it
+    return round((wide - more / (3 * hidden)) / 16) * 16
+
+
+def flags_of(model: str, size: str, data: Path, lr: float, seed: int, iterations: int | None) -> list[str]:
+    """Megatron's flags of a run, but for where its checkpoints are and when it ends."""
+    s = SIZES[size]
+    iterations = iterations or s["iterations"]
+    vocab = json.loads((data / "data.json").read_text())["vocab"]
+    pattern = "M-" * s["layers"]
+    difference = MODELS[model].format(
+        heads=s["hidden"] // s["head"], head=s["head"], layers=f"[1]*{s['layers']}", mamba=pattern
+    )
+    layers = "" if model == "mamba2" else f"--num-layers {s['layers']}"
+    shape = f"""
+        {layers} --hidden-size {s["hidden"]} --ffn-hidden-size {glu_width(model, s["hidden"])}
+        --num-attention-heads {s["attention_heads"]} --seq-length {s["seq"]} --max-position-embeddings {s["seq"]}
+        --micro-batch-size {s["micro"]} --global-batch-size {s["batch"]} --train-iters {iterations}
+        --lr {lr:g} --min-lr {lr / 10:g} --lr-warmup-iters {max(1, iterations // 20)} --seed {seed}
+        --eval-interval {max(1, iterations // 8)} --full-validation --multiple-validation-sets
+        --make-vocab-size-divisible-by 64 --vocab-size {vocab} --tokenizer-type NullTokenizer
+    """
+    paths = ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "heldout")]
+    return [*f"{difference} {BLOCK} {TRAINING} {shape}".split(), *paths]
+
+
+def logs(folder: Path) -> list[Path]:
+    """The logs of a run's pieces, in their order."""
+    return sorted(folder.glob("piece.*.log"), key=lambda path: int(path.suffixes[0][1:]))
+
+
+def merged(folder: Path, seq_length: int) -> TrainingLog:
+    """The numbers of all pieces of a run; an iteration that two of them have counts as the later one has it."""
+    whole = TrainingLog(seq_length=seq_length)
+    for path in logs(folder):
+        piece = TrainingLog(seq_length=seq_length)
+        for line in path.read_text(errors="replace").splitlines():
+            piece.read(line)
+        whole.losses |= piece.losses
+        whole.milliseconds |= piece.milliseconds
+        whole.heldout |= piece.heldout
+        whole.last, whole.batch = piece.last or whole.last, piece.batch or whole.batch
+        whole.parameters = piece.parameters or whole.parameters
+    return whole
+
+
+def train(args: argparse.Namespace) -> bool:
+    """Train a piece of a run; returns whether the run is done.
+
+    Raises:
+        ValueError: the folder has a run of other flags.
+        SystemExit: Megatron failed.
+    """
+    folder = args.out / f"{args.model}-{args.lr:g}-seed{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*flags_of(args.model, args.size, args.data, args.lr, args.seed, args.iterations), *device_flags()]
+    run = {
+        "model": args.model,
+        "size": args.size,
+        "lr": args.lr,
+        "seed": args.seed,
+        "seq_length": SIZES[args.size]["seq"],
+        "data": json.loads((args.data / "data.json").read_text()),
+        "flags": " ".join(flags),
+    }
+    about = folder / "run.json"
+    if about.exists() and json.loads(about.read_text()) != run:
+        raise ValueError(f"{folder} has a run of other flags or data: give another --out, or delete it")
+    about.write_text(json.dumps(run, indent=1) + "\n")
+    checkpoints = str(folder / "checkpoints")
+    flags += ["--save", checkpoints, "--load", checkpoints, "--save-interval", "1000000", "--log-interval", "1"]
+    if args.minutes:
+        flags += ["--exit-duration-in-mins", str(args.minutes)]
+    script = EXAMPLES / ("pretrain_hybrid.py" if args.model == "mamba2" else "pretrain_gpt.py")
+    log = folder / f"piece.{len(logs(folder))}.log"
+    piece = TrainingLog(seq_length=run["seq_length"])
+    for line in run_lines([sys.executable, *LAUNCH, str(script), *flags, *args.extra], log):
+        known = len(piece.heldout)
+        iteration = piece.read(line)
+        if line.startswith(("HGRN2", "hgrn2_megatron:")):
+            print(line, flush=True)
+        elif iteration and iteration % args.every == 0:
+            speed = piece.tokens_per_second(piece.milliseconds[iteration])
+            print(
+                f"{args.model} {iteration}/{piece.last}: {piece.losses[iteration]:.4f}, {speed:,.0f} tokens/s",
+                flush=True,
+            )
+        elif len(piece.heldout) > known:
+            at = max(piece.heldout)
+            print(f"{args.model} {at}/{piece.last}: held-out {bits_per_byte(piece.heldout[at], run):.4f} bits per byte")
+    whole = merged(folder, run["seq_length"])
+    return bool(whole.losses) and max(whole.losses) == whole.last and whole.last in whole.heldout
+
+
+def bits_per_byte(loss: float, run: dict) -> float:
+    """A held-out loss in nats per token as bits per byte of the held-out text."""
+    counts = run["data"]["heldout"]
+    return bits(loss) * counts["tokens"] / counts["bytes"]
+
+
+def main():
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="125m")
+    parser.add_argument("--lr", type=float, default=1e-3, help="the highest; it ends at a tenth")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and of the data's order")
+    parser.add_argument("--iterations", type=int, help="of the whole training, not of a piece")
+    parser.add_argument("--minutes", type=int, help="end after so many, with a checkpoint")
+    parser.add_argument("--every", type=int, default=50, help="iterations from one printed line to the next")
+    args = parser.parse_args(words[:end], argparse.Namespace(extra=words[end + 1 :]))
+    try:
+        done = train(args)
+    except ValueError as error:
+        parser.error(str(error))
+    print("done" if done else "not done: call it again")
+
+
+if __name__ == "__main__":
+    main()

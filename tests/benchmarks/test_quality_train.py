@@ -1,0 +1,108 @@
+"""Models trained alike on a small corpus, stopped and continued, and what is drawn of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
+SOURCES = sorted((FOLDER.parents[1] / "hgrn2_megatron").glob("*.py"))
+
+
+def call(script: str, *command) -> str:
+    done = harness.python(str(FOLDER / script), *map(str, command))
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """This package as a corpus, its shortest files held out."""
+    folder = tmp_path_factory.mktemp("quality")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.syspath_prepend(FOLDER)
+        texts = sorted((path.read_bytes() for path in SOURCES), key=len)
+        (folder / "heldout.txt").write_bytes(b"\0".join([*texts[1:4], b""]))
+        (folder / "train.txt").write_bytes(b"\0".join([*texts[4:], b""]))
+        call("tokens.py", folder, folder / "data", "--vocab", 512)
+        yield folder / "data"
+
+
+def test_tokens_give_the_text_back(data):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from tokenizers import Tokenizer
+
+    tokenizer, counts = Tokenizer.from_file(str(data / "tokenizer.json")), json.loads((data / "data.json").read_text())
+    # its documents are views of a file that is mapped while it lives
+    dataset = IndexedDataset(str(data / "heldout"))
+    documents = dataset[:]
+    assert all(document[-1] == 511 and (document[:-1] < 511).all() for document in documents)
+    texts = [tokenizer.decode(document[:-1].tolist()) for document in documents]
+    assert "\0".join([*texts, ""]).encode() == (data.parent / "heldout.txt").read_bytes()
+    assert counts["heldout"] == {
+        "documents": 3,
+        "bytes": sum(len(text.encode()) for text in texts),
+        "tokens": sum(map(len, documents)),
+    }
+
+
+def train(data, out, model, *more):
+    common = ("--size", "tiny", "--data", data, "--out", out, "--lr", "5e-3", "--iterations", 16, "--every", 4)
+    return call("train.py", model, *common, *more)
+
+
+def test_models_train_alike_and_are_drawn(data, tmp_path):
+    for model in ("attention", "hgrn2", "hybrid"):
+        assert train(data, tmp_path / "runs", model).endswith("done\n")
+    figures, image = tmp_path / "figures.json", tmp_path / "figures.png"
+    printed = call("draw.py", tmp_path / "runs", "--json", figures, "--picture", image)
+    runs = {run["model"]: run for run in json.loads(figures.read_text())["runs"]}
+    assert sorted(runs) == ["attention", "hgrn2", "hybrid"] and image.stat().st_size > 10_000
+    parameters = [run["parameters"] for run in runs.values()]
+    assert max(parameters) < 1.01 * min(parameters)
+    for run in runs.values():
+        assert run["done"] and run["tokens"] == 16 * 8 * 64
+        tokens, _, found = run["heldout"][-1]
+        # log2 of 512 tokens, of so many bytes each, is what a model that knows nothing needs
+        counts = run["data"]["heldout"]
+        assert tokens == run["tokens"] and found < 0.9 * 9 * counts["tokens"] / counts["bytes"]
+        assert f"**{found:.4f}**" in printed
+    # the first batch is the same, and no model knows anything of it
+    first = [run["training"][0][1] for run in runs.values()]
+    assert max(first) - min(first) < 0.1
+
+
+def test_a_run_goes_on_where_it_stopped(data, tmp_path):
+    whole = train(data, tmp_path / "whole", "hgrn2")
+    assert train(data, tmp_path / "pieces", "hgrn2", "--", "--exit-interval", 8).endswith("call it again\n")
+    assert train(data, tmp_path / "pieces", "hgrn2").endswith("done\n")
+    sys.path.append(str(FOLDER))
+    import draw
+
+    (one,), (two,) = draw.read_all(tmp_path / "whole"), draw.read_all(tmp_path / "pieces")
+    assert one["heldout"][-1][2] == two["heldout"][-1][2] and two["done"], whole
+    # a piece's second line is a mean of two, out of which its loss was taken
+    assert [loss for _, loss in two["training"]] == pytest.approx([loss for _, loss in one["training"]], abs=1e-4)
+    refused = harness.python(
+        str(FOLDER / "train.py"), "hgrn2", "--size", "tiny", "--data", str(data), "--out", str(tmp_path / "pieces"),
+        "--lr", "5e-3", "--iterations", "32",
+    )  # fmt: skip
+    assert refused.returncode and "other flags" in refused.stdout
+
+
+def test_glus_make_up_for_larger_mixers():
+    sys.path.append(str(FOLDER))
+    import train as quality
+
+    hidden = 768
+    assert quality.glu_width("attention", hidden) == quality.glu_width("hybrid", hidden) == 2048
+    of_attention = 4 * hidden**2 + 3 * hidden * 2048
+    # Megatron's Mamba2: z, x, B, C and dt of a projection, the output's, a convolution of 4 over x, B and C
+    mamba = hidden * (4 * hidden + 256 + 24) + 2 * hidden**2 + 4 * (2 * hidden + 256)
+    gdn = 5 * hidden**2 + hidden * 2 * 6 + 4 * 3 * hidden
+    for model, mixer in (("mamba2", mamba), ("gdn", gdn)):
+        layer = mixer + 3 * hidden * quality.glu_width(model, hidden)
+        assert layer == pytest.approx(of_attention, rel=5e-3)
