@@ -147,7 +147,7 @@ class Learner:
         return torch.stack([loss, right])
 
     def _capture(self, batches: list[Batch]) -> dict:
-        """Size of tokens -> graph, its batch, its result. The weights are as before."""
+        """Return, for each size of batches, a graph, its batch and its result. The weights are as before."""
         initial, graphs, pool = [p.clone() for p in self.masters], {}, torch.cuda.graph_pool_handle()
         self.stream.wait_stream(torch.cuda.current_stream())
         for example in batches:
@@ -160,7 +160,7 @@ class Learner:
             # other learners' graphs have other streams, and run at the same time
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 result = self._update(batch)
-            graphs[batch.tokens.shape] = graph, batch, result
+            graphs[_shapes(batch)] = graph, batch, result
         with torch.no_grad(), torch.cuda.stream(self.stream):
             torch._foreach_copy_(self.masters, initial)
             torch._foreach_copy_(self.params, initial)
@@ -182,7 +182,7 @@ class Learner:
     def _learn(self, batch: Batch):
         self.lr.fill_(self.peak * schedule(self.step, self.steps))
         if self.graphs:
-            graph, own, result = self.graphs[batch.tokens.shape]
+            graph, own, result = self.graphs[_shapes(batch)]
             for mine, given in zip(own, batch, strict=True):
                 mine.copy_(given)
             graph.replay()
@@ -196,6 +196,11 @@ class Learner:
         """The share of queries whose answer the model finds most likely of the whole vocabulary."""
         right = [(self.recaller.logits(batch).argmax(-1) == batch.answers).float().mean() for batch in batches]
         return torch.stack(right).mean().item()
+
+
+def _shapes(batch: Batch) -> tuple[torch.Size, ...]:
+    # as many tokens may hold more or fewer pairs
+    return tuple(x.shape for x in batch)
 
 
 def schedule(step: int, steps: int) -> float:
