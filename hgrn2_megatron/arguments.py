@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -70,10 +71,24 @@ class HGRN2TransformerConfig(TransformerConfig):
 
 
 def spec_of(argv: list[str]) -> list[str] | None:
-    """The words of `--spec` on a command line, None where it is not given."""
+    """The words of `--spec` on a command line, None where it is not given.
+
+    Raises:
+        UsageError: there is a YAML file too, and an HGRN2 model in either: Megatron then drops all other flags, and
+            takes no spec from the file.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--spec", nargs="*")
-    return parser.parse_known_args(argv)[0].spec
+    parser.add_argument("--yaml-cfg")
+    given = parser.parse_known_args(argv)[0]
+    if given.yaml_cfg is not None:
+        file = Path(given.yaml_cfg)
+        if is_hgrn2_spec(given.spec) or (file.is_file() and "hgrn2" in file.read_text()):
+            raise UsageError(
+                f"--yaml-cfg {given.yaml_cfg}: Megatron drops every flag beside a YAML file, takes no spec from it and "
+                "would train attention; give all flags on the command line"
+            )
+    return given.spec
 
 
 def full_spec(spec: list[str] | None) -> list[str] | None:

@@ -10,7 +10,7 @@ import megatron.core
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 
-from hgrn2_megatron import cpu
+from hgrn2_megatron import cpu, megatron_flags
 from hgrn2_megatron.config import ATTENTION, EXPERTS, PIPE, HGRN2Config, UsageError, stages_fit
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
@@ -49,7 +49,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
         stack: whether they are those of a HybridModel instead of a GPT.
 
     Returns:
-        Warnings: what trains, but cannot be exported as a published HGRN2 checkpoint.
+        Warnings: what trains, but cannot be exported as a published HGRN2 checkpoint, or does nothing.
 
     Raises:
         UsageError: naming the flag to change.
@@ -66,7 +66,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_loss(settings, stack)
     if cpu.installed():
         _refuse(settings, cpu.NEEDS_CUDA, "{} does not work on a machine without CUDA")
-    return _warnings(settings, hgrn2)
+    return _warnings(settings, hgrn2, stack)
 
 
 def _check_block(s: Settings, hgrn2: HGRN2Config):
@@ -106,7 +106,12 @@ UNSUPPORTED = (
     ),
     (lambda s: s.mtp_num_layers, "--mtp-num-layers", "drop it"),
     (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop it"),
-    (lambda s: s.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "drop it"),
+    (
+        lambda s: s.heterogeneous_layers_config_path or s.heterogeneous_layers_config_encoded_json,
+        "--heterogeneous-layers-config-path or --heterogeneous-layers-config-encoded-json",
+        "drop it",
+    ),
+    (lambda s: s.enable_mhc_connections, "--enable-mhc-connections", "drop it"),
     (
         lambda s: s.transformer_impl == "inference_optimized",
         "--transformer-impl inference_optimized",
@@ -353,7 +358,7 @@ def _check_loss(s: Settings, stack: bool):
     _refuse(s, NOT_WITH_CHUNKED_LOSS, "--hgrn2-loss-chunk-size does not go with {}")
 
 
-def _warnings(s: Settings, hgrn2: HGRN2Config) -> list[str]:
+def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
     warnings = []
     if s.layernorm_epsilon != PUBLISHED_BLOCK_EPS:
         warnings.append(f"--norm-epsilon is {s.layernorm_epsilon}; published HGRN2 models use {PUBLISHED_BLOCK_EPS}")
@@ -362,4 +367,7 @@ def _warnings(s: Settings, hgrn2: HGRN2Config) -> list[str]:
             f"--hgrn2-norm-eps is {hgrn2.norm_eps}; the published weight format has no place for another "
             f"than {PUBLISHED_MIXER_EPS}, so this model cannot be exported"
         )
+    idle = megatron_flags.without_effect(s, global_args(), ATTENTION in hgrn2.layer_pattern, stack)
+    if idle:
+        warnings.append(f"no effect in this model: {', '.join(idle)}; docs/flags.md says where each has one")
     return warnings

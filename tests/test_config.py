@@ -113,6 +113,8 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant"),
         ({"heterogeneous_layers_config_path": "x.json"}, "--heterogeneous-layers-config-path"),
+        ({"heterogeneous_layers_config_encoded_json": "{}"}, "--heterogeneous-layers-config-encoded-json"),
+        ({"enable_mhc_connections": True}, "--enable-mhc-connections"),
         ({"hybrid_layer_pattern": "M*"}, "--hybrid-layer-pattern"),
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl"),
         ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl transformer_engine .* local or full_iteration"),

@@ -19,6 +19,7 @@ ORDER = [
     "arguments",
     "stack",
     "requirements",
+    "megatron_flags",
     "block",
     "chunked_loss",
     "layer",

@@ -1,0 +1,219 @@
+"""What becomes of Megatron's flags of attention, Mamba and layers in an HGRN2 model: taken, refused, or without effect.
+
+docs/flags.md is the same table for people; requirements.py refuses. What a user gives without effect is said in one
+line.
+"""
+
+import argparse
+import dataclasses
+import enum
+import functools
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+
+class Effect(enum.Enum):
+    """Where a flag does something."""
+
+    EVERYWHERE = "taken"
+    ATTENTION = "taken by attention layers"
+    ATTENTION_OF_GPT = "taken by attention layers of a GPT"
+    GPT = "taken in a GPT"
+    NOWHERE = "no effect"
+    REFUSED = "refused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Flags that share an effect.
+
+    Attributes:
+        names: Megatron's attributes, of any supported release.
+        effect: where the flags do something.
+        what: of what they are, in words.
+    """
+
+    names: tuple[str, ...]
+    effect: Effect
+    what: str
+
+
+def _row(effect: Effect, what: str, names: str) -> Row:
+    return Row(tuple(names.split()), effect, what)
+
+
+TABLE = (
+    _row(
+        Effect.ATTENTION,
+        "heads of attention",
+        "group_query_attention num_query_groups kv_channels",
+    ),
+    _row(Effect.EVERYWHERE, "heads of attention; Megatron requires it", "num_attention_heads"),
+    _row(
+        Effect.ATTENTION,
+        "norms and clipping of queries and keys",
+        "qk_layernorm qk_l2_norm qk_clip qk_clip_alpha qk_clip_threshold apply_wd_to_qk_layernorm "
+        "log_max_attention_logit",
+    ),
+    _row(
+        Effect.ATTENTION,
+        "softmax, windows, output gate",
+        "softmax_type attention_softmax_in_fp32 apply_query_key_layer_scaling attention_dropout window_size "
+        "window_attn_skip_freq attention_output_gate mup_attn_scale_power mup_base_head_dim",
+    ),
+    _row(Effect.ATTENTION, "biases; refused without attention layers", "add_qkv_bias"),
+    _row(
+        Effect.ATTENTION,
+        "kernels of attention, its split of sequences, Muon's split of its projection",
+        "attention_backend flash_attention_version use_kitchen_attention kitchen_attention_backend flash_decode "
+        "cp_comm_type hierarchical_context_parallel_sizes muon_split_qkv",
+    ),
+    _row(
+        Effect.ATTENTION,
+        "rotary positions; learned_absolute and relative are refused",
+        "position_embedding_type use_rotary_position_embeddings rotary_base rotary_percent rotary_interleaved "
+        "rotary_seq_len_interpolation_factor no_rope_freq rotary_scaling_factor mscale mscale_all_dim "
+        "yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int",
+    ),
+    _row(
+        Effect.ATTENTION_OF_GPT,
+        "rotary positions that HybridModel does not know; mrope itself is refused there",
+        "use_rope_scaling rope_scaling_factor mrope_section",
+    ),
+    _row(
+        Effect.EVERYWHERE,
+        "positions by Megatron's own rules, fusions that do nothing without attention",
+        "max_position_embeddings add_position_embedding apply_rope_fusion masked_softmax_fusion",
+    ),
+    _row(
+        Effect.NOWHERE,
+        "attention that Megatron has no more, or positions that are refused",
+        "use_flash_attn relative_attention_num_buckets relative_attention_max_distance",
+    ),
+    _row(Effect.REFUSED, "latent attention", "multi_latent_attention"),
+    _row(
+        Effect.NOWHERE,
+        "details of latent attention",
+        "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim cache_mla_latents mla_down_proj_fusion "
+        "rope_type",
+    ),
+    _row(Effect.REFUSED, "sparse and linear attention", "experimental_attention_variant"),
+    _row(
+        Effect.NOWHERE,
+        "details of sparse attention",
+        "dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss "
+        "dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_kernel_backend dsa_indexer_rope_interleaved "
+        "dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32",
+    ),
+    _row(
+        Effect.NOWHERE,
+        "details of linear attention",
+        "linear_attention_freq linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
+        "linear_num_value_heads gdp_num_householder gdp_cutedsl_kernel gdp_num_chunk_states_to_recompute",
+    ),
+    _row(
+        Effect.NOWHERE,
+        "Mamba's layers, in whose place HGRN2's are",
+        "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path "
+        "mamba_training_ssm_states_dtype mamba_inference_conv_states_dtype "
+        "inference_dynamic_batching_prefix_caching_mamba_gb",
+    ),
+    _row(
+        Effect.EVERYWHERE,
+        "states in the dynamic engine; another dtype than fp32 is refused there",
+        "mamba_inference_ssm_states_dtype inference_dynamic_batching_mamba_memory_ratio",
+    ),
+    _row(
+        Effect.EVERYWHERE,
+        "depth, and how stages divide it",
+        "num_layers encoder_num_layers decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
+        "num_layers_per_virtual_pipeline_stage freeze_all_layers",
+    ),
+    _row(Effect.NOWHERE, "depth of T5's decoder", "decoder_num_layers"),
+    _row(Effect.GPT, "which layers have experts; in a HybridModel E says so", "moe_layer_freq"),
+    _row(
+        Effect.EVERYWHERE,
+        "layers of a HybridModel; refused in a GPT",
+        "hybrid_layer_pattern hybrid_override_pattern is_hybrid_model",
+    ),
+    _row(Effect.EVERYWHERE, "the model", "spec"),
+    _row(Effect.REFUSED, "flags in a YAML file, where Megatron reads no spec", "yaml_cfg"),
+    _row(
+        Effect.REFUSED,
+        "layers that differ from each other, or have several streams",
+        "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json enable_mhc_connections",
+    ),
+    _row(
+        Effect.NOWHERE,
+        "details of several streams",
+        "mhc_num_residual_streams mhc_sinkhorn_iterations mhc_init_gating_factor mhc_recompute_layer_num",
+    ),
+    _row(Effect.REFUSED, "multi-token prediction", "mtp_num_layers"),
+    _row(
+        Effect.NOWHERE,
+        "details of multi-token prediction",
+        "mtp_loss_scaling_factor mtp_use_repeated_layer mtp_hybrid_override_pattern mtp_standalone mtp_detach_heads "
+        "mtp_hsm",
+    ),
+    _row(Effect.REFUSED, "masks and positions of packed documents", "reset_attention_mask reset_position_ids"),
+    _row(
+        Effect.EVERYWHERE,
+        "no mask is made where you are silent",
+        "create_attention_mask_in_dataloader",
+    ),
+)
+
+# what Megatron makes of the names of dtypes while it validates
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@functools.cache
+def command_line() -> dict[str, argparse.Action]:
+    """Megatron's flags by the attribute that each sets, with the defaults that they have in this run."""
+    import megatron.training.arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    megatron.training.arguments.add_megatron_arguments(parser)
+    return {action.dest: action for action in parser._actions}
+
+
+def without_effect(settings: Any, args: argparse.Namespace | None, attention: bool, stack: bool) -> list[str]:
+    """The flags that are given and do nothing in this model, those that its defaults do not have.
+
+    Args:
+        settings: Megatron's TransformerConfig, or what has its attributes; read where there is no command line.
+        args: Megatron's; None where only megatron.core is used.
+        attention: whether the model has attention layers.
+        stack: whether it is a HybridModel.
+    """
+    taken = {Effect.EVERYWHERE, Effect.REFUSED}
+    taken |= {Effect.ATTENTION} if attention else set()
+    taken |= set() if stack else {Effect.GPT}
+    taken |= {Effect.ATTENTION_OF_GPT} if attention and not stack else set()
+    names = [name for row in TABLE if row.effect not in taken for name in row.names]
+    if args is None:
+        fields = TransformerConfig.__dataclass_fields__
+        given = [name for name in names if name in fields and _is_given(settings, name, fields[name].default)]
+        return [f"--{name.replace('_', '-')}" for name in given]
+    flags = command_line()
+    given = [name for name in names if name in flags and _is_given(args, name, flags[name].default)]
+    return [flags[name].option_strings[0] for name in given]
+
+
+def _is_given(settings: Any, name: str, default: Any) -> bool:
+    value = getattr(settings, name, None)
+    if value is None or value == default or isinstance(default, str) and value == DTYPES.get(default):
+        return False
+    match name:
+        # what Megatron, or the launcher, puts where nobody says anything
+        case "kv_channels":
+            return value != settings.hidden_size // settings.num_attention_heads
+        case "num_query_groups":
+            return value != settings.num_attention_heads
+        case "position_embedding_type":
+            return value != "none"
+        case "attention_dropout":
+            return value != 0
+    return True
