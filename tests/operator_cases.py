@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from hgrn2_kernels import combine_states
+
 CEILING = {torch.float64: 1e-11, torch.float32: 1e-5}
 NAMES = ("o", "final_state", "dq", "df", "dv", "dlower_bound", "dinitial_state")
 
@@ -90,3 +92,19 @@ def assert_equal(got, want, ceiling, lower_bound=None):
             a, b = a[keep], b[keep]
         assert a.isfinite().all(), name
         assert relative_error(a, b) <= ceiling, name
+
+
+def hand_on(chain: int):
+    """The pieces of a sequence follow each other here, `chain` of them."""
+
+    def start(state, log_decay, reverse):
+        assert state.shape[:3] == log_decay.shape[:3]
+        pieces = [x.unflatten(0, (-1, chain)).transpose(0, 1) for x in (state, log_decay)]
+        if reverse:
+            pieces = [x.flip(0) for x in pieces]
+        entering, _ = combine_states(*pieces)
+        if reverse:
+            entering = entering.flip(0)
+        return lambda: entering.transpose(0, 1).flatten(0, 1)
+
+    return start

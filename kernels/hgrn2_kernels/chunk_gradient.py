@@ -107,7 +107,7 @@ def chunk_gradient_kernel(
     # three pieces of code, as in chunk_output
     for FORM in tl.static_range(3):
         if form == FORM:
-            i_k, i_h, i_c = item % NK, item // NK % H, item // (NK * H)
+            i_k, i_h, i_c = item % NK, (item // NK % H).to(tl.int64), item // (NK * H)
             place = (item // NK).to(tl.int64)
             o_v = tl.arange(0, BV)
             i = tl.arange(0, C)[:, None]
@@ -137,7 +137,8 @@ def chunk_gradient_kernel(
             if FORM == FAST and AHEAD > 0 and FULL and K % BK == 0 and V == BV:
                 next_item = item + AHEAD
                 if next_item < tl.num_programs(0):
-                    next_k, next_h, next_c = next_item % NK, next_item // NK % H, next_item // (NK * H)
+                    next_k, next_c = next_item % NK, next_item // (NK * H)
+                    next_h = (next_item // NK % H).to(tl.int64)
                     next_b, next_t, _ = span(next_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
                     p_next = f + next_b * stride_fb + next_t.to(tl.int64) * stride_ft + next_h * stride_fh
                     prefetch_rows(p_next + next_k * BK, stride_ft, BK, C)
@@ -283,6 +284,6 @@ def chunk_gradient_kernel(
                 db = dg * share - k_dk * reciprocal(1.0 - b)[:, None]
                 if not FULL:
                     db = tl.where((tl.arange(0, C) < left)[None, :], db, 0.0)
-                p_db = dbound + (i_h * K + o_k).to(tl.int64) * NC + i_c
+                p_db = dbound + (i_h * K + o_k) * NC + i_c
                 tl.store(p_db, tl.where(b > 0, tl.sum(db, 1), 0.0), mask=o_k < K)
             return

@@ -92,7 +92,7 @@ def chunk_output_kernel(
             eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
             i = tl.arange(0, C)[:, None]
             j = tl.arange(0, C)[None, :]
-            i_c, i_h = item // H, item % H
+            i_c, i_h = item // H, (item % H).to(tl.int64)
             place = item.to(tl.int64)
             i_b, start, end = span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C, PACKED)
             t = start.to(tl.int64)

@@ -85,7 +85,7 @@ def chunk_state_kernel(
     pid = tl.program_id(0)
     i_v = pid % NV
     i_k = (pid // NV) % NK
-    i_h = (pid // (NV * NK)) % H
+    i_h = ((pid // (NV * NK)) % H).to(tl.int64)
     i_s = (pid // (NV * NK * H)).to(tl.int64)
     if TABLED:
         i_n = tl.load(segment_sequence + i_s).to(tl.int64)

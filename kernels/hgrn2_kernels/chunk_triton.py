@@ -17,6 +17,7 @@ from hgrn2_kernels.chunk_plan import Plan, strides, table
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
 from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.matrices import matrices
+from hgrn2_kernels.strides import dense_like, unit_stride
 
 # launches kept of each kernel: a program whose shapes change all the time makes new ones
 KEPT = 4096
@@ -70,15 +71,6 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
         run.output(do, dstates, dv, reverse=True)
         dbound = run.gradients(v, do, states, dstates, dq, df)
     return dq, df, dv, dbound, dinitial if wants_last else None
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def dense_like(x: Tensor) -> Tensor:
-    """A new tensor of x's shape, dense, with batch inside time where x has it so, and the last dimension innermost."""
-    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 class Launches:

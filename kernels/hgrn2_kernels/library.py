@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hgrn2_kernels.chunk_plan import Chunks, Config
-from hgrn2_kernels.chunk_triton import chunk_backward, chunk_forward, dense_like
+from hgrn2_kernels.chunk_triton import chunk_backward, chunk_forward
+from hgrn2_kernels.strides import dense_like
 
 _library = torch.library.Library("hgrn2", "DEF")
 _library.define(

@@ -3,8 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from hgrn2_kernels.chunk_triton import Launches, chunk_backward, unit_stride
+from hgrn2_kernels.chunk_triton import Launches, chunk_backward
 from hgrn2_kernels.gate import log_forget_backward
+from hgrn2_kernels.strides import unit_stride
 
 
 class SegmentStates(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from hgrn2_kernels.checks import check_chunk, check_kernels, split_fused
 from hgrn2_kernels.op import chunk_hgrn2_pytorch, implementation
 from hgrn2_kernels.segments import segment_states
+from hgrn2_kernels.strides import dense_like
 
 # (state [M, H, K, V], log_decay [M, H, K], reverse) -> a function that waits for what enters [M, H, K, V]
 HandOn = Callable[[Tensor, Tensor, bool], Callable[[], Tensor]]
@@ -121,7 +122,7 @@ class _Sharded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         qfv, lower_bound, entering = ctx.saved_tensors
-        dqfv = torch.empty_like(qfv)
+        dqfv = dense_like(qfv)
         dbound = _form(qfv).backward(do, *qfv.unbind(-2), lower_bound, entering, *ctx.options, into=dqfv.unbind(-2))
         return dqfv, dbound, None, None, None
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from hgrn2_kernels.chunk_triton import Launches, dense_like, unit_stride
+from hgrn2_kernels.chunk_triton import Launches
+from hgrn2_kernels.strides import dense_like, unit_stride
 
 
 def forward(q, f, v, lower_bound, hand_on, scale, pieces):

@@ -50,7 +50,7 @@ def step_kernel(
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_h = (pid // NV) % H
+    i_h = ((pid // NV) % H).to(tl.int64)
     i_n = (pid // (NV * H)).to(tl.int64)
     slot = i_n
     if SLOTTED:

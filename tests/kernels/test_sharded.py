@@ -2,36 +2,19 @@
 
 import pytest
 import torch
-from operator_cases import CEILING, GATES, bounds, relative_error
+from operator_cases import CEILING, GATES, bounds, hand_on, relative_error
 
 from hgrn2_kernels import (
     Ends,
     Pieces,
     chunk_hgrn2_sharded,
     chunk_plan,
-    combine_states,
     recurrent_hgrn2,
     sharded,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("o", "dqfv", "dlower_bound")
-
-
-def hand_on(chain: int):
-    """The pieces of a sequence follow each other here, `chain` of them."""
-
-    def start(state, log_decay, reverse):
-        assert state.shape[:3] == log_decay.shape[:3]
-        pieces = [x.unflatten(0, (-1, chain)).transpose(0, 1) for x in (state, log_decay)]
-        if reverse:
-            pieces = [x.flip(0) for x in pieces]
-        entering, _ = combine_states(*pieces)
-        if reverse:
-            entering = entering.flip(0)
-        return lambda: entering.transpose(0, 1).flatten(0, 1)
-
-    return start
 
 
 def make_inputs(B, T, H, K, gate="plain", bound="half-zero", dtype=torch.float64):

@@ -1,0 +1,168 @@
+"""Every stride of every kernel where an index times it passes 2^31, over memory that is reserved and hardly touched.
+
+An offset that wraps around in 32 bits stays inside that memory, where it finds zeros: the results are wrong, and the
+process lives.
+"""
+
+import functools
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from operator_cases import hand_on, make_inputs, relative_error
+
+import hgrn2_kernels
+from hgrn2_kernels import chunk_triton, segments_triton, sharded_triton, step_kernel
+from hgrn2_kernels.launch import Launch
+from hgrn2_kernels.strides import dense_like, unit_stride
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+K = 16
+# numbers below a tensor's first and above it, and how far apart the elements along an axis are
+ROOM, MARGIN = 2**31, 2**25
+# axis: a shape [B, T, H], and how far apart the elements along that axis are; along time, so
+# that the kernels take it as it is, and so far that they copy first
+AXES = {
+    "b": ((3, 5, 1), 2**30 + 64),
+    "t": ((1, 70, 1), 2**25 - 64),
+    "t-wide": ((1, 32, 1), 2**26 + 2**23),
+    "h": ((1, 5, 3), 2**30 + 64),
+    # of the step, which takes one token after the other
+    "t-step": ((1, 3, 1), 2**30 + 64),
+}
+
+
+def chunk(q, f, v, do, o, dq, df, dv):
+    b, first, dlast = others(q)
+    kept, last, _ = chunk_triton.chunk_forward(q, f, v, b, first, None, 1.0)
+    run = chunk_triton.Launches(*(unit_stride(x) for x in (q, f, v)), b, 1.0, None)
+    v_near = unit_stride(v)
+    run.output(v_near, run.states(v_near, first)[0], o)
+    *_, dbound, dfirst = chunk_triton.chunk_backward(do, dlast, q, f, v, b, first, None, 1.0, into=(dq, df, dv))
+    return kept, last, o, dq, df, dv, dbound, dfirst
+
+
+def step(q, f, v, state):
+    slots = torch.arange(len(q), device=q.device).flip(0)
+    return step_kernel.launch_step(q, f, v, others(q)[0], state, slots, 1.0), state
+
+
+def segments(f, v):
+    b, _, dstate = others(f)
+    leaves = [x.detach().requires_grad_() for x in (f, v, b)]
+    state, log_decay = segments_triton.SegmentStates.apply(*leaves, None)
+    return state, log_decay, *torch.autograd.grad((state, log_decay), leaves, (dstate, dstate[..., 0]))
+
+
+def sharded(qfv, do, dqfv):
+    b, *_ = others(do)
+    o, entering = sharded_triton.forward(*qfv.unbind(3), b, hand_on(1), 1.0, None)
+    dbound = sharded_triton.backward(do, *qfv.unbind(3), b, entering, hand_on(1), 1.0, None, dqfv.unbind(3))
+    return o, entering, dqfv, dbound
+
+
+def others(q):
+    """A bound, a state and the gradient of one."""
+    B, _, H, _ = q.shape
+    *_, b, first = make_inputs((B, 1, H, K, K), bound="half-zero", dtype=torch.float32)
+    return b.to(DEVICE), first.to(DEVICE), first.flip(0).contiguous().to(DEVICE)
+
+
+CASES = {
+    chunk: {
+        **dict.fromkeys(("q", "f", "v", "do"), ("b", "t", "t-wide", "h")),
+        **dict.fromkeys(("o", "dq", "df", "dv"), ("b", "t", "h")),
+    },
+    step: {**dict.fromkeys(("q", "f", "v"), ("b", "t-step", "h")), "state": ("b",)},
+    # the same kernels
+    segments: dict.fromkeys(("f", "v"), ("t-wide", "h")),
+    sharded: {**dict.fromkeys(("qfv", "do"), ("t-wide", "h")), "dqfv": ("h",)},
+}
+EACH = [(program, name, axis) for program, names in CASES.items() for name, axes in names.items() for axis in axes]
+
+
+def tensors(program, axis, dtype):
+    """Contiguous tensors of the program by name."""
+    (B, T, H), _ = AXES[axis]
+    torch.manual_seed(0)
+    shapes = {name: (B, T, H, K) for name in CASES[program]}
+    shapes |= {name: (B, T, H, 3, K) for name in ("qfv", "dqfv") if name in shapes}
+    given = {name: torch.randn(shape).to(DEVICE, dtype) for name, shape in shapes.items()}
+    return given | ({"state": torch.randn(B, H, K, K).to(DEVICE)} if "state" in given else {})
+
+
+@functools.cache
+def near(program, axis, dtype):
+    return program(**tensors(program, axis, dtype))
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    """Numbers of a dtype, which on the host take no memory before they are written: those of a file full of holes."""
+    kept = {}
+
+    def of(dtype):
+        if dtype not in kept:
+            kept.clear()
+            count = 2 * ROOM + MARGIN * 8
+            if DEVICE == "cuda":
+                kept[dtype] = torch.zeros(count, dtype=dtype, device=DEVICE)
+            else:
+                path = tmp_path_factory.mktemp("memory") / "holes"
+                kept[dtype] = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+        return kept[dtype]
+
+    yield of
+    kept.clear()
+
+
+def spread(x, axis, memory):
+    """x where the elements along an axis lie far apart, at a place from which wrapped offsets stay in the memory."""
+    stride = list(x.stride())
+    stride["bth".index(axis[0])] = AXES[axis][1]
+    far = memory(x.dtype).as_strided(x.shape, stride, ROOM + MARGIN)
+    far.copy_(x)
+    return far
+
+
+def far(program, name, axis, dtype, memory):
+    """Results of the program where one of its tensors is spread along an axis."""
+    given = tensors(program, axis, dtype)
+    return program(**(given | {name: spread(given[name], axis, memory)}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("program", "name", "axis"), EACH, ids=lambda x: getattr(x, "__name__", x))
+def test_elements_far_apart_are_as_good_as_near(program, name, axis, dtype, memory):
+    for got, want in zip(far(program, name, axis, dtype, memory), near(program, axis, dtype), strict=True):
+        assert relative_error(got, want) <= 1e-6
+
+
+def test_every_stride_of_every_kernel_is_tried(memory, monkeypatch):
+    tried = set()
+
+    def record(launch, *given):
+        numbers = dict(zip(launch.jitted.arg_names[len(given) :], launch.numbers, strict=True))
+        tried.update((launch.jitted.__name__, name) for name, x in numbers.items() if x == AXES[axis][1])
+
+    monkeypatch.setattr(Launch, "__call__", record)
+    for program, name, axis in EACH:
+        far(program, name, axis, torch.float32, memory)
+    assert tried == {(kernel.__name__, name) for kernel in kernels() for name in kernel.arg_names if "stride" in name}
+
+
+def test_what_the_kernels_write_lies_within_their_reach():
+    # so many short sequences side by side, as Megatron keeps activations, that 64 tokens are 2^31 numbers apart
+    x = torch.empty(32, 2**17, 4, 3, 64, dtype=torch.bfloat16, device="meta").transpose(0, 1)
+    assert x.stride(1) > 2**26 and dense_like(x).stride() == x.contiguous().stride()
+    assert dense_like(x[:2**10]).transpose(0, 1).is_contiguous()
+
+
+def kernels():
+    """Every kernel of the package."""
+    for module in pkgutil.iter_modules(hgrn2_kernels.__path__):
+        for name, x in vars(importlib.import_module(f"hgrn2_kernels.{module.name}")).items():
+            if name.endswith("_kernel") and hasattr(x, "arg_names"):
+                yield x
