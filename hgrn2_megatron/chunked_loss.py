@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.utils import VocabUtility
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from hgrn2_kernels.once import once_differentiable
 from hgrn2_megatron.config import UsageError
 
 
@@ -70,7 +71,7 @@ class LossLayer(ColumnParallelLinear):
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         labels = labels.transpose(0, 1)
-        losses = _ChunkedLoss.apply(
+        losses = _chunked_loss(
             hidden.flatten(0, 1),
             weight,
             labels.flatten(),
@@ -117,9 +118,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dlosses: Tensor):
-        hidden, weight, labels, maxima, sums = ctx.saved_tensors
+    @once_differentiable(
+        "the loss by chunks has no second derivative: leave create_graph out, or call the model without labels and "
+        "take torch's cross_entropy of its logits"
+    )
+    def backward(ctx, saved: tuple[Tensor, ...], dlosses: Tensor):
+        hidden, weight, labels, maxima, sums = saved
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(hidden), ctx.size):
@@ -134,6 +138,10 @@ class _ChunkedLoss(torch.autograd.Function):
             del dlogits
         dweight = dweight if dweight is None else _deliver(dweight, weight, ctx.main_grad)
         return dhidden, dweight, None, None, None, None, None
+
+
+# torch.compile breaks its graph here: what it traces no longer knows who asks for a second derivative
+_chunked_loss = torch.compiler.disable(_ChunkedLoss.apply)
 
 
 def _chunks(length: int, size: int) -> Iterator[slice]:

@@ -9,6 +9,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from hgrn2_kernels.once import once_differentiable
+
 
 def parameter_device(config: TransformerConfig) -> torch.device:
     """Where Megatron's own layers allocate a weight."""
@@ -54,7 +56,7 @@ class HiddenShardedRMSNorm(torch.nn.Module):
             return torch.nn.functional.rms_norm(x, (self.hidden_size,), self.weight, self.eps).to(x.dtype)
         # as rows: what is compiled for one length and batch is for all
         rows = x.reshape(-1, x.shape[-1])
-        return _ShardedRMSNorm.apply(rows, self.weight, self.hidden_size, self.eps, self.tp_group).view(x.shape)
+        return _sharded_rms_norm(rows, self.weight, self.hidden_size, self.eps, self.tp_group).view(x.shape)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Megatron's distributed checkpoint entry: `weight`, sharded over TP on axis 0."""
@@ -78,21 +80,29 @@ class _ShardedRMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, hidden_size, eps, group):
         ctx.hidden_size, ctx.group = hidden_size, group
         # what needs gradients and what does not would be compiled apart
-        x, weight = x.detach(), weight.detach()
-        square_sum = _square_sum(x)
+        rows, gain = x.detach(), weight.detach()
+        square_sum = _square_sum(rows)
         torch.distributed.all_reduce(square_sum, group=group)
-        normed, scale = _normalize(x, weight, square_sum, hidden_size, eps)
+        normed, scale = _normalize(rows, gain, square_sum, hidden_size, eps)
         ctx.save_for_backward(x, weight, scale)
         return normed
 
     @staticmethod
-    def backward(ctx, dy):
-        x, weight, scale = ctx.saved_tensors
+    @once_differentiable(
+        "HGRN2's norm over tensor parallel ranks has no second derivative: leave create_graph out, or run with "
+        "--tensor-model-parallel-size 1"
+    )
+    def backward(ctx, saved, dy):
+        x, weight, scale = (x.detach() for x in saved)
         # every rank's output depends on the sum of squares, so its gradient is summed over the ranks as well
         shared = _gradient_of_scale(x, weight, scale, dy)
         torch.distributed.all_reduce(shared, group=ctx.group)
         dx, dweight = _gradients(x, weight, scale, dy, shared, ctx.hidden_size)
         return dx, dweight, None, None, None
+
+
+# torch.compile breaks its graph here: PyTorch 2.11 would trace the function and lose its gradients without a word
+_sharded_rms_norm = torch.compiler.disable(_ShardedRMSNorm.apply)
 
 
 def _wide(x: Tensor) -> Tensor:

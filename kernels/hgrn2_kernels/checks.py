@@ -63,13 +63,12 @@ def borders_on_host(cu_seqlens, T: int) -> list[int]:
     """The values of cu_seqlens, checked.
 
     Raises:
-        ValueError: they do not go from 0 to T without decreasing.
+        ValueError: they do not go from 0 to at most T without decreasing.
     """
     borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != T or borders != sorted(borders):
+    if borders[0] != 0 or borders[-1] > T or borders != sorted(borders):
         raise ValueError(
-            f"cu_seqlens must go from 0 to T = {T} without decreasing, got {borders}: "
-            "pass cumulative lengths, and make padding at the end a sequence of its own"
+            f"cu_seqlens must go from 0 to at most T = {T} without decreasing, got {borders}: pass cumulative lengths"
         )
     return borders
 
@@ -101,7 +100,7 @@ def check_cu_seqlens(cu_seqlens, q):
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}: convert it with .int()")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens must be [N + 1], got {shape_of(cu_seqlens)}: 0, .., T")
+        raise ValueError(f"cu_seqlens must be [N + 1], got {shape_of(cu_seqlens)}: 0 and the end of each sequence")
 
 
 def check_like_state(name, x, shape, q):

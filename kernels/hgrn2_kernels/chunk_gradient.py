@@ -15,6 +15,7 @@ from hgrn2_kernels.triton_math import (
     LARGEST,
     LARGEST_FP32,
     LOG2E,
+    behind,
     channels,
     column,
     dot,
@@ -287,3 +288,11 @@ def chunk_gradient_kernel(
                 p_db = dbound + (i_h * K + o_k) * NC + i_c
                 tl.store(p_db, tl.where(b > 0, tl.sum(db, 1), 0.0), mask=o_k < K)
             return
+    if PACKED:
+        # behind the last sequence
+        o_k = item % NK * BK + tl.arange(0, BK)
+        start = behind(item // (NK * H), cu_seqlens, chunk_sequence, chunk_first, C)
+        t, i_h = start.to(tl.int64), (item // NK % H).to(tl.int64)
+        none = tl.zeros([C, BK], dq.dtype.element_ty)
+        store_tokens(dq + t * stride_dqt + i_h * stride_dqh, stride_dqt, o_k, T - start, none, K, BK, C, FULL)
+        store_tokens(df + t * stride_dft + i_h * stride_dfh, stride_dft, o_k, T - start, none, K, BK, C, FULL)

@@ -15,6 +15,7 @@ from hgrn2_kernels.triton_math import (
     BANDED,
     EXACT,
     FAST,
+    behind,
     channels,
     dot,
     exp2,
@@ -172,3 +173,9 @@ def chunk_output_kernel(
             p_o = o + i_b * stride_ob + t * stride_ot + i_h * stride_oh
             store_tokens(p_o, stride_ot, o_v, left, out.to(o.dtype.element_ty), V, BV, C, FULL)
             return
+    if PACKED:
+        # behind the last sequence
+        o_v = tl.arange(0, BV)
+        start = behind(item // H, cu_seqlens, chunk_sequence, chunk_first, C)
+        p_o = o + start.to(tl.int64) * stride_ot + (item % H).to(tl.int64) * stride_oh
+        store_tokens(p_o, stride_ot, o_v, T - start, tl.zeros([C, BV], o.dtype.element_ty), V, BV, C, FULL)

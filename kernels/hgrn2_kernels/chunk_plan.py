@@ -96,7 +96,10 @@ class Chunks:
     @classmethod
     def of(cls, B: int, T: int, N: int | None, C: int) -> "Chunks":
         """Chunks of C tokens of B rows, or of N sequences packed in one."""
-        return cls(B, B * -(-T // C), T, -(-T // C)) if N is None else cls(N, T // C + N, T, 0)
+        if N is None:
+            return cls(B, B * -(-T // C), T, -(-T // C))
+        # what lies behind the last sequence takes chunks like one more; a part is cut short by C - 1 tokens at most
+        return cls(N, N + 1 + (T - N - 1) // C, T, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +144,12 @@ class Segments:
 def table(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
     """For pieces of `size` tokens: the sequence of each piece [count], and the first piece of each sequence [N + 1].
 
-    int32, made on the device; pieces beyond the last belong to the last sequence, and start after its end.
+    int32, made on the device; pieces beyond the last sequence's belong to number N, and start where it would.
     """
     counts = (cu_seqlens.diff() + size - 1) // size
     first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     place = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
-    sequence = torch.searchsorted(first[1:], place, right=True).clamp_(max=len(counts) - 1).to(torch.int32)
+    sequence = torch.searchsorted(first[1:], place, right=True, out_int32=True)
     return sequence, first
 
 

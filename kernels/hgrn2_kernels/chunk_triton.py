@@ -81,7 +81,7 @@ class Launches:
         N = cu_seqlens.shape[0] - 1 if packed else None
         self.plan = plan = Plan.of(q, f, v, lower_bound is not None, scale, N)
         if bands is None:
-            # packed sequences may leave chunks over, whose flags nobody writes
+            # packed sequences may leave chunks over, whose flags nobody writes: there, the others write zeros
             flags = q.new_zeros if packed else q.new_empty
             bands = flags((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
         self.bands = bands
@@ -97,7 +97,9 @@ class Launches:
             self.chunk_sequence, self.chunk_first = table(cu_seqlens, plan.config.C, plan.chunks.NC)
         if plan.segments.tabled:
             size = plan.config.C * plan.segments.length
-            self.segment_sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
+            sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
+            # a segment beyond the last is one of the last sequence, and starts after its end
+            self.segment_sequence = sequence.clamp_(max=N - 1)
 
     def states(
         self,

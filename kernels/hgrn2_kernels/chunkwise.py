@@ -19,11 +19,13 @@ All factors lie in [0, 1], and a gate's gradient sums exactly the terms that hol
 cancels, nothing is divided by, and a gate that closes completely is an ordinary zero.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hgrn2_kernels.checks import borders_on_host
 from hgrn2_kernels.gate import forget_gate, forget_gate_backward
 
 # a power of two; on two CPU cores 32 and 64 take the same time and 16 and 128 more, and the larger of the two
@@ -31,73 +33,67 @@ from hgrn2_kernels.gate import forget_gate, forget_gate_backward
 CHUNK_SIZE = 64
 
 
-class ChunkHGRN2(torch.autograd.Function):
-    """The operator as one autograd node: saves only its inputs and recomputes the rest in the backward."""
+def forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
+    """o and the final state. Arguments as in `chunk_hgrn2`."""
+    with torch.autocast(q.device.type, enabled=False):
+        chunks, K, V = ChunkLayout(q, cu_seqlens), q.shape[-1], v.shape[-1]
+        qc, kc, forget = _activate(chunks, q, f, lower_bound, scale)
+        vc = chunks.split(v)
+        h = chunks.split_states(initial_state, K, V)
+        scores, total = _scores(qc, kc, forget)
+        o = torch.bmm(scores, vc)
+        for active, rows in chunks.steps:
+            o[rows].baddbmm_(qc[rows], h[:active])
+            h[:active].mul_(total[rows]).baddbmm_(kc[rows].mT, vc[rows])
+        return chunks.join(o, v.dtype), chunks.join_states(h)
 
-    @staticmethod
-    def forward(ctx, q, f, v, lower_bound, initial_state, scale, borders):
-        """Arguments as in `chunk_hgrn2`; borders is cu_seqlens as a list. Returns o and the final state."""
-        ctx.save_for_backward(q, f, v, lower_bound, initial_state)
-        ctx.scale, ctx.borders = scale, borders
-        with torch.autocast(q.device.type, enabled=False):
-            chunks, K, V = ChunkLayout(q, borders), q.shape[-1], v.shape[-1]
-            qc, kc, forget = _activate(chunks, q, f, lower_bound, scale)
-            vc = chunks.split(v)
-            h = chunks.split_states(initial_state, K, V)
-            scores, total = _scores(qc, kc, forget)
-            o = torch.bmm(scores, vc)
-            for active, rows in chunks.steps:
-                o[rows].baddbmm_(qc[rows], h[:active])
-                h[:active].mul_(total[rows]).baddbmm_(kc[rows].mT, vc[rows])
-            return chunks.join(o, v.dtype), chunks.join_states(h)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dht):
-        q, f, v, lower_bound, initial_state = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            chunks, K, V = ChunkLayout(q, ctx.borders), q.shape[-1], v.shape[-1]
-            # q and k before the gates of other tokens are multiplied in
-            q_own, k_own, forget = _activate(chunks, q, f, lower_bound, ctx.scale)
-            qc, kc = q_own.clone(), k_own.clone()
-            vc, do = chunks.split(v), chunks.split(do)
-            levels = []
-            scores, total = _scores(qc, kc, forget, levels)
+def backward(do, dht, q, f, v, lower_bound, initial_state, cu_seqlens, scale):
+    """Gradients of q, f, v, lower_bound and the initial state, None for what is not there.
 
-            h = chunks.split_states(initial_state, K, V)
-            h_in = h.new_empty(len(qc), *h.shape[1:])
-            for active, rows in chunks.steps:
-                h_in[rows] = h[:active]
-                h[:active].mul_(total[rows]).baddbmm_(kc[rows].mT, vc[rows])
+    Of the forward its inputs are enough; the rest is computed again.
 
-            dscores = torch.bmm(do, vc.mT)
-            dv = torch.bmm(scores.mT, do)
-            dq = torch.bmm(do, h_in.mT)
-            dk = torch.empty_like(dq)
-            dh = chunks.split_states(dht, K, V)
-            for active, rows in reversed(chunks.steps):
-                dk[rows] = torch.bmm(vc[rows], dh[:active].mT)
-                dv[rows].baddbmm_(kc[rows], dh[:active])
-                h_in[rows] *= dh[:active]
-                dh[:active].mul_(total[rows]).baddbmm_(qc[rows].mT, do[rows])
-            # h_in has become h_in * dh: the total of a chunk scales the state that enters it
-            dtotal = h_in.sum(-1)
+    Args:
+        do: [B, T, H, V] dtype of v, gradient of o.
+        dht: [N, H, K, V], of the final state.
+        q, f, v, lower_bound, initial_state, cu_seqlens, scale: of the forward.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        chunks, K, V = ChunkLayout(q, cu_seqlens), q.shape[-1], v.shape[-1]
+        # q and k before the gates of other tokens are multiplied in
+        q_own, k_own, forget = _activate(chunks, q, f, lower_bound, scale)
+        qc, kc = q_own.clone(), k_own.clone()
+        vc, do = chunks.split(v), chunks.split(do)
+        levels = []
+        scores, total = _scores(qc, kc, forget, levels)
 
-            dforget = _scores_backward(levels, dscores, dq, dk, dtotal)
-            dself = dscores.diagonal(dim1=1, dim2=2)[..., None]
-            dforget.addcmul_(dq, q_own)
-            dq.mul_(forget).addcmul_(dself, k_own)
-            dk.addcmul_(dself, q_own)
-            dq, df, db = _activate_backward(chunks, q, f, lower_bound, ctx.scale, dq, dk, dforget)
-            return (
-                chunks.join(dq, q.dtype),
-                chunks.join(df, f.dtype),
-                chunks.join(dv, v.dtype),
-                db,
-                None if initial_state is None else chunks.join_states(dh),
-                None,
-                None,
-            )
+        h = chunks.split_states(initial_state, K, V)
+        h_in = h.new_empty(len(qc), *h.shape[1:])
+        for active, rows in chunks.steps:
+            h_in[rows] = h[:active]
+            h[:active].mul_(total[rows]).baddbmm_(kc[rows].mT, vc[rows])
+
+        dscores = torch.bmm(do, vc.mT)
+        dv = torch.bmm(scores.mT, do)
+        dq = torch.bmm(do, h_in.mT)
+        dk = torch.empty_like(dq)
+        dh = chunks.split_states(dht, K, V)
+        for active, rows in reversed(chunks.steps):
+            dk[rows] = torch.bmm(vc[rows], dh[:active].mT)
+            dv[rows].baddbmm_(kc[rows], dh[:active])
+            h_in[rows] *= dh[:active]
+            dh[:active].mul_(total[rows]).baddbmm_(qc[rows].mT, do[rows])
+        # h_in has become h_in * dh: the total of a chunk scales the state that enters it
+        dtotal = h_in.sum(-1)
+
+        dforget = _scores_backward(levels, dscores, dq, dk, dtotal)
+        dself = dscores.diagonal(dim1=1, dim2=2)[..., None]
+        dforget.addcmul_(dq, q_own)
+        dq.mul_(forget).addcmul_(dself, k_own)
+        dk.addcmul_(dself, q_own)
+        dq, df, db = _activate_backward(chunks, q, f, lower_bound, scale, dq, dk, dforget)
+        dinitial = None if initial_state is None else chunks.join_states(dh)
+        return *(chunks.join(x, q.dtype) for x in (dq, df, dv)), db, dinitial
 
 
 def _activate(chunks, q, f, lower_bound, scale):
@@ -210,16 +206,19 @@ class ChunkLayout:
 
     Attributes:
         H: heads.
+        end: tokens of a row that are in a sequence. Those behind it go into no chunk, and come back as zeros.
         steps: per n, how many (sequence, head) states take part, and the slice of their rows among the M.
     """
 
-    def __init__(self, x: Tensor, borders: list[int] | None):
+    def __init__(self, x: Tensor, cu_seqlens: Tensor | None):
         self.B, self.T, self.H, _ = x.shape
         self.device = x.device
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        packed = borders is not None
-        lengths = [b - a for a, b in zip(borders, borders[1:], strict=False)] if packed else [self.T] * self.B
-        self.C = min(CHUNK_SIZE, 1 << (max(lengths) - 1).bit_length())
+        packed = cu_seqlens is not None
+        borders = borders_on_host(cu_seqlens, self.T) if packed else [0, self.T]
+        lengths = [b - a for a, b in itertools.pairwise(borders)] * self.B
+        self.end = borders[-1]
+        self.C = min(CHUNK_SIZE, 1 << max(0, max(lengths) - 1).bit_length())
         self.N = len(lengths)
         counts = [-(-length // self.C) for length in lengths]
         order = sorted(range(self.N), key=lambda i: -counts[i])
@@ -235,9 +234,9 @@ class ChunkLayout:
 
         self.order = self.chunk = None
         if packed:
-            order, lengths, first = (torch.tensor(y) for y in (order, lengths, first))
+            order, lengths, first = (torch.tensor(y, dtype=torch.int64) for y in (order, lengths, first))
             rank = order.argsort()
-            position = torch.arange(self.T) - torch.repeat_interleave(torch.tensor(borders[:-1]), lengths)
+            position = torch.arange(self.end) - torch.repeat_interleave(torch.tensor(borders[:-1]), lengths)
             chunk = first[position // self.C] + torch.repeat_interleave(rank, lengths)
             self.order, self.rank = order.to(x.device), rank.to(x.device)
             self.chunk, self.row = chunk.to(x.device), (position % self.C).to(x.device)
@@ -247,7 +246,7 @@ class ChunkLayout:
         D = x.shape[-1]
         if self.chunk is not None:
             out = x.new_full((self.NC, self.H, self.C, D), padding, dtype=self.dtype)
-            out.transpose(1, 2)[self.chunk, self.row] = x[0].to(self.dtype)
+            out.transpose(1, 2)[self.chunk, self.row] = x[0, : self.end].to(self.dtype)
         else:
             out = x.new_empty(self.NC, self.H, self.C, D, dtype=self.dtype)
             if self.T % self.C:
@@ -259,7 +258,8 @@ class ChunkLayout:
         """Copy chunks x: [M, C, D] back to tokens [B, T, H, D]."""
         x = x.unflatten(0, (self.NC, self.H))
         if self.chunk is not None:
-            return x.transpose(1, 2)[self.chunk, self.row].to(dtype)[None]
+            x = x.transpose(1, 2)[self.chunk, self.row].to(dtype)[None]
+            return F.pad(x, (0, 0, 0, 0, 0, self.T - self.end)) if self.end < self.T else x
         out = x.new_empty(self.B, self.NC // self.B, self.C, self.H, x.shape[-1], dtype=dtype)
         out.copy_(self._by_sequence(x))
         return out.flatten(1, 2)[:, : self.T].contiguous()

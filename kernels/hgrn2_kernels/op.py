@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from hgrn2_kernels.checks import borders_on_host, check_chunk, check_kernels, split_fused
-from hgrn2_kernels.chunkwise import ChunkHGRN2
+from hgrn2_kernels import library
+from hgrn2_kernels.checks import check_chunk, check_kernels, split_fused
 
 
 def implementation(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -24,7 +24,7 @@ def chunk_hgrn2(
     cu_seqlens: Tensor | None = None,
     save_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The HGRN2 token mixer between its projections, differentiable and exact for gates of any strength.
+    """The HGRN2 token mixer between its projections, differentiable (once) and exact for gates of any strength.
 
     Per head, with b the lower bound:
 
@@ -52,8 +52,9 @@ def chunk_hgrn2(
         initial_state: [N, H, K, V] fp32 (fp64 with fp64 inputs), state before the first token of each
             sequence, N being B or the number of packed sequences; zeros when None.
         output_final_state: whether to return the state after the last token of each sequence.
-        cu_seqlens: [N + 1] int32, borders of sequences packed along T: from 0 to T, not decreasing. B must
-            be 1; sequences may be empty. Values are checked where PyTorch runs, and not by the kernels.
+        cu_seqlens: [N + 1] int32, borders of sequences packed along T: from 0 to at most T, not decreasing. B must
+            be 1; sequences may be empty. Tokens behind the last border are padding: whatever they hold, their outputs
+            and gradients are 0. Values are checked where PyTorch runs, and not by the kernels.
         save_states: keep the states between chunks for the backward, which on a GPU is a little faster then: a bf16
             number for each (token, head, channel of K, channel of V) / 64, fp32 and / 32 for fp32 inputs. Without
             effect where PyTorch runs.
@@ -65,6 +66,7 @@ def chunk_hgrn2(
 
     Raises:
         ValueError: on shapes, dtypes, devices or borders other than these, or where the kernels cannot run.
+        NotImplementedError: where a gradient is differentiated again; `recurrent_hgrn2` has second derivatives.
 
     Source:
         Qin et al., HGRN2, arXiv 2404.07904; raw projections and scale as in the published weights,
@@ -75,9 +77,6 @@ def chunk_hgrn2(
         return _pytorch(q, f, v, lower_bound, scale, initial_state, output_final_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_kernels(q, v, scale)
-    # a CPU needs no triton
-    from hgrn2_kernels import library
-
     return library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
 
 
@@ -112,8 +111,6 @@ def chunk_hgrn2_fused(
     check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_kernels(q, v, scale)
-    from hgrn2_kernels import library
-
     return library.chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
 
 
@@ -134,7 +131,7 @@ def chunk_hgrn2_pytorch(
 
 
 def _pytorch(q, f, v, lower_bound, scale, initial_state, output_final_state, cu_seqlens):
-    borders = None if cu_seqlens is None else borders_on_host(cu_seqlens, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, final_state = ChunkHGRN2.apply(q, f, v, lower_bound, initial_state, scale, borders)
-    return o, final_state if output_final_state else None
+    return library.chunk(
+        q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states=False, kernels=False
+    )

@@ -40,7 +40,10 @@ def recurrent_hgrn2(
         o, h = _one_sequence(q[b, span], f[b, span], v[b, span], lower_bound, scale, h)
         outputs.append(o)
         states.append(h)
-    o = torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
+    if cu_seqlens is None:
+        o = torch.stack(outputs)
+    else:
+        o = F.pad(torch.cat(outputs), (0, 0, 0, 0, 0, q.shape[1] - borders[-1]))[None]
     return o, torch.stack(states) if output_final_state else None
 
 

@@ -11,25 +11,19 @@ sign and an exponent of at most 0, so nothing cancels or overflows, and a gate t
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hgrn2_kernels.checks import (
-    borders_on_host,
-    check_cu_seqlens,
-    check_inputs,
-    check_kernels,
-    check_like_state,
-    shape_of,
-)
+from hgrn2_kernels import library
+from hgrn2_kernels.checks import check_cu_seqlens, check_inputs, check_kernels, check_like_state, shape_of
 from hgrn2_kernels.chunkwise import ChunkLayout
 from hgrn2_kernels.gate import log_forget, log_forget_backward
 from hgrn2_kernels.op import implementation
+from hgrn2_kernels.strides import dense_like
 
 
 def segment_states(
     f: Tensor, v: Tensor, lower_bound: Tensor | None, *, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum up each sequence, or segment of one, by what it does to a state that enters it; differentiable.
+    """Sum up each sequence, or segment of one, by what it does to a state that enters it; differentiable, once.
 
     Args:
         f: [B, T, H, K] fp64, fp32, bf16 or fp16, raw forget-gate projection, any finite value.
@@ -57,12 +51,7 @@ def segment_states(
         check_cu_seqlens(cu_seqlens, f)
     if implementation(f.device, f.dtype) == "triton":
         check_kernels(f, v)
-        # a CPU needs no triton
-        from hgrn2_kernels.segments_triton import SegmentStates
-
-        return SegmentStates.apply(f, v, lower_bound, cu_seqlens)
-    borders = None if cu_seqlens is None else borders_on_host(cu_seqlens, f.shape[1])
-    return _SegmentStates.apply(f, v, lower_bound, borders)
+    return torch.ops.hgrn2.segment_states(f, v, lower_bound, cu_seqlens)
 
 
 def combine_states(states: Tensor, log_decays: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -115,46 +104,39 @@ def combine_states(states: Tensor, log_decays: Tensor, initial_state: Tensor | N
     return torch.cat([before, states[:-1]]), states[-1]
 
 
-class _SegmentStates(torch.autograd.Function):
-    """`segment_states` as one autograd node: saves only its inputs and recomputes the rest in the backward."""
+def _forward(f, v, lower_bound, cu_seqlens):
+    """`segment_states` in PyTorch."""
+    with torch.autocast(f.device.type, enabled=False):
+        chunks = ChunkLayout(f, cu_seqlens)
+        k, weight, log_decay = _decays(chunks, *_split_gate(chunks, f, lower_bound))
+        k, v = k.mul_(weight), chunks.split(v)
+        h = chunks.split_states(None, k.shape[-1], v.shape[-1])
+        for active, rows in chunks.steps:
+            h[:active].baddbmm_(k[rows].mT, v[rows])
+        return chunks.join_states(h), chunks.join_states(log_decay)
 
-    @staticmethod
-    def forward(ctx, f, v, lower_bound, borders):
-        ctx.save_for_backward(f, v, lower_bound)
-        ctx.borders = borders
-        with torch.autocast(f.device.type, enabled=False):
-            chunks = ChunkLayout(f, borders)
-            k, weight, log_decay = _decays(chunks, *_split_gate(chunks, f, lower_bound))
-            k, v = k.mul_(weight), chunks.split(v)
-            h = chunks.split_states(None, k.shape[-1], v.shape[-1])
-            for active, rows in chunks.steps:
-                h[:active].baddbmm_(k[rows].mT, v[rows])
-            return chunks.join_states(h), chunks.join_states(log_decay)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dstate, dlog_decay):
-        f, v, lower_bound = ctx.saved_tensors
-        dtypes = f.dtype, v.dtype
-        with torch.autocast(f.device.type, enabled=False):
-            chunks = ChunkLayout(f, ctx.borders)
-            f, bound = _split_gate(chunks, f, lower_bound)
-            k, weight, _ = _decays(chunks, f, bound)
-            k, v = k.mul_(weight), chunks.split(v)
-            dh = chunks.split_states(dstate, k.shape[-1], v.shape[-1])
-            dk, dv = torch.empty_like(k), torch.empty_like(v)
-            for active, rows in chunks.steps:
-                torch.bmm(v[rows], dh[:active].mT, out=dk[rows])
-                torch.bmm(k[rows], dh[:active], out=dv[rows])
-            # a gate decays the keys before it, and the state that entered
-            dg, total = _sum_before(k.mul_(dk))
-            before = chunks.split_states(dlog_decay[..., None], 1, 1).mT
-            for active, rows in chunks.steps:
-                dg[rows] += before[:active]
-                before[:active] += total[rows]
-            df, db = log_forget_backward(f, bound, dg, dk.mul_(weight))
-            db = None if db is None else db.sum(1).unflatten(0, (-1, chunks.H)).sum(0)
-            return chunks.join(df, dtypes[0]), chunks.join(dv, dtypes[1]), db, None
+def _backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
+    """Gradients of f, v and lower_bound, None without one; of the forward its inputs are enough."""
+    with torch.autocast(f.device.type, enabled=False):
+        chunks, dtype = ChunkLayout(f, cu_seqlens), f.dtype
+        f, bound = _split_gate(chunks, f, lower_bound)
+        k, weight, _ = _decays(chunks, f, bound)
+        k, v = k.mul_(weight), chunks.split(v)
+        dh = chunks.split_states(dstate, k.shape[-1], v.shape[-1])
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        for active, rows in chunks.steps:
+            torch.bmm(v[rows], dh[:active].mT, out=dk[rows])
+            torch.bmm(k[rows], dh[:active], out=dv[rows])
+        # a gate decays the keys before it, and the state that entered
+        dg, total = _sum_before(k.mul_(dk))
+        before = chunks.split_states(dlog_decay[..., None], 1, 1).mT
+        for active, rows in chunks.steps:
+            dg[rows] += before[:active]
+            before[:active] += total[rows]
+        df, db = log_forget_backward(f, bound, dg, dk.mul_(weight))
+        db = None if db is None else db.sum(1).unflatten(0, (-1, chunks.H)).sum(0)
+        return chunks.join(df, dtype), chunks.join(dv, dtype), db
 
 
 def _split_gate(chunks, f, lower_bound):
@@ -192,3 +174,59 @@ def _sum_before(x):
     # not the sum with the token minus the token, which would cancel
     total = x.cumsum(1)
     return F.pad(total[:, :-1], (0, 0, 1, 0)), total[:, -1:]
+
+
+def _form(f):
+    """The functions `forward` and `backward` that run for these inputs."""
+    if implementation(f.device, f.dtype) == "triton":
+        # a CPU needs no triton
+        from hgrn2_kernels import segments_triton
+
+        return segments_triton.forward, segments_triton.backward
+    return _forward, _backward
+
+
+def _run(f, v, lower_bound, cu_seqlens):
+    return _form(f)[0](f, v, lower_bound, cu_seqlens)
+
+
+def _run_backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
+    df, dv, dbound = _form(f)[1](dstate, dlog_decay, f, v, lower_bound, cu_seqlens)
+    return df, dv, library.or_empty(dbound, f)
+
+
+def _fake(f, v, lower_bound, cu_seqlens):
+    _, _, H, K = f.shape
+    N = f.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if f.dtype == torch.float64 else torch.float32
+    return f.new_empty((N, H, K, v.shape[-1]), dtype=dtype), f.new_empty((N, H, K), dtype=dtype)
+
+
+def _fake_backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
+    dbound = None if lower_bound is None else lower_bound.new_empty(lower_bound.shape)
+    like = dense_like if implementation(f.device, f.dtype) == "triton" else lambda x: x.new_empty(x.shape)
+    return like(f), like(v), library.or_empty(dbound, f)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dstate, dlog_decay):
+    inputs = ctx.saved_tensors
+    df, dv, dbound = torch.ops.hgrn2.segment_states_backward(dstate, dlog_decay, *inputs)
+    return df, dv, None if inputs[2] is None else dbound, None
+
+
+library.define(
+    "segment_states(Tensor f, Tensor v, Tensor? lower_bound, Tensor? cu_seqlens) -> (Tensor state, Tensor log_decay)",
+    _run,
+    _fake,
+)
+library.define(
+    "segment_states_backward(Tensor dstate, Tensor dlog_decay, Tensor f, Tensor v, Tensor? lower_bound,"
+    " Tensor? cu_seqlens) -> (Tensor df, Tensor dv, Tensor dlower_bound)",
+    _run_backward,
+    _fake_backward,
+)
+library.differentiate("segment_states", _differentiate, _setup_context)

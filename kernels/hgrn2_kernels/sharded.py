@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hgrn2_kernels.checks import check_chunk, check_kernels, split_fused
+from hgrn2_kernels.library import is_eager
+from hgrn2_kernels.once import OPERATORS, once_differentiable
 from hgrn2_kernels.op import chunk_hgrn2_pytorch, implementation
 from hgrn2_kernels.segments import segment_states
 from hgrn2_kernels.strides import dense_like
@@ -107,10 +108,14 @@ def chunk_hgrn2_sharded(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation(q.device, q.dtype) == "triton":
         check_kernels(q, v, scale)
-    return _Sharded.apply(qfv, lower_bound, hand_on, scale, pieces)
+    if is_eager(qfv):
+        return Sharded.apply(qfv, lower_bound, hand_on, scale, pieces)
+    from hgrn2_kernels.untraced import apply_sharded
+
+    return apply_sharded(qfv, lower_bound, hand_on, scale, pieces)
 
 
-class _Sharded(torch.autograd.Function):
+class Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qfv, lower_bound, hand_on, scale, pieces):
         o, entering = _form(qfv).forward(*qfv.unbind(-2), lower_bound, hand_on, scale, pieces)
@@ -119,9 +124,9 @@ class _Sharded(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, do):
-        qfv, lower_bound, entering = ctx.saved_tensors
+    @once_differentiable(OPERATORS)
+    def backward(ctx, saved, do):
+        qfv, lower_bound, entering = saved
         dqfv = dense_like(qfv)
         dbound = _form(qfv).backward(do, *qfv.unbind(-2), lower_bound, entering, *ctx.options, into=dqfv.unbind(-2))
         return dqfv, dbound, None, None, None

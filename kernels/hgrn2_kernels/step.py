@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgrn2_kernels import library
 from hgrn2_kernels.checks import check_inputs, check_like_state, shape_of
 from hgrn2_kernels.gate import forget_gate
 
@@ -59,6 +60,11 @@ def step_hgrn2(
             "torch.inference_mode(), and train with chunk_hgrn2"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    advance = _advance if library.is_eager(q) else torch.ops.hgrn2.step
+    return advance(q, f, v, lower_bound, state, slots, scale)
+
+
+def _advance(q, f, v, lower_bound, state, slots, scale):
     if q.is_cuda and q.dtype != torch.float64:
         # a CPU needs no triton
         from hgrn2_kernels.step_kernel import launch_step
@@ -66,6 +72,13 @@ def step_hgrn2(
         return launch_step(q, f, v, lower_bound, state, slots, scale)
     with torch.autocast(q.device.type, enabled=False):
         return _step(q, f, v, lower_bound, state, slots, scale)
+
+
+library.define(
+    "step(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor(a!) state, Tensor? slots, float scale) -> Tensor",
+    _advance,
+    lambda q, f, v, lower_bound, state, slots, scale: v.new_empty(v.shape),
+)
 
 
 def _step(q, f, v, lower_bound, state, slots, scale):

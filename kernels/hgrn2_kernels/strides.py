@@ -1,6 +1,6 @@
-"""How tensors lie in memory, as far as the kernels care: the last dimension innermost, and a chunk's tokens within reach.
+"""How tensors lie in memory, as far as the kernels care: the last dimension innermost, a chunk's tokens within reach.
 
-Kernels count numbers in 64 bits up to the first token of a chunk and the head, and from there to the other tokens in 32.
+Kernels count in 64 bits up to a head and the first token of a chunk, and from there to the other tokens in 32.
 """
 
 import torch

@@ -191,7 +191,7 @@ def bands_of(whole, DT: tl.constexpr):
 
 @triton.jit
 def form_of(n):
-    """The form that a chunk of n bands takes; none where n is 0, for a chunk that packed sequences leave over."""
+    """The form that a chunk of n bands takes; none where n is 0, for a chunk behind packed sequences."""
     return tl.where(n == 0, -1, tl.where(n == 1, FAST, tl.where(n <= BANDS, BANDED, EXACT)))
 
 
@@ -215,13 +215,20 @@ def frame(whole, DT: tl.constexpr):
 
 @triton.jit
 def span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
-    """Where chunk i_c lies: (batch row, first token, end of its sequence's tokens); no tokens for an unused chunk."""
+    """Where chunk i_c lies: (batch row, first token, end of its sequence's tokens)."""
     if PACKED:
         n = tl.load(chunk_sequence + i_c)
         start = tl.load(cu_seqlens + n) + (i_c - tl.load(chunk_first + n)) * C
         return (n * 0).to(tl.int64), start, tl.load(cu_seqlens + n + 1)
     else:
         return (i_c // NT).to(tl.int64), (i_c % NT) * C, T
+
+
+@triton.jit
+def behind(i_c, cu_seqlens, chunk_sequence, chunk_first, C: tl.constexpr):
+    """First token of chunk i_c, where that is one behind the last of the packed sequences, perhaps behind the row."""
+    n = tl.load(chunk_sequence + i_c)
+    return tl.load(cu_seqlens + n) + (i_c - tl.load(chunk_first + n)) * C
 
 
 @triton.jit

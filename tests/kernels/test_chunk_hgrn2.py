@@ -202,7 +202,7 @@ def test_saves_its_inputs_only():
         q, f, v, b, h0 = inputs
         chunk_hgrn2(q, f, v, b, initial_state=h0)
     assert sum(x.nbytes for x in saved) == sum(x.nbytes for x in inputs)
-    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in inputs}
+    assert {x.data_ptr() for x in saved if x.numel()} == {x.data_ptr() for x in inputs}
 
 
 def bad(match, **changes):
@@ -230,9 +230,9 @@ def bad(match, **changes):
         ),
         bad("initial_state must be torch.float32", initial_state=torch.zeros(1, 2, 4, 3).double()),
         bad("must be int32", cu_seqlens=torch.tensor([0, 8])),
-        bad("0, .., T", cu_seqlens=torch.tensor([8]).int()),
-        bad("from 0 to T = 8", cu_seqlens=torch.tensor([0, 7]).int()),
-        bad("from 0 to T = 8 ", cu_seqlens=torch.tensor([1, 8]).int()),
+        bad("0 and the end", cu_seqlens=torch.tensor([8]).int()),
+        bad("from 0 to at most T = 8", cu_seqlens=torch.tensor([0, 9]).int()),
+        bad("from 0 to at most T = 8 ", cu_seqlens=torch.tensor([1, 8]).int()),
         bad("without decreasing", cu_seqlens=torch.tensor([0, 5, 3, 8]).int()),
         bad(
             "cu_seqlens needs B = 1",

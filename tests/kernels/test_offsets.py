@@ -51,9 +51,8 @@ def step(q, f, v, state):
 
 def segments(f, v):
     b, _, dstate = others(f)
-    leaves = [x.detach().requires_grad_() for x in (f, v, b)]
-    state, log_decay = segments_triton.SegmentStates.apply(*leaves, None)
-    return state, log_decay, *torch.autograd.grad((state, log_decay), leaves, (dstate, dstate[..., 0]))
+    sums = segments_triton.forward(f, v, b, None)
+    return *sums, *segments_triton.backward(dstate, dstate[..., 0], f, v, b, None)
 
 
 def sharded(qfv, do, dqfv):
@@ -157,7 +156,7 @@ def test_what_the_kernels_write_lies_within_their_reach():
     # so many short sequences side by side, as Megatron keeps activations, that 64 tokens are 2^31 numbers apart
     x = torch.empty(32, 2**17, 4, 3, 64, dtype=torch.bfloat16, device="meta").transpose(0, 1)
     assert x.stride(1) > 2**26 and dense_like(x).stride() == x.contiguous().stride()
-    assert dense_like(x[:2**10]).transpose(0, 1).is_contiguous()
+    assert dense_like(x[: 2**10]).transpose(0, 1).is_contiguous()
 
 
 def kernels():

@@ -232,7 +232,7 @@ def bad(match, **changes):
         bad("share a dtype", v=torch.zeros(1, 8, 2, 3).bfloat16()),
         bad("lower_bound must be .2, 4.", lower_bound=torch.zeros(8)),
         bad("must be int32", cu_seqlens=torch.tensor([0, 8])),
-        bad("from 0 to T = 8", cu_seqlens=torch.tensor([0, 7]).int()),
+        bad("from 0 to at most T = 8", cu_seqlens=torch.tensor([0, 9]).int()),
     ],
 )
 def test_segment_states_rejects(changes, match):

@@ -130,6 +130,16 @@ def test_keeps_its_inputs_and_what_enters():
     assert sorted(x.numel() for x in saved) == sorted([qfv.numel(), b.numel(), 2 * 2 * 16 * 16])
 
 
+def test_projections_may_lie_anyhow_in_memory(dtype):
+    qfv, b, do = make_inputs(2, 20, 2, 16, dtype=dtype)
+
+    def channels_outermost(qfv, b):
+        return chunk_hgrn2_sharded(qfv.movedim(-1, 0).contiguous().movedim(0, -1), b, hand_on(1))
+
+    want = run(lambda qfv, b: chunk_hgrn2_sharded(qfv, b, hand_on(1)), qfv, b, do)
+    assert_equal(run(channels_outermost, qfv, b, do), want, 1e-6, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["plain", "times-16", "over-256"])
 def test_bf16_at_128(gate):

@@ -8,8 +8,7 @@ from operator_cases import ALL_GATES, CEILING, NAMES, assert_equal, bounds, make
 from rounding_twin import twin
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_plan, chunk_triton, library, recurrent_hgrn2, segment_states, triton_math
-from hgrn2_kernels.segments_triton import SegmentStates
+from hgrn2_kernels import chunk_plan, chunk_triton, library, recurrent_hgrn2, segment_states, segments, triton_math
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,7 +63,7 @@ def test_a_chunk_has_as_many_bands_as_its_gates_need(most, expected, monkeypatch
     f = torch.full((1, 160, 1, 16), 6.0)
     f[0, :, 0, 5] = torch.logit(log2_gate.exp2()).float()
     q, _, v, _, _ = make_inputs((1, 160, 1, 16, 16), dtype=torch.float32)
-    *_, bands = torch.ops.hgrn2.chunk(*(x.to(DEVICE) for x in (q, f, v)), None, None, None, 1.0, True)
+    *_, bands = torch.ops.hgrn2.chunk(*(x.to(DEVICE) for x in (q, f, v)), None, None, None, 1.0, True, True)
     assert bands.flatten().tolist() == expected
 
 
@@ -183,7 +182,7 @@ def test_registered_with_torch(options, save_states):
     if options == "packed":
         h0 = None
     leaves = [x if x is None else x.requires_grad_() for x in (q, f, v, b, h0)]
-    torch.library.opcheck(torch.ops.hgrn2.chunk.default, (*leaves, cu_seqlens, 0.25, save_states))
+    torch.library.opcheck(torch.ops.hgrn2.chunk.default, (*leaves, cu_seqlens, 0.25, save_states, True))
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -234,9 +233,10 @@ def test_segment_states(gate, packed, fill, monkeypatch):
     torch.manual_seed(1)
     weights = torch.randn(N, 1, 16, 16, device=DEVICE), torch.randn(N, 1, 16, device=DEVICE)
     results = []
-    for op, dtype in ((SegmentStates.apply, torch.float32), (segments_in_pytorch, torch.float64)):
+    monkeypatch.setattr(segments, "implementation", kernels_but_in_fp64)
+    for dtype in (torch.float32, torch.float64):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (f, v, b)]
-        outputs = op(*leaves, cu_seqlens)
+        outputs = segment_states(*leaves, cu_seqlens=cu_seqlens)
         torch.autograd.backward(outputs, [w.to(dtype) for w in weights])
         results.append([*(x.detach() for x in outputs), *(x.grad for x in leaves)])
     for name, got, want in zip(("state", "log_decay", "df", "dv", "dlower_bound"), *results, strict=True):
@@ -247,8 +247,8 @@ def test_segment_states(gate, packed, fill, monkeypatch):
         assert relative_error(got[keep], want[keep]) <= CEILING[torch.float32], name
 
 
-def segments_in_pytorch(f, v, b, cu_seqlens):
-    return segment_states(f, v, b, cu_seqlens=cu_seqlens)
+def kernels_but_in_fp64(device, dtype):
+    return "pytorch" if dtype == torch.float64 else "triton"
 
 
 @pytest.mark.gpu
