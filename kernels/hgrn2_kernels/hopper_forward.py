@@ -1,0 +1,277 @@
+"""The forward in one pass over the chunks, for Hopper: states, outputs and how many bands a chunk needs.
+
+One program a (segment, head) has two groups of warps with a role each. One makes the operands of a chunk (gates,
+queries, keys) a chunk ahead, from tiles that TMA brings. The other holds the state [K, V] in registers and does the
+products. What they hand each other lies in shared memory; barriers tell when a slot is full or empty.
+
+Every chunk is taken in the frame of its middle, which is right within the fast limit. What a chunk writes to the state
+is taken relative to its end as far as it lies beyond the limit, so that states are right for every gate. The output of
+a chunk beyond the limit is not; `bands` says which these are, and chunk_output writes them again.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hgrn2_kernels.hopper_math import BANDS, LIMIT, UNIT, bound_of, exp2, fetch, gate, segment_of, silu, store
+
+
+@gluon.jit
+def make_operands(
+    q,
+    f,
+    bound,
+    bands,
+    q_s,
+    f_s,
+    qd_s,
+    kd_s,
+    half_s,
+    eye_s,
+    sums_s,
+    fq_full,
+    op_full,
+    op_empty,
+    inverse_scale,
+    i_h,
+    row,
+    t,
+    end,
+    chunk,
+    steps,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    C: gl.constexpr,
+    BOUNDED: gl.constexpr,
+    PACKED: gl.constexpr,
+    FULL: gl.constexpr,
+):
+    """Of each chunk: qd and kd [K, C] bf16 in the frame of its middle, and half_s [2, K], the factors of the state."""
+    tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
+    by_row: gl.constexpr = gl.SliceLayout(1, tile)
+    o_k = gl.arange(0, K, layout=by_row)
+    o_c = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
+    last = (o_c == C - 1)[None, :]
+    b = bound_of(bound, i_h * K + o_k, BOUNDED, by_row)
+    zero = gl.zeros([K, C], gl.float32, tile)
+    for n in range(steps):
+        slot = n % 2
+        phase = (n // 2) & 1
+        mbarrier.wait(fq_full.index(slot), phase)
+        x = warpgroup_mma(f_s.index(slot).permute((1, 0)), eye_s, zero, use_acc=False)
+        g, k = gate(x, b[:, None])
+        if not FULL:
+            # tokens that are not there decay nothing; their values are zeros, and so is what they write
+            g = gl.where((o_c < end - t - n * C)[None, :], g, 0.0)
+        units = gl.convert_layout((g * UNIT).to(gl.float16), left)
+        e = warpgroup_mma(units, sums_s, zero, use_acc=False)
+        middle = gl.sum(gl.where(last, e, 0.0), 1)
+        framed = gl.maximum(middle, -LIMIT)
+        beyond = middle - framed
+        # as triton_math.bands_of, of each channel: an integer's maximum is the same in any order
+        needed = ((1.5 - 2.0 * middle) * (0.5 / LIMIT)).to(gl.int32) + 1
+        at_bands = bands + ((chunk + n) * H + i_h) * (K // 64) + o_k // 64
+        gl.atomic_max(at_bands, gl.minimum(needed, BANDS + 1), mask=needed > 1, sem="relaxed")
+        kd = (k * exp2(beyond[:, None] - e)).to(gl.bfloat16)
+        mbarrier.wait(op_empty.index(slot), phase ^ 1)
+        half_s.index(2 * slot).store(exp2(framed))
+        half_s.index(2 * slot + 1).store(exp2(2.0 * beyond))
+        kd_s.index(slot).store(kd)
+        x = warpgroup_mma(q_s.index(slot).permute((1, 0)), eye_s, zero, use_acc=False)
+        qd_s.index(slot).store((silu(x, inverse_scale) * exp2(e)).to(gl.bfloat16))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(op_full.index(slot), count=1)
+        # all warps are done with q and f
+        later = t + (n + 2) * C
+        fetch(f, row, later, end, i_h, f_s.index(slot), fq_full.index(slot), 4 * C * K, PACKED, n + 2 < steps)
+        fetch(q, row, later, end, i_h, q_s.index(slot), fq_full.index(slot), 0, PACKED, n + 2 < steps)
+
+
+@gluon.jit
+def walk(
+    v,
+    states,
+    o,
+    first,
+    final,
+    v_s,
+    h_s,
+    p_s,
+    qd_s,
+    kd_s,
+    half_s,
+    v_full,
+    op_full,
+    op_empty,
+    i_s,
+    i_h,
+    row,
+    t,
+    end,
+    chunk,
+    steps,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    C: gl.constexpr,
+    HAS_FIRST: gl.constexpr,
+    LAST: gl.constexpr,
+    PACKED: gl.constexpr,
+):
+    """Products of a chunk after the other: state stored, o stored, state stepped."""
+    whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, V, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, whole)
+    i = gl.arange(0, C, layout=gl.SliceLayout(1, square))[:, None]
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, square))[None, :]
+    out_zero = gl.zeros([C, V], gl.float32, wide)
+    scores_zero = gl.zeros([C, C], gl.float32, square)
+    state = gl.zeros([K, V], gl.float32, whole)
+    if HAS_FIRST:
+        o_k = gl.arange(0, K, layout=by_row)
+        o_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
+        state = gl.load(first + (i_s.to(gl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :])
+    for n in range(steps):
+        slot = n % 2
+        phase = (n // 2) & 1
+        mbarrier.wait(op_full.index(slot), phase)
+        qd = qd_s.index(slot)
+        kd = kd_s.index(slot)
+        scores = warpgroup_mma(qd.permute((1, 0)), kd, scores_zero, use_acc=False, is_async=True)
+        half = half_s.index(2 * slot).load(by_row)
+        state = state * half[:, None]
+        # the store of the state before has read it; that of o may be on its way
+        tma.store_wait(1)
+        gl.thread_barrier()
+        h_s.store(state.to(gl.bfloat16))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(states, [((chunk + n) * H + i_h) * K, 0], h_s)
+        out = warpgroup_mma(qd.permute((1, 0)), h_s, out_zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
+        # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
+        p_s.store(gl.where(i >= j, scores, 0.0).to(gl.bfloat16))
+        beyond = half_s.index(2 * slot + 1).load(by_row)
+        state = state * beyond[:, None]
+        fence_async_shared()
+        # the store of the o before has read its slot, which takes the next v
+        tma.store_wait(1)
+        gl.thread_barrier()
+        other = v_s.index(1 - slot)
+        fetch(v, row, t + (n + 1) * C, end, i_h, other, v_full.index(1 - slot), 2 * C * V, PACKED, n + 1 < steps)
+        mbarrier.wait(v_full.index(slot), phase)
+        out = warpgroup_mma(p_s, v_s.index(slot), out, is_async=True)
+        state = warpgroup_mma(kd, v_s.index(slot), state, is_async=True)
+        out, state = warpgroup_mma_wait(num_outstanding=0, deps=[out, state])
+        # all warps are done with the operands and with v, whose slot takes o
+        gl.thread_barrier()
+        mbarrier.arrive(op_empty.index(slot), count=1)
+        v_s.index(slot).store(out.to(gl.bfloat16))
+        state = state * half[:, None]
+        fence_async_shared()
+        gl.thread_barrier()
+        store(o, row, t + n * C, end, i_h, v_s.index(slot), PACKED)
+    if LAST:
+        l_k = gl.arange(0, K, layout=by_row)
+        l_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
+        gl.store(final + (i_s.to(gl.int64) * H + i_h) * K * V + l_k[:, None] * V + l_v[None, :], state)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T", "NT", "SEGMENTS", "LENGTH"])
+def hopper_forward_kernel(
+    q,  # [B, T, H, K] bf16 raw: a descriptor, see hopper.py, as f, v and o
+    f,  # raw gate
+    v,
+    states,  # [chunks H K, V] bf16: a descriptor, out: the state entering each chunk, framed
+    o,  # out
+    bound,  # [H, K] fp32, read where BOUNDED
+    first,  # [segments, H, K, V] fp32: state before the segment, read where HAS_FIRST
+    final,  # [segments, H, K, V] fp32, out where LAST: state after the segment
+    bands,  # [chunks, H, K / 64] int32 of zeros, out: how many bands a chunk beyond the limit needs, at least 2
+    sums,
+    ones,
+    cu_seqlens,
+    chunk_first,
+    segment_sequence,  # read where TABLED
+    segment_first,
+    inverse_scale,
+    T,
+    NT,
+    SEGMENTS,  # of a sequence, where not TABLED
+    LENGTH,  # chunks of a segment
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    C: gl.constexpr,
+    BOUNDED: gl.constexpr,
+    HAS_FIRST: gl.constexpr,
+    LAST: gl.constexpr,
+    PACKED: gl.constexpr,
+    TABLED: gl.constexpr,
+    FULL: gl.constexpr,  # no chunk is cut short
+    REGS: gl.constexpr,  # registers of a thread that makes operands
+):
+    """One program a (segment, head): 8 warps of products and 8 of gates."""
+    i_h = gl.program_id(0) % H
+    i_s = gl.program_id(0) // H
+    row, t, end, chunk, steps = segment_of(
+        i_s, cu_seqlens, chunk_first, segment_sequence, segment_first, T, NT, SEGMENTS, LENGTH, C, PACKED, TABLED
+    )
+    DT: gl.constexpr = gl.bfloat16
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_s = gl.allocate_shared_memory(DT, [2, C, K], swizzled)
+    f_s = gl.allocate_shared_memory(DT, [2, C, K], swizzled)
+    v_s = gl.allocate_shared_memory(DT, [2, C, V], swizzled)
+    qd_s = gl.allocate_shared_memory(DT, [2, K, C], swizzled)
+    kd_s = gl.allocate_shared_memory(DT, [2, K, C], swizzled)
+    h_s = gl.allocate_shared_memory(DT, [K, V], swizzled)
+    p_s = gl.allocate_shared_memory(DT, [C, C], swizzled)
+    half_s = gl.allocate_shared_memory(gl.float32, [4, K], plain)
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    i = gl.arange(0, C, layout=gl.SliceLayout(1, rows))
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, rows))
+    at = i[:, None] * C + j[None, :]
+    eye_s = gl.allocate_shared_memory(DT, [C, C], swizzled, gl.load(ones + at))
+    sums_s = gl.allocate_shared_memory(gl.float16, [C, C], swizzled, gl.load(sums + at))
+    fence_async_shared()
+    fq_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    op_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    op_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(2):
+        mbarrier.init(fq_full.index(n), count=1)
+        mbarrier.init(v_full.index(n), count=1)
+        mbarrier.init(op_full.index(n), count=1)
+        mbarrier.init(op_empty.index(n), count=1)
+    gl.thread_barrier()
+    for n in gl.static_range(2):
+        fetch(f, row, t + n * C, end, i_h, f_s.index(n), fq_full.index(n), 4 * C * K, PACKED, n < steps)
+        fetch(q, row, t + n * C, end, i_h, q_s.index(n), fq_full.index(n), 0, PACKED, n < steps)
+    fetch(v, row, t, end, i_h, v_s.index(0), v_full.index(0), 2 * C * V, PACKED, steps > 0)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (walk, (
+                v, states, o, first, final, v_s, h_s, p_s, qd_s, kd_s, half_s, v_full, op_full, op_empty,
+                i_s, i_h, row, t, end, chunk, steps, H, K, V, C, HAS_FIRST, LAST, PACKED,
+            )),
+            (make_operands, (
+                q, f, bound, bands, q_s, f_s, qd_s, kd_s, half_s, eye_s, sums_s, fq_full, op_full, op_empty,
+                inverse_scale, i_h, row, t, end, chunk, steps, H, K, C, BOUNDED, PACKED, FULL,
+            )),
+        ],
+        [8],
+        [REGS],
+    )
+    # fmt: on
