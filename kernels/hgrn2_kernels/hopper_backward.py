@@ -408,8 +408,8 @@ def hopper_backward_kernel(
             (walk, (
                 q, f, v, do, states, dstates, dv, dq, df, bound, first, final, bands, dbound,
                 q_s, f_s, v_s, do_s, h_s, qd_s, kd_s, units_s, p_s, d_s, half_s, eye_s, sums_s, from_s,
-                fq_full, v_full, do_full, h_full, op_full, op_empty, inverse_scale, i_s, i_h, line, t, end, begin, steps,
-                NC, parts, H, K, V, C, BOUNDED, HAS_FIRST, LAST, PACKED, FULL,
+                fq_full, v_full, do_full, h_full, op_full, op_empty, inverse_scale, i_s, i_h, line, t, end, begin,
+                steps, NC, parts, H, K, V, C, BOUNDED, HAS_FIRST, LAST, PACKED, FULL,
             )),
             (make_operands, (
                 bound, q_s, f_s, qd_s, kd_s, units_s, half_s, eye_s, sums_s, fq_full, op_full, op_empty,
