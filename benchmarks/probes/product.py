@@ -1,0 +1,193 @@
+"""The kernels for Hopper of hgrn2_kernels.hopper beside those of chunk_triton, on one GPU.
+
+    python benchmarks/probes/product.py [--only WORD ...] [--list]
+
+Every case is a shape and a strength of gates. Results are compared with those of chunk_triton on the inputs that are
+timed; the float64 recurrence is the matter of tests/kernels/test_hopper.py. Cases run in a child process, which is
+replaced where one fails or hangs. The figures go to $OUT/product.json as well.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+
+import torch
+from fused_forward import D, error, milliseconds, run_chosen, supervise, tell
+
+from hgrn2_kernels import chunk_triton, hopper
+
+# relative Frobenius error beside today's kernels, both rounded to bf16
+CEILING = 5e-3
+GATES = {
+    "ordinary": lambda x: x,
+    # a trained model's, and stronger
+    "times 4": lambda x: 4 * x,
+    "times 16": lambda x: 16 * x,
+    "closed": lambda x: x - 30,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Attributes:
+    B, T, H: batch, length and heads.
+    gate: of GATES.
+    documents: packed in the one row, of equal lengths but for the last; 0 for a dense batch.
+    predicted: microseconds of forward and backward, written down before the first run.
+    """
+
+    B: int
+    T: int
+    H: int
+    predicted: int
+    gate: str = "ordinary"
+    documents: int = 0
+
+    @property
+    def shape(self) -> str:
+        return f"{self.B}x{self.T}x{self.H}" + (f", {self.documents} documents" if self.documents else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}, {self.gate}"
+
+
+CASES = [
+    Case(8, 4096, 16, 1210),
+    Case(1, 32768, 16, 1510),
+    Case(8, 2048, 8, 440),
+    Case(1, 32768, 4, 450),
+    Case(8, 4095, 16, 1240),
+    Case(1, 32768, 16, 1300, documents=37),
+    Case(1, 32768, 16, 1500, documents=3),
+    Case(8, 4096, 16, 1500, "times 4"),
+    Case(8, 4096, 16, 4500, "times 16"),
+    Case(8, 4096, 16, 5300, "closed"),
+]
+
+
+def in_graph(function) -> float:
+    """Milliseconds of a replay of the graph of a call."""
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return milliseconds(graph.replay)
+
+
+def measure(case: Case):
+    torch.manual_seed(0)
+    fused = torch.randn(case.B, case.T, case.H, 3, D, device="cuda", dtype=torch.bfloat16)
+    q, f, v = fused.unbind(3)
+    f.copy_(GATES[case.gate](f.float()))
+    bound = torch.rand(case.H, D, device="cuda") * 0.9 + 0.04
+    if case.gate != "ordinary":
+        # gates without a bound close for good
+        bound[:, ::2] = 0
+    do = torch.randn(case.B, case.T, case.H, D, device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = None
+    if case.documents:
+        borders = torch.arange(case.documents + 1, dtype=torch.int32, device="cuda")
+        cu_seqlens = (borders * (case.T // case.documents) - borders % 7).contiguous()
+        cu_seqlens[-1] = case.T
+    inputs = (q, f, v, bound, None, cu_seqlens, D**-0.5)
+    row = dict(name=case.name, shape=case.shape, predicted=case.predicted)
+
+    def both(forward, backward, save_states=True):
+        o, _, saved = forward(*inputs, False, save_states)
+        dq, df, dv, dbound, _ = backward(do, None, *inputs, saved)
+        return dict(o=o, dq=dq, df=df, dv=dv, dbound=dbound)
+
+    new, old = (hopper.forward, hopper.backward), (chunk_triton.chunk_forward, chunk_triton.chunk_backward)
+    begun = time.time()
+    got = both(*new)
+    torch.cuda.synchronize()
+    row["first call s"] = time.time() - begun
+    again = both(*new)
+    row["same bits"] = all(torch.equal(x, again[name]) for name, x in got.items())
+    again = both(*new, save_states=False)
+    row["same bits recomputed"] = all(torch.equal(x, again[name]) for name, x in got.items())
+    del again
+    want = both(*old)
+    row["errors"] = {name: error(x, want[name]) for name, x in got.items()}
+    del want, got
+
+    measured = row["measured"] = {}
+    for name, (forward, backward) in dict(hopper=new, today=old).items():
+        measured[f"{name}: forward"] = in_graph(lambda forward=forward: forward(*inputs, False, True))
+        measured[f"{name}: both"] = in_graph(lambda pair=(forward, backward): both(*pair))
+        measured[f"{name}: both, eager"] = milliseconds(lambda pair=(forward, backward): both(*pair))
+        measured[f"{name}: both, recomputed"] = in_graph(lambda pair=(forward, backward): both(*pair, False))
+    # the kernels alone
+    run = hopper.HopperLaunches(q, f, v, bound, D**-0.5, cu_seqlens)
+    o, dq, df, dv = (torch.empty_like(do) for _ in range(4))
+    first, dfirst = None, None
+    if run.plan.segments.cut:
+
+        def before(y, reverse):
+            return run._scan(*run._segment_totals(y, reverse), None, None, reverse)[0]
+
+        first, dfirst = before(v, False), before(do, True)
+        measured["before"] = milliseconds(lambda: before(v, False))
+        measured["before, reversed"] = milliseconds(lambda: before(do, True))
+    states = run.forward(v, first, o, None)
+    row["beyond"] = (run.bands > 0).float().mean().item()
+    measured["forward kernel"] = milliseconds(lambda: run.forward(v, first, o, None))
+    measured["o beyond"] = milliseconds(lambda: run.output(v, states, o))
+    measured["backward with what is beyond"] = milliseconds(
+        lambda: run.backward(v, do, states, dfirst, dq, df, dv, None)
+    )
+    dstates = torch.zeros_like(states)
+    measured["dv beyond"] = milliseconds(lambda: run.output(do, dstates, dv, reverse=True))
+    measured["dq, df beyond"] = milliseconds(lambda: run.gradients(v, do, states, dstates, dq, df))
+    row["ms"] = measured["hopper: both"]
+    tell(row)
+
+
+def table(rows: list[dict]) -> str:
+    shown = ("forward", "both", "both, eager", "both, recomputed")
+    lines = [
+        "| case | predicted us | " + " | ".join(f"{x}, Hopper / today" for x in shown) + " | kernels | errors |",
+        "|---" * (4 + len(shown)) + "|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | failed: {' '.join(row['failed'])[-300:]} |")
+        elif "rate" in row:
+            lines.append(f"| copy on {row['device']}: {row['rate']:.0f} GB/s |")
+        else:
+            us = {name: f"{1e3 * ms:.0f}" for name, ms in row["measured"].items()}
+            times = " | ".join(f"{us[f'hopper: {x}']} / {us[f'today: {x}']}" for x in shown)
+            kernels = ", ".join(f"{name} {x}" for name, x in us.items() if ":" not in name)
+            errors = " ".join(f"{name} {x:.1e}" for name, x in row["errors"].items())
+            bad = "" if all(x <= CEILING for x in row["errors"].values()) else " WRONG"
+            bad += "" if row["same bits"] and row["same bits recomputed"] else " NOT THE SAME BITS"
+            lines.append(
+                f"| {row['name']}, {100 * row['beyond']:.0f}% beyond | {row['predicted']} | {times} | {kernels} | "
+                f"{errors}{bad} |"
+            )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[], help="cases whose name has one of these words")
+    parser.add_argument("--list", action="store_true", help="the cases")
+    parser.add_argument("--worker", type=int, help="run in this process, from this case on")
+    args = parser.parse_args()
+    chosen = [x for x in CASES if not args.only or any(word in x.name for word in args.only)]
+    if args.list:
+        return print(*chosen, sep="\n")
+    if args.worker is not None:
+        return run_chosen(args.worker, chosen, tell, measure)
+    rows = supervise(args.only, chosen, __file__)
+    if os.environ.get("OUT"):
+        with open(os.path.join(os.environ["OUT"], "product.json"), "w") as file:
+            json.dump(rows, file, indent=1)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
