@@ -133,7 +133,7 @@ def _plan(plan: Plan, tokens: int) -> Plan:
         plan,
         segments=cut,
         keeps_entering=cut.cut and state <= KEPT * tokens * (2 * plan.K + plan.V) * 2,
-        # parts of the bound's gradient: of chunks beyond the limit, then of segments
+        # parts of the bound's gradient, see _bound_parts
         numbers=plan.numbers | {"NC": plan.chunks.NC + cut.count},
     )
 
@@ -237,29 +237,37 @@ class HopperLaunches(Launches):
         plan = self.plan
         # of chunks beyond the limit alone; the others' memory is not touched
         dstates = torch.empty_like(states)
-        parts, NC = plan.chunks.NC, plan.numbers["NC"]
-        dbound = self.none
-        if plan.bounded:
-            dbound = self.bound.new_zeros((plan.H, plan.K, NC))
+        parts = self._bound_parts()
         tensors, others = self._shared()
         hopper_backward_kernel[(plan.segments.count * plan.H,)](
             *(self._tiles(x) for x in (self.q, self.f, v, do)),
             *(state_descriptor(states), state_descriptor(dstates)),
             *(self._tiles(x) for x in (dv, dq, df)),
-            *(self.bound, *(self.none if x is None else x for x in (first, last)), self.bands, dbound),
+            *(self.bound, *(self.none if x is None else x for x in (first, last)), self.bands, parts),
             *tensors,
             **others,
-            NC=NC,
-            parts=parts,
+            NC=plan.numbers["NC"],
+            parts=plan.chunks.NC,
             HAS_FIRST=first is not None,
             LAST=last is not None,
             REGS=BACKWARD_REGS,
             num_warps=8,
         )
         self.output(do, dstates, dv, reverse=True)
+        return self.gradients(v, do, states, dstates, dq, df, parts)
+
+    def _bound_parts(self) -> Tensor:
+        """Zeros [H, K, chunks + segments] fp32: parts of the bound's gradient, of chunks beyond the limit and others."""
+        plan = self.plan
+        return self.bound.new_zeros((plan.H, plan.K, plan.numbers["NC"])) if plan.bounded else self.none
+
+    def gradients(self, v, do, states, dstates, dq, df, parts: Tensor | None = None) -> Tensor | None:
+        """As of Launches, of the chunks beyond the limit; parts is what there is of the bound's gradient."""
+        plan = self.plan
+        parts = self._bound_parts() if parts is None else parts
         launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
         launch(
-            *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, dbound, self.sums, self.ones),
+            *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, parts, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
         )
-        return dbound.sum(-1) if plan.bounded else None
+        return parts.sum(-1) if plan.bounded else None
