@@ -257,7 +257,7 @@ class HopperLaunches(Launches):
         return self.gradients(v, do, states, dstates, dq, df, parts)
 
     def _bound_parts(self) -> Tensor:
-        """Zeros [H, K, chunks + segments] fp32: parts of the bound's gradient, of chunks beyond the limit and others."""
+        """Zeros [H, K, chunks + segments] fp32: parts of the bound's gradient, of chunks beyond the limit first."""
         plan = self.plan
         return self.bound.new_zeros((plan.H, plan.K, plan.numbers["NC"])) if plan.bounded else self.none
 
