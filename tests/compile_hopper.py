@@ -35,8 +35,8 @@ def run_all(hopper):
         bound = torch.empty(H, 128, device="cuda") if bounded else None
         cu_seqlens = None if N is None else torch.empty(N + 1, dtype=torch.int32, device="cuda")
         state = torch.empty(N or B, H, 128, 128, device="cuda") if has_state else None
-        o, _, saved = hopper.forward(q, f, v, bound, state, cu_seqlens, 1.0, has_state, True)
-        hopper.backward(torch.empty_like(o), state, q, f, v, bound, state, cu_seqlens, 1.0, saved)
+        o, _, saved = hopper.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0, has_state, True)
+        hopper.chunk_backward(torch.empty_like(o), state, q, f, v, bound, state, cu_seqlens, 1.0, saved)
 
 
 def usage(compiled) -> dict:

@@ -100,7 +100,7 @@ def measure(case: Case):
         dq, df, dv, dbound, _ = backward(do, None, *inputs, saved)
         return dict(o=o, dq=dq, df=df, dv=dv, dbound=dbound)
 
-    new, old = (hopper.forward, hopper.backward), (chunk_triton.chunk_forward, chunk_triton.chunk_backward)
+    new, old = (hopper.chunk_forward, hopper.chunk_backward), (chunk_triton.chunk_forward, chunk_triton.chunk_backward)
     begun = time.time()
     got = both(*new)
     torch.cuda.synchronize()

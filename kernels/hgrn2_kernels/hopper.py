@@ -5,7 +5,8 @@ hopper_backward_kernel, then chunk_output in reverse and chunk_gradient for thos
 segments, chunk_state finds before each what enters them. Which chunks are beyond the limit stays on the device: a
 chunk within it has 0 bands, with which the kernels of the other chunks do nothing.
 
-A forward and a backward here take the arguments of chunk_triton's, and return what those return.
+`chunk_forward` and `chunk_backward` take the arguments of chunk_triton's, and return what those return. dispatch.py
+says which of them run.
 """
 
 import dataclasses
@@ -31,20 +32,8 @@ PROGRAMS = 132
 FORWARD_REGS, BACKWARD_REGS = 96, 104
 
 
-def serves(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether the kernels here run, rather than those of chunk_triton.
-
-    Args:
-        shape: [B, T, H, K] of q.
-        V: head dimension of v.
-        dtype: of q, f and v.
-        capability: compute capability of the device.
-    """
-    return capability == (9, 0) and dtype == torch.bfloat16 and shape[3] == V == D and shape[0] * shape[1] > 0
-
-
-def forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state=True, save_states=False):
-    """As chunk_triton.chunk_forward, for what `serves`; the bands it saves are int32, 0 within the fast limit."""
+def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state=True, save_states=False):
+    """As chunk_triton.chunk_forward, for what dispatch.py sends here; saved bands are int32, 0 within the limit."""
     q, f, v = (by_tma(x) for x in (q, f, v))
     with torch.cuda.device_of(q):
         run = HopperLaunches(q, f, v, lower_bound, scale, cu_seqlens)
@@ -65,8 +54,8 @@ def forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final
     return o, last, (entering,) if run.plan.keeps_entering else ()
 
 
-def backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=(), into=None):
-    """As chunk_triton.chunk_backward, for what `serves`."""
+def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=(), into=None):
+    """As chunk_triton.chunk_backward, for what dispatch.py sends here."""
     wanted = [dense_like(x) for x in (q, f, v)] if into is None else into
     # of what TMA cannot write, a copy that it can
     dq, df, dv = (x if movable(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from operator_cases import ALL_GATES, NAMES, make_inputs, relative_error, run
 
-from hgrn2_kernels import hopper, recurrent_hgrn2
+from hgrn2_kernels import dispatch, hopper, recurrent_hgrn2
 from hgrn2_kernels.chunk_plan import Chunks, Segments
 
 # as those of the other kernels in bf16
@@ -23,7 +23,7 @@ class Hopper(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, f, v, b, h0, cu_seqlens, last, save_states):
-        o, ht, saved = hopper.forward(q, f, v, b, h0, cu_seqlens, q.shape[-1] ** -0.5, last, save_states)
+        o, ht, saved = hopper.chunk_forward(q, f, v, b, h0, cu_seqlens, q.shape[-1] ** -0.5, last, save_states)
         ctx.save_for_backward(q, f, v, b, h0, cu_seqlens, *saved)
         ctx.set_materialize_grads(False)
         return o, ht
@@ -33,7 +33,7 @@ class Hopper(torch.autograd.Function):
         q, f, v, b, h0, cu_seqlens, *saved = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do
         scale = q.shape[-1] ** -0.5
-        dq, df, dv, db, dh0 = hopper.backward(do, dht, q, f, v, b, h0, cu_seqlens, scale, tuple(saved))
+        dq, df, dv, db, dh0 = hopper.chunk_backward(do, dht, q, f, v, b, h0, cu_seqlens, scale, tuple(saved))
         return dq, df, dv, db, dh0, None, None, None
 
 
@@ -142,11 +142,11 @@ def test_parts_of_one_projection_in_megatrons_layout_and_out_of_line():
     do = torch.randn(T, B, H, K, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
     results = []
     for inputs in ([x.contiguous() for x in views], views, apart):
-        o, _, saved = hopper.forward(*inputs, None, None, 0.1, False, True)
-        results.append([o, *hopper.backward(do, None, *inputs, None, None, 0.1, saved)[:4]])
+        o, _, saved = hopper.chunk_forward(*inputs, None, None, 0.1, False, True)
+        results.append([o, *hopper.chunk_backward(do, None, *inputs, None, None, 0.1, saved)[:4]])
     dqfv = torch.full_like(fused, torch.nan)
     into = dqfv.transpose(0, 1).unbind(3)
-    db = hopper.backward(do, None, *views, None, None, 0.1, saved, into=into)[3]
+    db = hopper.chunk_backward(do, None, *views, None, None, 0.1, saved, into=into)[3]
     results.append([results[0][0], *into, db])
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(results[0], result, strict=True))
 
@@ -171,8 +171,8 @@ def test_a_graph_replays_gates_of_other_forms_without_waiting_for_the_device():
     do, dht = torch.randn_like(v), torch.randn_like(h0)
 
     def step():
-        o, ht, saved = hopper.forward(q, f, v, b, h0, None, 0.1, True, True)
-        return o, ht, *hopper.backward(do, dht, q, f, v, b, h0, None, 0.1, saved)
+        o, ht, saved = hopper.chunk_forward(q, f, v, b, h0, None, 0.1, True, True)
+        return o, ht, *hopper.chunk_backward(do, dht, q, f, v, b, h0, None, 0.1, saved)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -195,20 +195,20 @@ def test_a_graph_replays_gates_of_other_forms_without_waiting_for_the_device():
 @pytest.mark.parametrize(
     ("shape", "V", "dtype", "capability", "expected"),
     [
-        ((8, 4096, 16, 128), 128, torch.bfloat16, H100, True),
-        ((1, 1, 1, 128), 128, torch.bfloat16, H100, True),
-        ((8, 4096, 16, 128), 128, torch.float16, H100, False),
-        ((8, 4096, 16, 128), 128, torch.float32, H100, False),
-        ((8, 4096, 16, 64), 64, torch.bfloat16, H100, False),
-        ((8, 4096, 16, 128), 256, torch.bfloat16, H100, False),
-        ((8, 0, 16, 128), 128, torch.bfloat16, H100, False),
-        ((8, 4096, 16, 128), 128, torch.bfloat16, (8, 0), False),
-        ((8, 4096, 16, 128), 128, torch.bfloat16, (10, 0), False),
+        ((8, 4096, 16, 128), 128, torch.bfloat16, H100, "hopper"),
+        ((1, 1, 1, 128), 128, torch.bfloat16, H100, "hopper"),
+        ((8, 4096, 16, 128), 128, torch.float16, H100, "triton"),
+        ((8, 4096, 16, 128), 128, torch.float32, H100, "triton"),
+        ((8, 4096, 16, 64), 64, torch.bfloat16, H100, "triton"),
+        ((8, 4096, 16, 128), 256, torch.bfloat16, H100, "triton"),
+        ((8, 0, 16, 128), 128, torch.bfloat16, H100, "triton"),
+        ((8, 4096, 16, 128), 128, torch.bfloat16, (8, 0), "triton"),
+        ((8, 4096, 16, 128), 128, torch.bfloat16, (10, 0), "triton"),
     ],
     ids=str,
 )
 def test_which_kernels_run(shape, V, dtype, capability, expected):
-    assert hopper.serves(shape, V, dtype, capability) == expected
+    assert dispatch.kernels(shape, V, dtype, capability) == expected
 
 
 @pytest.mark.parametrize(
