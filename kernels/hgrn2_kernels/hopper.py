@@ -29,7 +29,7 @@ D = 128
 # programs that an H100 runs at a time, one on each multiprocessor
 PROGRAMS = 132
 # registers of a thread that makes operands, forward and backward: what is left goes to the products
-FORWARD_REGS, BACKWARD_REGS = 96, 104
+FORWARD_REGS, BACKWARD_REGS = 104, 104
 
 
 def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state=True, save_states=False):
