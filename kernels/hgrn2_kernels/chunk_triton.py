@@ -96,10 +96,15 @@ class Launches:
             self.cu_seqlens = cu_seqlens.contiguous()
             self.chunk_sequence, self.chunk_first = table(cu_seqlens, plan.config.C, plan.chunks.NC)
         if plan.segments.tabled:
-            size = plan.config.C * plan.segments.length
-            sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
-            # a segment beyond the last is one of the last sequence, and starts after its end
-            self.segment_sequence = sequence.clamp_(max=N - 1)
+            self._number_segments(cu_seqlens)
+
+    def _number_segments(self, cu_seqlens: Tensor) -> None:
+        """Say which segments of packed sequences belong to which sequence."""
+        plan = self.plan
+        size = plan.config.C * plan.segments.length
+        sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
+        # a segment beyond the last is one of the last sequence, and starts after its end
+        self.segment_sequence = sequence.clamp_(max=plan.chunks.N - 1)
 
     def states(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hgrn2_kernels.chunk_plan import KEPT, Chunks, Plan, Segments, table
+from hgrn2_kernels.chunk_plan import KEPT, Chunks, Plan, Segments
 from hgrn2_kernels.chunk_triton import Launches, _chunk_gradient, dense_like
 from hgrn2_kernels.hopper_backward import hopper_backward_kernel
 from hgrn2_kernels.hopper_forward import hopper_forward_kernel
@@ -162,10 +162,8 @@ class HopperLaunches(Launches):
             bands = q.new_zeros((NC, H, K // 64), dtype=torch.int32)
         super().__init__(q, f, v, lower_bound, scale, cu_seqlens, bands)
         whole, self.plan = self.plan.segments, _plan(self.plan, B * T)
-        cut = self.plan.segments
-        if cut.tabled and cut != whole:
-            size = self.plan.config.C * cut.length
-            self.segment_sequence, self.segment_first = table(cu_seqlens, size, cut.count)
+        if self.plan.segments.tabled and self.plan.segments != whole:
+            self._number_segments(cu_seqlens)
 
     def _shared(self) -> tuple[tuple, dict]:
         """Arguments that the two kernels here share."""

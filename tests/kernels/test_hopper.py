@@ -221,7 +221,7 @@ def test_which_kernels_run(shape, V, dtype, capability, expected):
         # too short to be cut, and not a multiple of anything
         (1, 900, None, 1, Segments(1, 15)),
         (1, 1029, None, 2, Segments(2, 9, 2)),
-        (1, 32768, 2, 4, Segments(32, 17, 0)),
+        (1, 32768, 2, 4, Segments(33, 17, 0)),
         (1, 32768, 40, 4, Segments(40, 552)),
     ],
     ids=str,
