@@ -15,7 +15,7 @@ class UsageError(ValueError):
 
 
 def stages_fit(pattern: str, num_stages: int) -> bool:
-    """Whether a HybridModel's pattern has no `|`, or has them for so many stages, or for virtual ones of these."""
+    """Return whether the `|` of a HybridModel's pattern fit so many stages: none, one segment a stage, or several."""
     segments = pattern.count(PIPE) + 1
     return segments == 1 or (num_stages > 1 and segments % num_stages == 0)
 

@@ -67,7 +67,7 @@ def needed() -> bool:
 
 
 def installed() -> bool:
-    """Whether the CPU mode is on in this process."""
+    """Return whether the CPU mode is on in this process."""
     return getattr(install, "done", False)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of Megatron's flags of attention, Mamba and layers in an HGRN2 model: taken, refused, or without effect.
+"""Megatron's flags of attention, Mamba and layers in an HGRN2 model: each is taken, refused, or without effect.
 
 docs/flags.md is the same table for people; requirements.py refuses. What a user gives without effect is said in one
 line.

@@ -292,7 +292,7 @@ def _make_again(x: Tensor, user: Tensor) -> None:
 
 
 def _saved_since(begin, end) -> list:
-    """What autograd functions have saved that have run since the node `begin` and led to the node `end`."""
+    """Return the tensors that autograd functions between the nodes `begin` and `end` have saved for their backward."""
     nodes, todo = set(), [end]
     while todo:
         node = todo.pop()

@@ -323,7 +323,7 @@ def walk_launch(problem: Problem, walk: Walk, states, dstates, out: dict):
 
 
 def gold_gradients(p: Problem) -> dict | None:
-    """Of the first row, float64; None where that would not fit."""
+    """Return the results of the first row in float64, or None where they would not fit."""
     if p.T * p.H > 32768 * 4 or p.q.is_meta:
         return None
     with torch.enable_grad():

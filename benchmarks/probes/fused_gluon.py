@@ -86,7 +86,7 @@ def make_operands(
     REVERSE: gl.constexpr,
     CHECK: gl.constexpr,
 ):
-    """Of each chunk: qd and kd [K, C] bf16 in the frame of its middle, and half [2, K], the factors of the state."""
+    """Make each chunk's qd and kd [K, C], bf16 in the frame of its middle, and the state's factors half [2, K]."""
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, tile)

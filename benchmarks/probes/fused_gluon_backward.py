@@ -55,7 +55,7 @@ def make_operands(
     K: gl.constexpr,
     C: gl.constexpr,
 ):
-    """Of each chunk: qd and kd [K, C] bf16 in the frame of its middle, log gates [K, C] fp16, factors of the state."""
+    """Make each chunk's qd and kd [K, C], bf16 in the frame of its middle, log gates [K, C] fp16, state factors."""
     # a block of 64 channels lies by itself, in a tile [K, C] as in one [C, K]
     B: gl.constexpr = 64
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])

@@ -178,7 +178,7 @@ def plain_text(path: str, data: bytes) -> str | None:
 
 
 class Seen:
-    """What text came before: whole files, and a quarter of their lines."""
+    """The text that came before: whole files, and a quarter of their lines."""
 
     def __init__(self):
         self.files: set[bytes] = set()

@@ -69,7 +69,7 @@ def last(run: dict) -> float:
 
 
 def best(runs: list[dict]) -> list[dict]:
-    """Of each model the runs of the learning rate that has the best held-out loss."""
+    """Return, for each model, the runs of the learning rate with the best held-out loss."""
     chosen: dict[str, dict] = {}
     for run in runs:
         if run["model"] not in chosen or last(run) < last(chosen[run["model"]]):

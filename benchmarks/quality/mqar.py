@@ -36,7 +36,7 @@ HELD_OUT = 1 << 40
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all models of a table have in common.
+    """The settings that all models of a table share.
 
     Attributes:
         sizes: (tokens, pairs) of the sequences, which take turns from step to step.

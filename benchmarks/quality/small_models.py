@@ -92,7 +92,7 @@ class Recaller:
         model.output_layer.register_forward_pre_hook(self._at_queries)
 
     def _at_queries(self, layer, args: tuple) -> tuple:
-        """Of the hidden states [s, b, h] those at the queries: [pairs, b, h]."""
+        """Return the hidden states at the queries, [pairs, b, h], out of all of them, [s, b, h]."""
         hidden, *rest = args
         index = self.queries.t().unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return hidden.gather(0, index), *rest

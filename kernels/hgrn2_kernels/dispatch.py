@@ -1,4 +1,4 @@
-"""Which kernels run the operator on a GPU: those for Hopper, or those of chunk_triton, which run everywhere."""
+"""The choice between the kernels for Hopper and those of chunk_triton, which run on every GPU."""
 
 import torch
 from torch import Tensor

@@ -84,7 +84,7 @@ def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seq
 
 
 def movable(x: Tensor) -> bool:
-    """Whether TMA reads and writes x [B, T, H, D]: rows of D numbers, at addresses in steps of 16 bytes."""
+    """Return whether TMA can read and write x [B, T, H, D]: rows of D numbers, at addresses in steps of 16 bytes."""
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
     return aligned and x.stride(-1) == 1 and min(steps, default=1) > 0

@@ -52,7 +52,7 @@ def make_operands(
     PACKED: gl.constexpr,
     FULL: gl.constexpr,
 ):
-    """Of each chunk: qd and kd [K, C] bf16 in the frame of its middle, and half_s [2, K], the factors of the state."""
+    """Make each chunk's qd and kd [K, C], bf16 in the frame of its middle, and the state's factors half_s [2, K]."""
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, tile)

@@ -179,7 +179,7 @@ def _apart(qfv):
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether nothing traces what is done with x."""
+    """Return whether x is an ordinary tensor that nothing traces."""
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 

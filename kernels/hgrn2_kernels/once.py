@@ -1,4 +1,4 @@
-"""What a second derivative through a backward pass raises that can be run, but not differentiated.
+"""Backward passes that can be run but not differentiated: a second derivative through one raises an error.
 
 Such a backward computes without a graph, so that autograd takes its gradients for constants: whatever is made of them,
 a gradient penalty for one, is silently wrong. PyTorch's own `once_differentiable` notices only where the gradient that

@@ -1,4 +1,7 @@
-"""What torch.compile breaks its graph at. A file that it alone imports, because `disable` imports the compiler."""
+"""Functions at which torch.compile breaks its graph.
+
+They have a file of their own because `torch.compiler.disable` imports the compiler.
+"""
 
 import torch
 

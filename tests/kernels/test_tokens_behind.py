@@ -27,7 +27,7 @@ CASES = [(40, [0, 7, 7, 39]), (100, [0, 1, 34]), (99, [0, 1, 34]), (70, [0, 0, 0
 
 @pytest.fixture(params=["pytorch", "triton", pytest.param("triton-bf16", marks=pytest.mark.gpu)])
 def dtype(request, monkeypatch):
-    """Of the inputs, with the form that the operators take; memory holds NaN before it is written."""
+    """The dtype of the inputs, for each form of the operators. Memory holds NaN before it is written."""
     for module in (op, segments, sharded):
         monkeypatch.setattr(module, "implementation", lambda *where: request.param.split("-")[0])
     torch.use_deterministic_algorithms(True, warn_only=True)

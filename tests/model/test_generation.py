@@ -90,7 +90,7 @@ H, K, SLOTS, WIDTH = 2, 4, 6, 20
 
 @pytest.mark.parametrize("modes", [[torch.no_grad] * 3, [torch.inference_mode, torch.no_grad, torch.inference_mode]])
 def test_batches_take_turns_in_one_context(modes):
-    """Of five sequences Megatron gives the first two and then the others; prompts come in pieces, which go on."""
+    """Megatron gives the first two of five sequences and then the others; prompts come in pieces."""
     generator = torch.Generator().manual_seed(5)
     qfv = torch.randn(5, 17, H, 3, K, generator=generator)
     bound = torch.rand(H, K, generator=generator)

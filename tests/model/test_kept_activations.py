@@ -1,4 +1,4 @@
-"""What the mixer's norm makes: made again in the backward where nobody holds it, and as it was for whoever does."""
+"""The output of the mixer's norm is made again in the backward, and stays as it was for whoever holds it."""
 
 import contextlib
 import json

@@ -21,7 +21,7 @@ BEFORE, AFTER = range(2), range(2, 4)
 
 
 def wanted(chunks, optimizer, sharding: str, is_loading: bool) -> dict:
-    """What Megatron's training loop saves and loads of a model and its optimizer."""
+    """Return what Megatron's training loop saves and loads of a model and its optimizer."""
     from megatron.core import parallel_state
 
     metadata = {

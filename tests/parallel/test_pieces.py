@@ -1,4 +1,4 @@
-"""What is kept of the borders at hand, for each question and for those that are there now; how tokens are dealt out."""
+"""The cache of how packed tokens are dealt out: it answers for the borders that are there now."""
 
 import argparse
 import types
@@ -14,7 +14,7 @@ QUESTION = dict(num_tokens=10, layout="documents", rank=1, cp=4, state_cost=3.0)
 
 
 def same(a: Deal, b: Deal) -> bool:
-    """Of a few numbers each, whole in what is printed."""
+    """Compare by what is printed, which is whole for a few numbers."""
     return str(a) == str(b)
 
 

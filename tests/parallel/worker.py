@@ -103,7 +103,7 @@ def backward(chunks, optimizer, step: int, packing: str | None) -> torch.Tensor 
 
 
 def run(model: dict, layout: dict, weights: dict) -> dict:
-    """What this rank sees: losses and gradient norms of every step, gradients of the first, weights at the end."""
+    """Return this rank's losses and gradient norms of every step, gradients of the first, and weights at the end."""
     chunks, optimizer = parity.build(model, layout, weights)
     losses, norms = [], []
     for step in range(parity.STEPS):
