@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
     FLAGS.append("--use-cpu-initialization")
 OURS = "examples/pretrain_gpt.py"
 HGRN2 = ("--spec", "hgrn2")
+STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack")
+ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 LAUNCHER = ("-m", "hgrn2_megatron")
 
 
@@ -32,8 +34,12 @@ def train(*flags, **options) -> tuple[dict[int, str], str]:
     """Losses by iteration, as logged, and the whole output; options as of `launch`."""
     done = launch(*flags, **options)
     assert done.returncode == 0, done.stdout[-3000:]
-    logged = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
-    return {int(iteration): loss for iteration, loss in logged}, done.stdout
+    return losses_of(done.stdout), done.stdout
+
+
+def losses_of(output: str) -> dict[int, str]:
+    """Return the losses that Megatron logged, by iteration."""
+    return {int(iteration): loss for iteration, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", output)}
 
 
 def assert_continues(losses: dict[int, str], uninterrupted: dict[int, str], tolerance: float = 0):

@@ -4,11 +4,10 @@ import argparse
 
 import harness
 import pytest
-from training import HGRN2, assert_continues, assert_equal, launch, saved_tensors, train
+from training import ASYNC, HGRN2, assert_continues, assert_equal, launch, saved_tensors, train
 
 from hgrn2_megatron import UsageError, arguments, checkpoint
 
-ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 PP2 = ("--pipeline-model-parallel-size", 2)
 
 

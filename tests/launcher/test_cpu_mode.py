@@ -1,19 +1,16 @@
 """Megatron's loop on a machine without CUDA: what the README's commands make, in each dtype, with no flag added."""
 
-import re
-
 import harness
 import pytest
 import torch
 from test_config import hgrn2_settings
-from training import FLAGS, HGRN2, LAUNCHER
+from training import FLAGS, HGRN2, LAUNCHER, STACK, losses_of
 
 from hgrn2_megatron import UsageError, cpu
 from hgrn2_megatron.requirements import Settings, check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU mode is for machines without a GPU")
 
-STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack")
 EXPERTS = ("--num-experts", "2")
 GPT, HYBRID_MODEL = "examples/pretrain_gpt.py", "examples/pretrain_hybrid.py"
 MODELS = {
@@ -29,8 +26,7 @@ def train(model: str, *flags: str) -> dict[int, float]:
     run = [flag for flag in FLAGS if flag != "--use-cpu-initialization"]
     done = harness.torchrun(1, *LAUNCHER, *MODELS[model][:1], *run, *MODELS[model][1:], *flags)
     assert done.returncode == 0, done.stdout[-3000:]
-    logged = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", done.stdout)
-    return {int(iteration): float(loss) for iteration, loss in logged}
+    return {iteration: float(loss) for iteration, loss in losses_of(done.stdout).items()}
 
 
 @pytest.mark.parametrize("model", MODELS)

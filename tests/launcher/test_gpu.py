@@ -10,7 +10,7 @@ import re
 import harness
 import pytest
 import torch
-from training import HGRN2, assert_continues, assert_equal, saved_tensors, train
+from training import ASYNC, HGRN2, assert_continues, assert_equal, saved_tensors, train
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,6 @@ WITHOUT_APEX = (
 )
 MODEL = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "H*HH", *WITHOUT_APEX)
 EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "allgather")
-ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 
 
 def needs_gpus(count: int):

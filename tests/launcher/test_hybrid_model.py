@@ -4,10 +4,9 @@ import re
 
 import harness
 import pytest
-from training import FLAGS, HGRN2, assert_continues, launch, train
+from training import FLAGS, HGRN2, STACK, assert_continues, launch, train
 
 OURS = "examples/pretrain_hybrid.py"
-STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack")
 PATTERN = ("--hybrid-layer-pattern", "M-M-*-M-")
 
 

@@ -1,10 +1,9 @@
 """Virtual pipeline stages with data or context parallelism save, resume and move to one process and back: real runs."""
 
 import pytest
-from training import HGRN2, assert_continues, assert_equal, saved_tensors, train
+from training import ASYNC, HGRN2, STACK, assert_continues, assert_equal, saved_tensors, train
 
 PP2 = ("--pipeline-model-parallel-size", 2)
-STACK = ("--spec", "hgrn2_megatron.spec", "hgrn2_stack")
 # what one process takes, and two stages of two virtual ones each
 FORMS = {
     "gpt": (
@@ -20,7 +19,6 @@ FORMS = {
 }
 LAYOUTS = {"dp2": ("--micro-batch-size", 1), "cp2": ("--context-parallel-size", 2)}
 DISTRIBUTED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
-ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 
 
 @pytest.mark.parametrize(
