@@ -26,7 +26,7 @@ from torch import Tensor
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron import mixer
 from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
-from hgrn2_megatron.exchange import bytes_sent
+from hgrn2_megatron.context_parallel.exchange import bytes_sent
 from hgrn2_megatron.spec import hgrn2
 
 HIDDEN, K, VOCAB = 2048, 128, 32000

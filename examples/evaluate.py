@@ -21,8 +21,8 @@ from pretrain_gpt import use_prebuilt_dataset_helpers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from hgrn2_megatron.convert import tokenizer_folder
-from hgrn2_megatron.weight_files import checkpoint_folder, read_args
+from hgrn2_megatron.conversion.command import tokenizer_folder
+from hgrn2_megatron.conversion.files import checkpoint_folder, read_args
 
 
 def forward(gpt: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

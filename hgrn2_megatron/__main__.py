@@ -84,9 +84,9 @@ def main() -> None:
 
             return patch.main(sys.argv[2:])
         if sys.argv[1] == "convert":
-            from hgrn2_megatron import convert
+            from hgrn2_megatron.conversion import command
 
-            return convert.main(sys.argv[2:])
+            return command.main(sys.argv[2:])
         launch(sys.argv[1:])
     except UsageError as error:
         print(f"hgrn2_megatron: error: {error}", file=sys.stderr, flush=True)

@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from hgrn2_megatron.config import ATTENTION, HGRN2, LOWER_BOUNDS, PIPE, HGRN2Config, UsageError, stages_fit
+from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config, UsageError
 
 MODULE, GPT, STACK = "hgrn2_megatron.spec", "hgrn2", "hgrn2_stack"
 
@@ -46,10 +45,6 @@ def silent_defaults() -> dict:
     """Parser defaults of an HGRN2 run: attribute -> value where the user gives no flag."""
     missing = {name: False for name, module in EXTENSIONS.items() if importlib.util.find_spec(module) is None}
     return SILENT | missing
-
-
-# what a checkpoint says of its model, beside what Megatron itself restores
-CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Config)) + ("layernorm_epsilon",)
 
 
 @dataclasses.dataclass
@@ -161,97 +156,3 @@ def fill_silent(args: argparse.Namespace):
         args.ffn_hidden_size = glu_width(args.hidden_size)
     # Megatron's tools/run_text_generation_server.py asks for the flag under a name that it does not have
     args.inference_max_sequence_length = getattr(args, "inference_max_seq_length", None)
-
-
-def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
-    """Take the model's own flags from a checkpoint's args, as --use-checkpoint-args does for Megatron's.
-
-    Megatron has put the checkpoint's spec and, where the command line has none, its layer pattern into args by now. The
-    stages in that pattern are those of the run that saved.
-
-    Raises:
-        UsageError: the checkpoint's spec is another than this run's.
-    """
-    if not is_hgrn2_spec(args.spec):
-        raise UsageError(f"--use-checkpoint-args: the checkpoint is of --spec {' '.join(args.spec)}; drop the flag")
-    asked = spec_of(sys.argv[1:])
-    if asked is not None:
-        _refuse_other_form(asked, args.spec)
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    if pattern and not stages_fit(pattern, args.pipeline_model_parallel_size):
-        args.hybrid_layer_pattern = pattern.replace(PIPE, "")
-    # every run through the launcher saves the plugin's flags; they mean something where the model is HGRN2
-    ours = is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
-    for name in CHECKPOINT_ARGS if ours else ("layernorm_epsilon",):
-        if hasattr(checkpoint_args, name):
-            setattr(args, name, getattr(checkpoint_args, name))
-
-
-def _refuse_other_form(ours: list[str], theirs: list[str]):
-    """Refuse a checkpoint of a GPT for a HybridModel, and the other way round.
-
-    Args:
-        ours: this run's spec, of an HGRN2 model.
-        theirs: the checkpoint's, likewise.
-
-    Raises:
-        UsageError: it says which script takes the checkpoint.
-    """
-    stack = is_stack_spec(theirs)
-    if is_stack_spec(ours) == stack:
-        return
-    script, spec, model = ("pretrain_hybrid.py", STACK, "HybridModel") if stack else ("pretrain_gpt.py", GPT, "GPT")
-    here, there = (" ".join(full_spec(list(spec)) or ()) for spec in (ours, theirs))
-    raise UsageError(
-        f"--spec is {here} here and {there} in the checkpoint to load: weights of a {model} have other names, so "
-        f"run {script} with --spec {spec} and --use-checkpoint-args, or train without --load"
-    )
-
-
-def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
-    """Compare two HGRN2 models: what decides the meaning and the names of the weights, before they are loaded.
-
-    Megatron would read a checkpoint of other heads without a word, as their projections have the same shapes, and
-    end in a list of weights that are missing where the depth or the pattern differs.
-
-    Raises:
-        UsageError: the checkpoint is of another model; it names the flag.
-    """
-    _refuse_other_form(args.spec, checkpoint_args.spec)
-    ours, theirs = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
-    pairs: dict[str, tuple] = {}
-    if is_stack_spec(args.spec):
-        pairs["--hybrid-layer-pattern"] = (_symbols(args), _symbols(checkpoint_args))
-    else:
-        depth = args.num_layers
-        pairs["--num-layers"] = (depth, checkpoint_args.num_layers)
-        pairs["--hgrn2-layer-pattern"] = (_letters(ours, depth), _letters(theirs, depth))
-    pairs["--hgrn2-expand-ratio"] = (ours.expand_ratio, theirs.expand_ratio)
-    pairs["--hgrn2-lower-bounds"] = (ours.lower_bounds, theirs.lower_bounds)
-    refuse_differences(
-        pairs, "give what the checkpoint has, drop the flag and add --use-checkpoint-args, or train without --load"
-    )
-
-
-def _letters(config: HGRN2Config, depth: int) -> str:
-    return "".join(HGRN2 if config.is_hgrn2_layer(layer) else ATTENTION for layer in range(depth))
-
-
-def _symbols(args: argparse.Namespace) -> str:
-    """A HybridModel's layers; where stages divide them is no part of the model."""
-    return (getattr(args, "hybrid_layer_pattern", None) or "").replace(PIPE, "")
-
-
-def refuse_differences(pairs: dict, instead: str):
-    """Refuse the first difference between this run and a checkpoint.
-
-    Args:
-        pairs: flag -> its value (here, in the checkpoint).
-        instead: what to do.
-
-    Raises:
-        UsageError: it names the flag.
-    """
-    for flag, (given, saved) in pairs.items():
-        if given != saved:
-            raise UsageError(f"{flag} is {given} here and {saved} in the checkpoint to load: {instead}")

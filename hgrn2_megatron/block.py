@@ -7,20 +7,6 @@ from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.lower_bounds import LowerBounds
 
 
-def settle_graphs(config) -> None:
-    """Where CUDA graphs are asked for, set what they need of the pipeline's schedule.
-
-    Args:
-        config: Megatron's, which the schedule reads in every step.
-    """
-    if config.cuda_graph_impl == "none":
-        return
-    # a stage's output is a view of its graph's memory: there is nothing to free, and the schedule would insist
-    config.deallocate_pipeline_outputs = False
-    # a wait of the host, for the batched sends of older PyTorch; a capture allows none
-    config.batch_p2p_sync = False
-
-
 def create_bounds(block, hgrn2: HGRN2Config, num_blocks: int) -> LowerBounds | None:
     """The block's replica of the lower bounds, or None where bounds are off.
 

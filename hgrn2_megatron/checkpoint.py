@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import re
+import sys
 
 import torch
 from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedObject, ShardedTensor
@@ -15,8 +16,8 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, d
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-from hgrn2_megatron.arguments import check_same_model, is_hgrn2_spec, is_stack_spec, refuse_differences
-from hgrn2_megatron.config import ATTENTION, HGRN2Config, UsageError
+from hgrn2_megatron.arguments import GPT, STACK, full_spec, is_hgrn2_spec, is_stack_spec, spec_of
+from hgrn2_megatron.config import ATTENTION, HGRN2, PIPE, HGRN2Config, UsageError, stages_fit
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -45,6 +46,54 @@ ATTENTION_FLAGS = {
     "--rotary-percent": "rotary_percent",
 }
 
+# what a checkpoint says of its model, beside what Megatron itself restores
+CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Config)) + ("layernorm_epsilon",)
+
+
+def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
+    """Take the model's own flags from a checkpoint's args, as --use-checkpoint-args does for Megatron's.
+
+    Megatron has put the checkpoint's spec and, where the command line has none, its layer pattern into args by now. The
+    stages in that pattern are those of the run that saved.
+
+    Raises:
+        UsageError: the checkpoint's spec is another than this run's.
+    """
+    if not is_hgrn2_spec(args.spec):
+        raise UsageError(f"--use-checkpoint-args: the checkpoint is of --spec {' '.join(args.spec)}; drop the flag")
+    asked = spec_of(sys.argv[1:])
+    if asked is not None:
+        _refuse_other_form(asked, args.spec)
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern and not stages_fit(pattern, args.pipeline_model_parallel_size):
+        args.hybrid_layer_pattern = pattern.replace(PIPE, "")
+    # every run through the launcher saves the plugin's flags; they mean something where the model is HGRN2
+    saved_is_hgrn2 = is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
+    for name in CHECKPOINT_ARGS if saved_is_hgrn2 else ("layernorm_epsilon",):
+        if hasattr(checkpoint_args, name):
+            setattr(args, name, getattr(checkpoint_args, name))
+
+
+def _refuse_other_form(spec_here: list[str], saved_spec: list[str]):
+    """Refuse a checkpoint of a GPT for a HybridModel, and the other way round.
+
+    Args:
+        spec_here: this run's spec, which names an HGRN2 model.
+        saved_spec: the checkpoint's spec, which names an HGRN2 model too.
+
+    Raises:
+        UsageError: it says which script takes the checkpoint.
+    """
+    stack = is_stack_spec(saved_spec)
+    if is_stack_spec(spec_here) == stack:
+        return
+    script, spec, model = ("pretrain_hybrid.py", STACK, "HybridModel") if stack else ("pretrain_gpt.py", GPT, "GPT")
+    here, there = (" ".join(full_spec(list(words)) or ()) for words in (spec_here, saved_spec))
+    raise UsageError(
+        f"--spec is {here} here and {there} in the checkpoint to load: weights of a {model} have other names, so "
+        f"run {script} with --spec {spec} and --use-checkpoint-args, or train without --load"
+    )
+
 
 def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distributed: bool):
     """Refuse a checkpoint whose weights would mean something else here.
@@ -57,14 +106,14 @@ def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distrib
     Raises:
         UsageError: it names the flag that differs, or the one to add.
     """
-    ours, theirs = is_hgrn2_spec(args.spec), is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
-    if theirs and not ours:
+    is_hgrn2, saved_is_hgrn2 = is_hgrn2_spec(args.spec), is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
+    if saved_is_hgrn2 and not is_hgrn2:
         raise UsageError(
             "the checkpoint to load is of an HGRN2 model: give --spec hgrn2 (or hgrn2_stack), or train without --load"
         )
-    if not ours:
+    if not is_hgrn2:
         return
-    if theirs:
+    if saved_is_hgrn2:
         check_same_model(args, checkpoint_args)
     else:
         _check_attention(args, checkpoint_args, distributed)
@@ -74,6 +123,55 @@ def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distrib
             f"--transformer-impl is {args.transformer_impl} here and {saved} in the checkpoint to load: "
             "only checkpoints of --ckpt-format torch_dist go from one to the other"
         )
+
+
+def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
+    """Compare two HGRN2 models: what decides the meaning and the names of the weights, before they are loaded.
+
+    Megatron would read a checkpoint of other heads without a word, as their projections have the same shapes, and
+    end in a list of weights that are missing where the depth or the pattern differs.
+
+    Raises:
+        UsageError: the checkpoint is of another model; it names the flag.
+    """
+    _refuse_other_form(args.spec, checkpoint_args.spec)
+    here, saved = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
+    pairs: dict[str, tuple] = {}
+    if is_stack_spec(args.spec):
+        pairs["--hybrid-layer-pattern"] = (_symbols(args), _symbols(checkpoint_args))
+    else:
+        depth = args.num_layers
+        pairs["--num-layers"] = (depth, checkpoint_args.num_layers)
+        pairs["--hgrn2-layer-pattern"] = (_letters(here, depth), _letters(saved, depth))
+    pairs["--hgrn2-expand-ratio"] = (here.expand_ratio, saved.expand_ratio)
+    pairs["--hgrn2-lower-bounds"] = (here.lower_bounds, saved.lower_bounds)
+    refuse_differences(
+        pairs, "give what the checkpoint has, drop the flag and add --use-checkpoint-args, or train without --load"
+    )
+
+
+def _letters(config: HGRN2Config, depth: int) -> str:
+    return "".join(HGRN2 if config.is_hgrn2_layer(layer) else ATTENTION for layer in range(depth))
+
+
+def _symbols(args: argparse.Namespace) -> str:
+    """A HybridModel's layers; where stages divide them is no part of the model."""
+    return (getattr(args, "hybrid_layer_pattern", None) or "").replace(PIPE, "")
+
+
+def refuse_differences(pairs: dict, instead: str):
+    """Refuse the first difference between this run and a checkpoint.
+
+    Args:
+        pairs: flag -> its value (here, in the checkpoint).
+        instead: what to do.
+
+    Raises:
+        UsageError: it names the flag.
+    """
+    for flag, (given, saved) in pairs.items():
+        if given != saved:
+            raise UsageError(f"{flag} is {given} here and {saved} in the checkpoint to load: {instead}")
 
 
 def _check_attention(args, checkpoint_args, distributed: bool):
@@ -150,13 +248,13 @@ def _from_attention(args, wanted: dict, stored: dict) -> argparse.Namespace:
     """Want of an attention checkpoint what an HGRN2 model has in common with it; say what that is."""
     hgrn2 = HGRN2Config.of(args)
     fresh = [layer for layer in range(args.num_layers) if hgrn2.is_hgrn2_layer(layer)]
-    ours = (*(f"decoder.layers.{layer}.self_attention." for layer in fresh), "decoder.hgrn2_bounds.")
+    fresh_keys = (*(f"decoder.layers.{layer}.self_attention." for layer in fresh), "decoder.hgrn2_bounds.")
     stacked = not any(LAYER.match(key) for key in stored)
 
     def adapt(entry):
         if not isinstance(entry, ShardedBase):
             return entry
-        if entry.key.startswith(ours):
+        if entry.key.startswith(fresh_keys):
             return _keep(entry)
         layer = LAYER.match(entry.key)
         return _layer_of_stack(entry, layer, args.num_layers) if layer and stacked else entry

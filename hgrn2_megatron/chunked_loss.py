@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from hgrn2_kernels.once import once_differentiable
 from hgrn2_megatron.config import UsageError
+from hgrn2_megatron.patching import change_class
 
 
 class LossLayer(ColumnParallelLinear):
@@ -40,7 +41,7 @@ class LossLayer(ColumnParallelLinear):
                 f"--hgrn2-loss-chunk-size needs Megatron's plain output layer, and the model has {layer}: drop the "
                 "flag, or what makes the layer another (FP8, logits of another dtype, a bias)"
             )
-        layer.__class__ = cls
+        change_class(layer, cls, "forward", ["self", "input_", "weight", "runtime_gather_output"])
 
     def forward(
         self,

@@ -5,15 +5,18 @@ into "cpu" for every tensor, and the functions of torch.cuda that the loop calls
 `torch.cuda.is_available()` stays False, because torch's own code would otherwise look for a driver.
 """
 
-import functools
 import logging
 import os
 import sys
 import threading
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from hgrn2_megatron.patching import wrap
 
 # parser defaults of a CPU run: attribute -> value
 DEFAULTS = {
@@ -92,10 +95,10 @@ def install() -> None:
     _keep_mode_in_backward()
     _keep_mode_in_threads()
     _adapt_megatron_random(megatron.core.tensor_parallel.random)
-    _adapt_megatron_training(megatron.training)
+    _adapt_megatron_training(megatron.training.initialize)
     _adapt_distributed_optimizer(megatron.core.optimizer.distrib_optimizer.DistributedOptimizer)
     # an assertion before tensors are sent
-    megatron.core.inference.communication_utils._is_cuda = lambda tensor: None
+    _answer(megatron.core.inference.communication_utils, "_is_cuda", ["tensor"], lambda tensor: None)
     _adapt_megatron_saving(megatron.training.initialize, megatron.core.dist_checkpointing.strategies.filesystem_async)
     _keep_rng_over_dataloader_start()
     if os.environ.get("RANK", "0") == "0":
@@ -127,26 +130,22 @@ class _CudaMeansCpu(TorchFunctionMode):
         return result
 
 
-def _keep_mode_in_backward() -> None:
-    """A mode is off while it handles a call, and torch.autograd.backward is one, with all that runs in it."""
-    run_backward = torch.autograd._engine_run_backward
-
+def _under_mode(original: Callable) -> Callable:
     def under_mode(*args, **kwargs):
         with _CudaMeansCpu():
-            return run_backward(*args, **kwargs)
+            return original(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = under_mode
+    return under_mode
+
+
+def _keep_mode_in_backward() -> None:
+    """Turn the mode on in the backward. A mode is off while it handles a call, and torch.autograd.backward is one."""
+    wrap(torch.autograd, "_engine_run_backward", ["t_outputs", "args", "kwargs"], _under_mode)
 
 
 def _keep_mode_in_threads() -> None:
-    """A mode is its thread's own; Megatron's text generation server answers each request in a new one."""
-    run = threading.Thread.run
-
-    def under_mode(self):
-        with _CudaMeansCpu():
-            run(self)
-
-    threading.Thread.run = under_mode
+    """Turn the mode on in new threads, each of which has its own: Megatron's text generation server starts some."""
+    wrap(threading.Thread, "run", ["self"], _under_mode)
 
 
 class _Stream(torch.cpu.Stream):
@@ -172,76 +171,102 @@ class _Generator(torch.Generator):
         return super().__new__(cls)
 
 
+def _answer(owner: Any, name: str, parameters: list[str], answer: Callable) -> None:
+    """Replace `owner.name`, whose parameters are checked, by `answer`, which does not call the original."""
+    wrap(owner, name, parameters, lambda original: lambda *args, **kwargs: answer(*args, **kwargs))
+
+
 def _fake_torch_cuda() -> None:
+    # Unchecked: torch.Generator is a type of C without a signature, so there is nothing to compare. Its subclass takes
+    # the one argument that Megatron gives, and hands nothing on.
     torch.Generator = _Generator
-    for name in ("device_count", "set_device", "synchronize", "stream"):
-        setattr(torch.cuda, name, getattr(torch.cpu, name))
+    wrap(torch.cuda, "Stream", ["device", "priority"], lambda original: _Stream)
+    wrap(torch.cuda, "Event", ["enable_timing", "blocking", "interprocess"], lambda original: _Event)
     stream = _Stream()
-    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.current_stream = lambda device=None: stream
-    torch.cuda.get_device_capability = lambda device=None: (8, 0)
-    torch.cuda.device_memory_used = lambda device=None: 0
-    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
-        name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1
-    )
-    torch.cuda.manual_seed = torch.default_generator.manual_seed
-    for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = lambda device=None: torch.get_rng_state()
-        module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    properties = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
+    _answer(torch.cuda, "device_count", [], torch.cpu.device_count)
+    _answer(torch.cuda, "set_device", ["device"], torch.cpu.set_device)
+    _answer(torch.cuda, "synchronize", ["device"], torch.cpu.synchronize)
+    _answer(torch.cuda, "stream", ["stream"], torch.cpu.stream)
+    _answer(torch.cuda, "current_device", [], lambda: 0)
+    _answer(torch.cuda, "current_stream", ["device"], lambda device=None: stream)
+    _answer(torch.cuda, "get_device_capability", ["device"], lambda device=None: (8, 0))
+    _answer(torch.cuda, "device_memory_used", ["device"], lambda device=None: 0)
+    _answer(torch.cuda, "get_device_properties", ["device"], lambda device=None: properties)
+    _answer(torch.cuda, "manual_seed", ["seed"], torch.default_generator.manual_seed)
+    _answer(torch.cuda, "get_rng_state", ["device"], lambda device=None: torch.get_rng_state())
+    _answer(torch.cuda, "set_rng_state", ["new_state", "device"], lambda state, device=None: torch.set_rng_state(state))
 
 
 def _adapt_megatron_random(random) -> None:
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    parameters = ["new_state", "device", "graph_safe"]
+    _answer(
+        random, "_set_cuda_rng_state", parameters, lambda new_state, *rest, **kwargs: torch.set_rng_state(new_state)
+    )
     # the tracker's fork moves the one CPU generator by design here
     logging.getLogger(random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
 
 
-def _adapt_megatron_training(package) -> None:
-    initialize = functools.partial(package.initialize.initialize_megatron, allow_no_cuda=True)
-    # Megatron's loop and scripts that have one of their own
-    for module in (package, package.initialize, package.training):
-        module.initialize_megatron = initialize
+def _adapt_megatron_training(initialize) -> None:
+    """Let Megatron start without CUDA, also from scripts that have a loop of their own."""
+    wrap(
+        initialize,
+        "initialize_megatron",
+        ["allow_no_cuda"],
+        lambda original: lambda *args, **kwargs: original(*args, **{"allow_no_cuda": True} | kwargs),
+    )
     # a warm-up of fused kernels that would draw from the CPU's random numbers
-    package.training.set_jit_fusion_options = lambda *args, **kwargs: None
+    _answer(initialize, "set_jit_fusion_options", ["tp_size"], lambda tp_size=None: None)
 
 
 def _adapt_distributed_optimizer(optimizer) -> None:
     """Let Megatron's distributed optimizer resume with PyTorch's Adam; Megatron tries others, which need a GPU."""
-    sharded_state_dict, load_state_dict = optimizer.sharded_state_dict, optimizer.load_state_dict
-    set_states = optimizer._set_main_param_and_optimizer_states
 
-    @functools.wraps(sharded_state_dict)
-    def sharded(self, model_sharded_state_dict, is_loading=False, *rest, **kwargs):
-        if is_loading and not self.optimizer.state:
-            # Megatron reads the number of steps from the states, which a new optimizer does not have yet
-            self._init_optimizer_states_with_dummy_values()
-        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *rest, **kwargs)
+    def make_sharded(sharded_state_dict):
+        def wrapped(self, model_sharded_state_dict, is_loading=False, *rest, **kwargs):
+            if is_loading and not self.optimizer.state:
+                # Megatron reads the number of steps from the states, which a new optimizer does not have yet
+                self._init_optimizer_states_with_dummy_values()
+            return sharded_state_dict(self, model_sharded_state_dict, is_loading, *rest, **kwargs)
 
-    @functools.wraps(load_state_dict)
-    def load(self, state_dict):
-        # Megatron copies into fp32 parameters in place
-        with torch.no_grad():
-            load_state_dict(self, state_dict)
-        # and gives all states one tensor that counts their steps, which each of them would advance
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
+        return wrapped
 
-    @functools.wraps(set_states)
-    def set_own(self, model_param, tensors):
+    def make_load(load_state_dict):
+        def wrapped(self, state_dict):
+            # Megatron copies into fp32 parameters in place
+            with torch.no_grad():
+                load_state_dict(self, state_dict)
+            # and gives all states one tensor that counts their steps, which each of them would advance
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+        return wrapped
+
+    def make_set(set_states):
         # the number of steps is not among what is loaded for each parameter
-        set_states(self, model_param, {**tensors, "step": None})
+        return lambda self, model_param, tensors: set_states(self, model_param, {**tensors, "step": None})
 
-    optimizer.sharded_state_dict, optimizer.load_state_dict = sharded, load
-    optimizer._set_main_param_and_optimizer_states = set_own
+    wrap(optimizer, "sharded_state_dict", ["self", "model_sharded_state_dict", "is_loading"], make_sharded)
+    wrap(optimizer, "load_state_dict", ["self", "state_dict"], make_load)
+    wrap(optimizer, "_set_main_param_and_optimizer_states", ["self", "model_param", "tensors"], make_set)
 
 
 def _adapt_megatron_saving(initialize, filesystem_async) -> None:
     # a worker of another start method imports everything anew, and without the CPU mode: --async-save hangs
-    start_worker, results_queue = initialize.init_persistent_async_worker, filesystem_async.get_write_results_queue
-    initialize.init_persistent_async_worker = lambda rank, mp_mode: start_worker(rank, "fork")
-    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results_queue("fork")
-    filesystem_async.FileSystemWriterAsync.preload_tensors = staticmethod(_copy_for_writing)
+    wrap(
+        initialize,
+        "init_persistent_async_worker",
+        ["rank", "mp_mode"],
+        lambda original: lambda rank, mp_mode="spawn": original(rank, "fork"),
+    )
+    wrap(
+        filesystem_async,
+        "get_write_results_queue",
+        ["mp_mode"],
+        lambda original: lambda mp_mode="spawn": original("fork"),
+    )
+    writer = filesystem_async.FileSystemWriterAsync
+    _answer(writer, "preload_tensors", ["write_buckets", "non_blocking"], _copy_for_writing)
 
 
 def _copy_for_writing(write_buckets, non_blocking=True):
@@ -254,13 +279,13 @@ def _copy_for_writing(write_buckets, non_blocking=True):
 
 def _keep_rng_over_dataloader_start() -> None:
     """An iterator draws a seed from the CPU generator, which on a GPU no dropout sees; keep resumes exact."""
-    iterator = torch.utils.data.dataloader._BaseDataLoaderIter
-    start = iterator.__init__
 
-    @functools.wraps(start)
-    def keeping(self, *args, **kwargs):
-        state = torch.get_rng_state()
-        start(self, *args, **kwargs)
-        torch.set_rng_state(state)
+    def make(start):
+        def keeping(self, *args, **kwargs):
+            state = torch.get_rng_state()
+            start(self, *args, **kwargs)
+            torch.set_rng_state(state)
 
-    iterator.__init__ = keeping
+        return keeping
+
+    wrap(torch.utils.data.dataloader._BaseDataLoaderIter, "__init__", ["self", "loader"], make)

@@ -8,7 +8,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from hgrn2_megatron.norm import mark_tensor_parallel, parameter_device
+from hgrn2_megatron.tensor_parallel import mark_tensor_parallel, parameter_device
 
 
 class LowerBounds(torch.nn.Module):

@@ -1,38 +1,13 @@
 """Every runtime patch of Megatron, one function each: what it wraps, why there, and a check of its target."""
 
 import argparse
-import functools
 import inspect
-import itertools
 import sys
-from collections.abc import Callable
 
-from hgrn2_megatron import arguments as ours
-from hgrn2_megatron import requirements
+from hgrn2_megatron import arguments, checkpoint_hooks, cuda_graphs, requirements
 from hgrn2_megatron.config import HGRN2Config, UsageError
-
-
-def _wrap(owner, name: str, parameters: list[str], make: Callable) -> None:
-    """Replace `owner.name` by `make(original)` once, and wherever a loaded module, the script too, bound it by name.
-
-    Raises:
-        RuntimeError: the target is not there or takes other parameters: an unknown Megatron release.
-    """
-    original = getattr(owner, name, None)
-    if getattr(original, "_hgrn2_original", None) is not None:
-        return
-    found = list(inspect.signature(original).parameters) if callable(original) else None
-    if found is None or found[: len(parameters)] != parameters:
-        raise RuntimeError(
-            f"hgrn2_megatron does not know this Megatron release: {owner.__name__}.{name} "
-            f"has parameters {found}, expected {parameters}"
-        )
-    replacement = functools.wraps(original)(make(original))
-    replacement._hgrn2_original = original
-    setattr(owner, name, replacement)
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is original:
-            setattr(module, name, replacement)
+from hgrn2_megatron.patching import unknown_release, wrap
+from hgrn2_megatron.settings import Settings, global_args
 
 
 def install_block(placeholder: type, stack) -> None:
@@ -40,12 +15,12 @@ def install_block(placeholder: type, stack) -> None:
 
     A spec cannot do this: Megatron reads only `.submodules` of one and never instantiates a block subclass, and
     a layer cannot see its block. The lower bounds must belong to the block, because a parameter inside a layer
-    would be saved once a layer and freed with it. Whether the block is ours is seen where Megatron still has the
-    spec: a pipeline stage may have no layers, and must have the bounds.
+    would be saved once a layer and freed with it. The wrapped functions see whether this is an HGRN2 model where
+    Megatron still has the spec: a pipeline stage may have no layers, and must have the bounds.
 
     Args:
-        placeholder: stands for the layers of a block of ours.
-        stack: the spec of a HybridModel, which is none of a block.
+        placeholder: class that stands for the layers of an HGRN2 model.
+        stack: spec of a HybridModel, which a TransformerBlock refuses.
     """
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -75,22 +50,22 @@ def install_block(placeholder: type, stack) -> None:
 
         return _build_layers
 
-    _wrap(transformer_block, "_get_block_submodules", ["config", "spec"], make_submodules)
-    _wrap(TransformerBlock, "_build_layers", ["self"], make)
+    wrap(transformer_block, "_get_block_submodules", ["config", "spec"], make_submodules)
+    wrap(TransformerBlock, "_build_layers", ["self"], make)
 
 
 def _prepare_block(block) -> None:
     """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
     from megatron.core.utils import get_pg_rank
 
-    from hgrn2_megatron.block import banner, create_bounds, settle_graphs
+    from hgrn2_megatron.block import banner, create_bounds
     from hgrn2_megatron.layer import block_submodules
 
     config, hgrn2 = block.config, HGRN2Config.of(block.config)
-    warnings = requirements.check(requirements.Settings(config, requirements.global_args()))
+    warnings = requirements.check(Settings(config, global_args()))
     # a pattern may mix layers, so every layer is saved under its own name
     config.hetereogenous_dist_checkpoint = True
-    settle_graphs(config)
+    cuda_graphs.settle(config)
     block.submodules = block_submodules(config, block.vp_stage, get_pg_rank(block.pg_collection.pp))
     block.hgrn2_bounds = create_bounds(block, hgrn2, config.num_layers)
     if block.pre_process:
@@ -121,9 +96,7 @@ def install_loss() -> None:
     def make_postprocess(postprocess):
         signature = inspect.signature(postprocess)
         if "output_processor" not in signature.parameters:
-            raise RuntimeError(
-                "hgrn2_megatron does not know this Megatron release: GPTModel._postprocess has no output_processor"
-            )
+            raise unknown_release(GPTModel, "GPTModel._postprocess has no output_processor")
 
         def _postprocess(self, *args, **kwargs):
             if not size_of(self):
@@ -135,8 +108,8 @@ def install_loss() -> None:
 
         return _postprocess
 
-    _wrap(GPTModel, "__init__", ["self", "config", "transformer_layer_spec", "vocab_size"], make_init)
-    _wrap(GPTModel, "_postprocess", ["self", "hidden_states", "input_ids", "position_ids", "labels"], make_postprocess)
+    wrap(GPTModel, "__init__", ["self", "config", "transformer_layer_spec", "vocab_size"], make_init)
+    wrap(GPTModel, "_postprocess", ["self", "hidden_states", "input_ids", "position_ids", "labels"], make_postprocess)
 
 
 def install_generation() -> None:
@@ -170,8 +143,8 @@ def install_generation() -> None:
 
         return __init__
 
-    _wrap(MambaInferenceStateConfig, "from_model", ["model", "conv_states_dtype", "ssm_states_dtype"], make_states)
-    _wrap(DynamicInferenceContext, "__init__", ["self", "model_config", "inference_config"], make_context)
+    wrap(MambaInferenceStateConfig, "from_model", ["model", "conv_states_dtype", "ssm_states_dtype"], make_states)
+    wrap(DynamicInferenceContext, "__init__", ["self", "model_config", "inference_config"], make_context)
 
 
 def install_graphs() -> None:
@@ -185,80 +158,7 @@ def install_graphs() -> None:
     def make_call(call):
         return lambda self, inputs, stage, microbatch: dict(call(self, inputs, stage, microbatch))
 
-    _wrap(StaticBufferLoader, "__call__", ["self", "inputs", "stage", "microbatch"], make_call)
-
-
-def install_saving() -> None:
-    """Wrap what divides a checkpoint's tensors among the ranks that could save or load them.
-
-    Megatron divides by rank, so it makes every replica that one rank holds the main one, and then refuses to save a
-    tensor with two. A rank with virtual pipeline stages holds a replica of the lower bounds for each. One is enough.
-    """
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.strategies import fully_parallel
-    from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
-
-    def is_replica(shard) -> bool:
-        # the last number of an id counts data parallel ranks, the others are 0 in the model's own copy
-        return isinstance(shard.replica_id, tuple) and any(shard.replica_id[:-1])
-
-    def make(distribute):
-        def wrapped(sharded_state_dict, parallelization_group, precomputed_distribution):
-            shards = [x for x in nested_values(sharded_state_dict) if isinstance(x, ShardedTensor)]
-            held, further = set(), []
-            for shard in sorted(shards, key=is_replica):
-                name = _sharded_tensor_shard_id(shard)
-                if name in held and is_replica(shard):
-                    further.append(shard)
-                held.add(name)
-            distribute(sharded_state_dict, parallelization_group, precomputed_distribution)
-            # no distribution: a single rank, which keeps the ids as they were
-            for shard in further if precomputed_distribution else []:
-                shard.replica_id = 1
-
-        return wrapped
-
-    parameters = ["sharded_state_dict", "parallelization_group", "precomputed_distribution"]
-    _wrap(fully_parallel, "distribute_main_replicas_with_precomputed_distribution", parameters, make)
-
-
-def install_optimizer() -> None:
-    """Wrap what the distributed optimizer saves with --dist-ckpt-optim-fully-reshardable, before megatron-core 0.20.
-
-    It cuts parameters out of buffers without padding at places that count the padding between buckets, and so saves and
-    loads parts of the wrong parameters. The lower bounds have a bucket of their own, which makes padding more likely.
-    Megatron mended it in pull request 5077.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    if requirements.megatron_release() >= (0, 20):
-        return
-
-    def make(sharded_param_state):
-        def wrapped(self, *args, **kwargs):
-            padded = [buffer.param_index_map for buffer in self.buffers]
-            for buffer in self.buffers:
-                buffer.param_index_map = _without_padding(buffer)
-            try:
-                return sharded_param_state(self, *args, **kwargs)
-            finally:
-                for buffer, index_map in zip(self.buffers, padded, strict=True):
-                    buffer.param_index_map = index_map
-
-        return wrapped
-
-    _wrap(DistributedOptimizer, "sharded_param_state_fully_reshardable", ["self", "model_sharded_state_dict"], make)
-
-
-def _without_padding(buffer) -> dict:
-    """Where each parameter lies in a gradient buffer whose buckets follow each other without padding."""
-    paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-    before = [0, *itertools.accumulate(paddings)]
-    return {
-        param: (start - before[bucket], end - before[bucket], bucket)
-        for param, (start, end, bucket) in buffer.param_index_map.items()
-    }
+    wrap(StaticBufferLoader, "__call__", ["self", "inputs", "stage", "microbatch"], make_call)
 
 
 def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -266,11 +166,11 @@ def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     Runs of other models get the flags, and nothing else.
     """
-    is_hgrn2 = ours.is_hgrn2_spec(ours.spec_of(sys.argv[1:]))
+    is_hgrn2 = arguments.is_hgrn2_spec(arguments.spec_of(sys.argv[1:]))
     # the checkpoint may be the one that names the spec
     if is_hgrn2 or "--use-checkpoint-args" in sys.argv:
         install_training()
-    return _set_defaults(ours.add_arguments(parser), ours.silent_defaults() if is_hgrn2 else {})
+    return _set_defaults(arguments.add_arguments(parser), arguments.silent_defaults() if is_hgrn2 else {})
 
 
 def _set_defaults(parser: argparse.ArgumentParser, defaults: dict) -> argparse.ArgumentParser:
@@ -290,12 +190,12 @@ def install_arguments(defaults: dict) -> None:
     Args:
         defaults: attribute -> value for the parser, of flags that the user did not give.
     """
-    import megatron.training.arguments as arguments
+    import megatron.training.arguments as megatron_arguments
 
     def make_parser(add_megatron_arguments):
         return lambda parser: _set_defaults(extra_args(add_megatron_arguments(parser)), defaults)
 
-    _wrap(arguments, "add_megatron_arguments", ["parser"], make_parser)
+    wrap(megatron_arguments, "add_megatron_arguments", ["parser"], make_parser)
     install_training()
 
 
@@ -305,15 +205,15 @@ def install_training() -> None:
     Validation is where the model's flags are final, the checkpoint's included.
     """
     import megatron.training.argument_utils as argument_utils
-    import megatron.training.arguments as arguments
+    import megatron.training.arguments as megatron_arguments
     from megatron.core.transformer import TransformerConfig
 
     def make_validation(validate_args):
         def wrapped(args, *rest, **kwargs):
-            args.spec = ours.full_spec(args.spec)
-            if ours.is_hgrn2_spec(args.spec):
-                ours.fill_silent(args)
-                requirements.check(requirements.Settings(args), stack=ours.is_stack_spec(args.spec))
+            args.spec = arguments.full_spec(args.spec)
+            if arguments.is_hgrn2_spec(args.spec):
+                arguments.fill_silent(args)
+                requirements.check(Settings(args), stack=arguments.is_stack_spec(args.spec))
             elif getattr(args, "hgrn2_loss_chunk_size", None) is not None:
                 raise UsageError(
                     "--hgrn2-loss-chunk-size would do nothing without --spec hgrn2: give it, or drop the flag"
@@ -325,67 +225,16 @@ def install_training() -> None:
     def make_config(core_transformer_config_from_args):
         def wrapped(args, config_class=None):
             # the builders of 0.18 name Megatron's own class
-            if config_class in (None, TransformerConfig) and ours.is_hgrn2_spec(args.spec):
-                config_class = ours.HGRN2TransformerConfig
+            if config_class in (None, TransformerConfig) and arguments.is_hgrn2_spec(args.spec):
+                config_class = arguments.HGRN2TransformerConfig
             return core_transformer_config_from_args(args, config_class)
 
         return wrapped
 
-    _wrap(arguments, "validate_args", ["args"], make_validation)
-    _wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
-    install_checkpoint()
+    wrap(megatron_arguments, "validate_args", ["args"], make_validation)
+    wrap(argument_utils, "core_transformer_config_from_args", ["args", "config_class"], make_config)
+    checkpoint_hooks.install_checkpoint()
     install_reports()
-
-
-def install_checkpoint() -> None:
-    """Wrap the two readers of megatron.training.checkpointing: refuse or adapt checkpoints of other models.
-
-    Megatron reads a checkpoint twice, first what it says of itself and then its weights. In between it has no hook,
-    and what it then finds missing, or finds of the right shape, it takes.
-    """
-    import megatron.training.checkpointing as checkpointing
-
-    from hgrn2_megatron import checkpoint
-
-    # --use-checkpoint-args reads a checkpoint whose args need not be those of the command line
-    restoring = []
-
-    def make_restore(load_args_from_checkpoint):
-        def wrapped(args, *rest, **kwargs):
-            asked = ours.is_hgrn2_spec(args.spec)
-            restoring.append(True)
-            try:
-                result = load_args_from_checkpoint(args, *rest, **kwargs)
-            finally:
-                restoring.pop()
-            if isinstance(result, tuple) and (asked or ours.is_hgrn2_spec(args.spec)):
-                ours.restore(args, result[1])
-            return result
-
-        return wrapped
-
-    def make_base_load(load_base_checkpoint):
-        # of the last reading of what a checkpoint says of itself: its args, its folder
-        distributed = []
-
-        def wrapped(load_dir, args, rank0=False, sharded_state_dict=None, *rest, **kwargs):
-            load_args = args
-            if sharded_state_dict and distributed and ours.is_hgrn2_spec(args.spec):
-                load_args = checkpoint.adapt(args, sharded_state_dict, *distributed[0])
-            result = load_base_checkpoint(load_dir, load_args, rank0, sharded_state_dict, *rest, **kwargs)
-            state_dict, folder, _, kind = result
-            saved = (state_dict or {}).get("args")
-            is_distributed = kind is not None and kind.name == "GLOBAL"
-            if saved and not restoring:
-                checkpoint.check(args, saved, is_distributed)
-            if rank0:
-                distributed[:] = [(saved, folder)] if saved and is_distributed else []
-            return result
-
-        return wrapped
-
-    _wrap(checkpointing, "load_args_from_checkpoint", ["args"], make_restore)
-    _wrap(checkpointing, "_load_base_checkpoint", ["load_dir", "args", "rank0", "sharded_state_dict"], make_base_load)
 
 
 def install_reports() -> None:
@@ -399,7 +248,7 @@ def install_reports() -> None:
         signature = inspect.signature(num_floating_point_operations)
 
         def wrapped(args, batch_size, *rest, **kwargs):
-            if not ours.is_hgrn2_spec(args.spec):
+            if not arguments.is_hgrn2_spec(args.spec):
                 return num_floating_point_operations(args, batch_size, *rest, **kwargs)
             given = signature.bind(args, batch_size, *rest, **kwargs).arguments
             tokens = given.get("total_real_tokens_in_batch")
@@ -412,12 +261,12 @@ def install_reports() -> None:
 
     def make_memory(report_theoretical_memory):
         def wrapped(args, *rest, **kwargs):
-            if not ours.is_hgrn2_spec(args.spec):
+            if not arguments.is_hgrn2_spec(args.spec):
                 return report_theoretical_memory(args, *rest, **kwargs)
             print("Theoretical memory footprints are not known for models with HGRN2 layers.")
             return None
 
         return wrapped
 
-    _wrap(training, "num_floating_point_operations", ["args", "batch_size"], make_count)
-    _wrap(memory, "report_theoretical_memory", ["args"], make_memory)
+    wrap(training, "num_floating_point_operations", ["args", "batch_size"], make_count)
+    wrap(memory, "report_theoretical_memory", ["args"], make_memory)

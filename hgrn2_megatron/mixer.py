@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2_fused
 from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.context_parallel import chunk_hgrn2_of_batch, chunk_hgrn2_of_packed, packed_layout
+from hgrn2_megatron.context_parallel.operator import chunk_hgrn2_of_batch, chunk_hgrn2_of_packed, packed_layout
+from hgrn2_megatron.context_parallel.pieces import STREAM
 from hgrn2_megatron.generation import advance, advance_dynamic
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
-from hgrn2_megatron.pieces import STREAM
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class HGRN2MixerSubmodules:
 class HGRN2Mixer(MegatronModule):
     """in_proj -> gated linear recurrence -> RMSNorm -> out_proj, under tensor and sequence parallelism.
 
-    in_proj is one fused column-parallel linear. Its rows go head by head, within a head q then f then i, the
+    in_proj is one fused column-parallel linear. Its rows go head by head, within a head q then f then v, the
     order Megatron's own fused QKV takes: a TP rank's rows are then a contiguous slice that holds whole heads,
     so plain checkpoints reshard over TP, and the same seed draws the same model at every TP size.
 
@@ -146,8 +146,8 @@ class HGRN2Mixer(MegatronModule):
                 packed in another format or without borders, or dealt out to context parallel ranks in an unknown
                 layout.
         """
-        qfi, _ = self.in_proj(hidden_states)
-        s, b, _ = qfi.shape
+        qfv, _ = self.in_proj(hidden_states)
+        s, b, _ = qfv.shape
         if inference_context is None:
             operator = self._operator(packed_seq_params, s, b)
         else:
@@ -155,11 +155,11 @@ class HGRN2Mixer(MegatronModule):
         given = self.config.cuda_graph_impl == "local" and attention_bias is not None
         lower_bound = attention_bias if given else self.lower_bound()
         # [b, s, H/tp, 3, K]
-        qfi = qfi.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
+        qfv = qfv.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
         if self._recomputes and inference_context is None:
             mix = partial(self._mix, operator)
-            return self.out_proj(tensor_parallel.checkpoint(mix, False, qfi, lower_bound))
-        normed = self.norm(_of_tokens(operator(qfi, lower_bound)))
+            return self.out_proj(tensor_parallel.checkpoint(mix, False, qfv, lower_bound))
+        normed = self.norm(_of_tokens(operator(qfv, lower_bound)))
         projected = self.out_proj(normed)
         if not self._keeps_normed:
             _make_again(normed, projected[0])
@@ -204,9 +204,9 @@ class HGRN2Mixer(MegatronModule):
             )
         return partial(chunk_hgrn2_of_packed, group=group, cu_seqlens=borders, layout=layout)
 
-    def _mix(self, operator: Callable, qfi: Tensor, lower_bound: Tensor | None) -> Tensor:
-        """The operator and the norm: qfi [b, s, H/tp, 3, K] to [s, b, h/tp]."""
-        return self.norm(_of_tokens(operator(qfi, lower_bound)))
+    def _mix(self, operator: Callable, qfv: Tensor, lower_bound: Tensor | None) -> Tensor:
+        """The operator and the norm: qfv [b, s, H/tp, 3, K] to [s, b, h/tp]."""
+        return self.norm(_of_tokens(operator(qfv, lower_bound)))
 
 
 def _of_whole(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:

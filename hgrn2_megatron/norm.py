@@ -10,16 +10,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from hgrn2_kernels.once import once_differentiable
-
-
-def parameter_device(config: TransformerConfig) -> torch.device:
-    """Where Megatron's own layers allocate a weight."""
-    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
-
-
-def mark_tensor_parallel(weight: torch.nn.Parameter):
-    """Tell Megatron that every TP rank holds its own slice of `weight`, so that no gradient is summed over TP."""
-    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1
+from hgrn2_megatron.tensor_parallel import mark_tensor_parallel, parameter_device
 
 
 class HiddenShardedRMSNorm(torch.nn.Module):

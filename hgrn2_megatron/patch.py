@@ -14,7 +14,9 @@ from pathlib import Path
 
 from hgrn2_megatron.config import UsageError
 
-PATCHES = Path(__file__).parent / "patches"
+# A wheel holds the patches in the package. A checkout holds them beside the package.
+_PLACES = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
+PATCHES = next(filter(Path.is_dir, _PLACES), _PLACES[0])
 INSTEAD = "use the launcher, torchrun ... -m hgrn2_megatron, which needs no patch"
 
 

@@ -3,42 +3,13 @@
 docs/flags.md is the same table for people.
 """
 
-import sys
-from typing import Any
-
-import megatron.core
 import torch.nn.functional as F
-from megatron.core.transformer.enums import AttnBackend
 
-from hgrn2_megatron import cpu, megatron_flags
+from hgrn2_megatron import cpu, cuda_graphs, megatron_flags
 from hgrn2_megatron.config import ATTENTION, EXPERTS, PIPE, HGRN2Config, UsageError, stages_fit
+from hgrn2_megatron.settings import Settings, global_args, refuse
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
-
-
-class Settings:
-    """One view of Megatron's args and TransformerConfig: the first source that has a name wins, None if none has."""
-
-    def __init__(self, *sources: Any):
-        self._sources = [s for s in sources if s is not None]
-
-    def __getattr__(self, name: str) -> Any:
-        for source in self._sources:
-            if hasattr(source, name):
-                return getattr(source, name)
-        return None
-
-
-def megatron_release() -> tuple[int, int]:
-    """Return the release of megatron-core as numbers: (0, 19) for 0.19.2."""
-    major, minor = megatron.core.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-def global_args():
-    """Megatron's command line where its training loop runs; None where only megatron.core is used."""
-    global_vars = sys.modules.get("megatron.training.global_vars")
-    return getattr(global_vars, "_GLOBAL_ARGS", None)
 
 
 def check(settings: Settings, stack: bool = False) -> list[str]:
@@ -59,13 +30,13 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     if stack:
         _check_stages(settings)
     _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
-    _check_cuda_graphs(settings, hgrn2)
+    cuda_graphs.check(settings, hgrn2)
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
     _check_loss(settings, stack)
     if cpu.installed():
-        _refuse(settings, cpu.NEEDS_CUDA, "{} does not work on a machine without CUDA")
+        refuse(settings, cpu.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)
 
 
@@ -165,15 +136,8 @@ UNSUPPORTED_IN_STACK = (
 )
 
 
-def _refuse(s: Settings, table: tuple, why: str):
-    """Raise for the first entry of such a table that is asked for; `why` has a place for the flag."""
-    for asked, flag, instead in table:
-        if asked(s):
-            raise UsageError(f"{why.format(flag)}: {instead}")
-
-
 def _check_unsupported(s: Settings, table: tuple):
-    _refuse(s, table, "{} is not supported with HGRN2 layers yet")
+    refuse(s, table, "{} is not supported with HGRN2 layers yet")
     if s.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -193,85 +157,6 @@ def _check_stages(s: Settings):
             f"for --pipeline-model-parallel-size {stages}: write one segment a stage, or as many for each of them; "
             "one stage takes no |"
         )
-
-
-def _experts_wait_for_the_host(s: Settings) -> bool:
-    """Whether a graph would hold experts that take as many tokens as there are, which the host must know."""
-    if not (s.num_moe_experts or s.num_experts):
-        return False
-    padded = s.moe_expert_capacity_factor and s.moe_pad_expert_input_to_capacity
-    modules = {getattr(module, "name", module) for module in s.cuda_graph_modules or []}
-    around = s.cuda_graph_impl == "local" and modules and modules <= {"moe_router", "moe_preprocess"}
-    return not (padded or around)
-
-
-def _own_modules_would_train(s: Settings) -> bool:
-    """Whether graphs of layers would train Megatron's own modules, whose norms it does not see save their inputs."""
-    trains = s.train_iters or s.train_samples
-    return bool(s.cuda_graph_impl == "local" and s.transformer_impl == "local" and trains)
-
-
-def _stages_are_not_captured(s: Settings) -> bool:
-    """Whether graphs of layers would be of pipeline stages that Megatron captures wrongly, or not at all.
-
-    It stops at what micro-batches share, the positions of attention layers; and 0.20-dev adds up the gradients of the
-    first micro-batch alone.
-    """
-    stages = s.cuda_graph_impl == "local" and (s.pipeline_model_parallel_size or 1) > 1
-    return stages and (ATTENTION in s.layer_pattern or megatron_release() >= (0, 20))
-
-
-def _fused_attention_multiple(s: Settings) -> int:
-    """What the length must be a multiple of for fused attention in a graph; 1 where none is bound to be there.
-
-    cuDNN up to 9.15 is wrong in graphs of training at lengths that are no multiple of 128. Transformer Engine knows,
-    but takes another kernel for graphs of layers alone, and has none for context parallelism, which cuts the sequence
-    into two pieces a rank.
-    """
-    cp = s.context_parallel_size or 1
-    may_be_fused = s.transformer_impl != "local" and s.attention_backend != AttnBackend.unfused
-    is_bound_to = s.cuda_graph_impl == "full_iteration" or cp > 1
-    if not (ATTENTION in s.layer_pattern and may_be_fused and is_bound_to):
-        return 1
-    return 128 * (2 * cp if cp > 1 else 1)
-
-
-# what --cuda-graph-impl does not go with, as above, of settings with HGRN2Config's beside
-NOT_WITH_CUDA_GRAPHS = (
-    (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
-    (
-        lambda s: s.dataloader_inter_document_masking,
-        "--dataloader-inter-document-masking",
-        "every batch has other borders of documents",
-    ),
-    (
-        _experts_wait_for_the_host,
-        "--num-experts of any number of tokens",
-        "give --moe-expert-capacity-factor and --moe-pad-expert-input-to-capacity, or --cuda-graph-impl local "
-        "--cuda-graph-modules moe_router",
-    ),
-    (
-        _own_modules_would_train,
-        "--transformer-impl local",
-        "Megatron would free what the backward reads; give transformer_engine, or --cuda-graph-impl full_iteration",
-    ),
-    (
-        _stages_are_not_captured,
-        "--pipeline-model-parallel-size above 1, with attention layers or from megatron-core 0.20 on",
-        "give --cuda-graph-impl full_iteration",
-    ),
-    (
-        lambda s: (s.seq_length or 0) % _fused_attention_multiple(s),
-        "fused attention layers at such a --seq-length",
-        "give a multiple of 128, under context parallelism of 256 x --context-parallel-size",
-    ),
-)
-
-
-def _check_cuda_graphs(s: Settings, hgrn2: HGRN2Config):
-    if s.cuda_graph_impl not in (None, "none"):
-        why = f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {{}}"
-        _refuse(Settings(hgrn2, s), NOT_WITH_CUDA_GRAPHS, why)
 
 
 def _check_packing(s: Settings, hgrn2: HGRN2Config):
@@ -355,7 +240,7 @@ def _check_loss(s: Settings, stack: bool):
             "--hgrn2-loss-chunk-size is for a GPT, and Megatron's HybridModel computes its loss itself: drop it, "
             "or give pretrain_gpt.py --spec hgrn2"
         )
-    _refuse(s, NOT_WITH_CHUNKED_LOSS, "--hgrn2-loss-chunk-size does not go with {}")
+    refuse(s, NOT_WITH_CHUNKED_LOSS, "--hgrn2-loss-chunk-size does not go with {}")
 
 
 def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:

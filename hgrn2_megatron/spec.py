@@ -10,11 +10,11 @@ import sys
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-from hgrn2_megatron import megatron_hooks
+from hgrn2_megatron import checkpoint_hooks, megatron_hooks
 from hgrn2_megatron.config import UsageError
 
 
-class HGRN2Layer(BaseTransformerLayer):
+class HGRN2Placeholder(BaseTransformerLayer):
     """Stands for "the layers of an HGRN2 model" until a block resolves it; never built itself.
 
     A static spec is the one form every supported Megatron release takes, but it cannot know which of a hybrid's
@@ -28,18 +28,18 @@ class HGRN2Layer(BaseTransformerLayer):
         )
 
 
-hgrn2 = ModuleSpec(module=HGRN2Layer)
+hgrn2 = ModuleSpec(module=HGRN2Placeholder)
 
 # named, not imported: releases without HybridModel have the GPT form all the same
 hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
 
-megatron_hooks.install_block(HGRN2Layer, hgrn2_stack)
+megatron_hooks.install_block(HGRN2Placeholder, hgrn2_stack)
 megatron_hooks.install_loss()
 megatron_hooks.install_generation()
 megatron_hooks.install_graphs()
-megatron_hooks.install_saving()
-megatron_hooks.install_optimizer()
+checkpoint_hooks.install_saving()
+checkpoint_hooks.install_optimizer()
 if "megatron.training.checkpointing" in sys.modules:
-    megatron_hooks.install_checkpoint()
+    checkpoint_hooks.install_checkpoint()
 if "megatron.training.training" in sys.modules:
     megatron_hooks.install_reports()

@@ -10,10 +10,11 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from hgrn2_megatron import requirements
-from hgrn2_megatron.block import banner, create_bounds, settle_graphs, share_bounds
+from hgrn2_megatron import cuda_graphs, requirements
+from hgrn2_megatron.block import banner, create_bounds, share_bounds
 from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
+from hgrn2_megatron.settings import Settings, global_args
 
 # what Megatron's router calls the losses that it logs, by --moe-router-load-balancing-type
 EXPERT_LOSSES = {
@@ -55,14 +56,14 @@ class HGRN2Stack(HybridStack):
         **rest,
     ):
         own = "".join(layer_type_list)
-        pattern = requirements.Settings(config, requirements.global_args()).hybrid_layer_pattern
+        pattern = Settings(config, global_args()).hybrid_layer_pattern
         if pattern is None and pg_collection.pp.size() == 1:
             pattern = own
         whole = types.SimpleNamespace(hybrid_layer_pattern=pattern)
-        warnings = requirements.check(requirements.Settings(whole, config, requirements.global_args()), stack=True)
+        warnings = requirements.check(Settings(whole, config, global_args()), stack=True)
         _check_chunk(pattern, own, pp_layer_offset, config, pg_collection.pp)
-        settle_graphs(config)
-        hgrn2 = HGRN2Config.of_stack(requirements.Settings(whole, config))
+        cuda_graphs.settle(config)
+        hgrn2 = HGRN2Config.of_stack(Settings(whole, config))
         num_blocks = len(hgrn2.layer_pattern)
 
         # Megatron's own final norm needs Transformer Engine

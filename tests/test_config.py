@@ -10,14 +10,9 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
 from hgrn2_megatron import HGRN2Config, UsageError
-from hgrn2_megatron.requirements import (
-    NOT_WITH_CHUNKED_LOSS,
-    NOT_WITH_CUDA_GRAPHS,
-    UNSUPPORTED,
-    UNSUPPORTED_IN_GPT,
-    Settings,
-    check,
-)
+from hgrn2_megatron.cuda_graphs import NOT_WITH_CUDA_GRAPHS
+from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSUPPORTED_IN_GPT, check
+from hgrn2_megatron.settings import Settings
 
 
 @pytest.mark.parametrize(

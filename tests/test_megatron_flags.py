@@ -14,7 +14,8 @@ from training import HGRN2, train
 
 from hgrn2_megatron import UsageError, requirements
 from hgrn2_megatron.megatron_flags import TABLE, Effect, command_line
-from hgrn2_megatron.requirements import Settings, check
+from hgrn2_megatron.requirements import check
+from hgrn2_megatron.settings import Settings
 
 ROWS = {name: row for row in TABLE for name in row.names}
 # what Megatron's parser calls the groups of such flags, and words of those that it has in other groups

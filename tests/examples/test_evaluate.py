@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from training import HGRN2, train
 from transformers import AutoTokenizer
 
-from hgrn2_megatron import convert, hf_check
-from hgrn2_megatron.hf_config import megatron_args
+from hgrn2_megatron.conversion import check as hf_check
+from hgrn2_megatron.conversion import command as convert
+from hgrn2_megatron.conversion.config import megatron_args
 
 TEXTS = ["def f(x):\n\treturn x + 1  \n" * 30, "Wörter, 日本語 und \U0001f600 <0x41> \x00\r\n" * 40]
 

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import sys
 
-from hgrn2_megatron import __main__, convert
+from hgrn2_megatron import __main__
+from hgrn2_megatron.conversion import command as convert
 
 QUERY, VALUE = (f"model.layers.2.attn.{name}_proj.weight" for name in "qi")
 weights = convert.weights

@@ -14,8 +14,9 @@ from fla.models import HGRN2Config, HGRN2ForCausalLM
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 
-from hgrn2_megatron import convert, cpu
-from hgrn2_megatron.hf_check import megatron_logits
+from hgrn2_megatron import cpu
+from hgrn2_megatron.conversion import command as convert
+from hgrn2_megatron.conversion.check import megatron_logits
 
 BATCH, VOCAB, K = 2, 1000, 128
 

@@ -190,9 +190,9 @@ def test_plain_checkpoints_stay_with_their_implementation():
 def test_checkpoint_args_of_another_model():
     ours = args_of(layernorm_epsilon=1e-6)
     # every run through the launcher saves the plugin's flags
-    arguments.restore(ours, args_of(spec=None, hgrn2_layer_pattern="H", layernorm_epsilon=1e-5))
+    checkpoint.restore(ours, args_of(spec=None, hgrn2_layer_pattern="H", layernorm_epsilon=1e-5))
     assert (ours.hgrn2_layer_pattern, ours.layernorm_epsilon) == ("HH*H", 1e-5)
-    arguments.restore(ours, args_of(hgrn2_layer_pattern="H"))
+    checkpoint.restore(ours, args_of(hgrn2_layer_pattern="H"))
     assert ours.hgrn2_layer_pattern == "H"
     saved = dict(
         hgrn2_expand_ratio=64,
@@ -201,10 +201,10 @@ def test_checkpoint_args_of_another_model():
         hgrn2_norm_eps=1e-3,
         layernorm_epsilon=1e-4,
     )
-    arguments.restore(ours, args_of(**saved))
+    checkpoint.restore(ours, args_of(**saved))
     assert {name: getattr(ours, name) for name in saved} == saved
     with pytest.raises(UsageError, match="--use-checkpoint-args"):
-        arguments.restore(args_of(spec=("their.module", "stack")), args_of(spec=("their.module", "stack")))
+        checkpoint.restore(args_of(spec=("their.module", "stack")), args_of(spec=("their.module", "stack")))
 
 
 def test_checkpoints_are_checked_without_the_launcher():

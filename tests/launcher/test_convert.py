@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from training import HGRN2, train
 
-from hgrn2_megatron import UsageError, convert, hf_check
-from hgrn2_megatron.hf_config import megatron_args
-from hgrn2_megatron.weight_files import MegatronTensors
+from hgrn2_megatron import UsageError
+from hgrn2_megatron.conversion import check as hf_check
+from hgrn2_megatron.conversion import command as convert
+from hgrn2_megatron.conversion.config import megatron_args
+from hgrn2_megatron.conversion.files import MegatronTensors
 
 HIDDEN, WIDTH, LAYERS, EXPAND = 64, 96, 3, 16
 ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 5000.0}

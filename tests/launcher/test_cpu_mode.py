@@ -7,7 +7,8 @@ from test_config import hgrn2_settings
 from training import FLAGS, HGRN2, LAUNCHER, STACK, losses_of
 
 from hgrn2_megatron import UsageError, cpu
-from hgrn2_megatron.requirements import Settings, check
+from hgrn2_megatron.requirements import check
+from hgrn2_megatron.settings import Settings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU mode is for machines without a GPU")
 

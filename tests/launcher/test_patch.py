@@ -86,8 +86,9 @@ def test_patches_are_of_files_that_megatron_has_and_name_no_plugin(path):
 
 def test_patches_ship_with_the_package():
     setuptools = tomllib.loads((harness.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = setuptools["package-data"]["hgrn2_megatron"]
-    assert sorted(path for pattern in patterns for path in patch.PATCHES.parent.glob(pattern)) == PATCHES
+    folder = harness.ROOT / setuptools["package-dir"]["hgrn2_megatron.patches"]
+    patterns = setuptools["package-data"]["hgrn2_megatron.patches"]
+    assert sorted(path for pattern in patterns for path in folder.glob(pattern)) == PATCHES
 
 
 def test_patched_megatron_finds_specs_by_one_word_and_raises_where_there_is_none(tree):

@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_sharded, library, recurrent_hgrn2, segment_states, segments, sharded
-from hgrn2_megatron import chunked_loss, exchange, lower_bounds, norm
+from hgrn2_megatron import chunked_loss, lower_bounds, norm
+from hgrn2_megatron.context_parallel import exchange
 
 WORLD = torch.distributed.group
 B, T, H, K = 1, 16, 1, 4

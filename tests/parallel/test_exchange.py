@@ -21,8 +21,8 @@ def all_to_all_single(received, x, output_split_sizes=None, input_split_sizes=No
 
 torch.distributed.all_to_all_single = all_to_all_single
 torch.cuda.current_device = lambda: "cpu"
-from hgrn2_megatron.context_parallel import chunk_hgrn2_of_packed, state_cost
-from hgrn2_megatron.pieces import deal_of
+from hgrn2_megatron.context_parallel.operator import chunk_hgrn2_of_packed, state_cost
+from hgrn2_megatron.context_parallel.pieces import deal_of
 for documents, length, cp, layout in json.loads(sys.argv[1]):
     torch.distributed.init_process_group("fake", rank=0, world_size=cp, store=FakeStore())
     qfv = torch.randn(1, documents * length // cp, 1, 3, 16).requires_grad_()
@@ -36,7 +36,7 @@ for documents, length, cp, layout in json.loads(sys.argv[1]):
 
 
 def test_the_formula_is_what_is_sent():
-    from hgrn2_megatron.exchange import bytes_sent
+    from hgrn2_megatron.context_parallel.exchange import bytes_sent
 
     # documents that are as many tokens as their states, or more, and shorter ones
     cases = [
@@ -78,7 +78,7 @@ class AllToAll:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_what_enters_each_piece_is_what_those_before_it_make(monkeypatch, cp, n, H, K, V, reverse):
     from hgrn2_kernels import combine_states
-    from hgrn2_megatron.exchange import Exchange
+    from hgrn2_megatron.context_parallel.exchange import Exchange
 
     monkeypatch.setattr(torch.distributed, "all_to_all_single", AllToAll(cp))
     state, log_decay = torch.randn(cp, n, 2, H, K, V), -torch.rand(cp, n, 2, H, K)
@@ -98,7 +98,7 @@ def test_what_enters_each_piece_is_what_those_before_it_make(monkeypatch, cp, n,
 
 
 def test_a_batch_is_cut_into_chunks_without_a_copy(monkeypatch):
-    from hgrn2_megatron import context_parallel
+    from hgrn2_megatron.context_parallel import operator as context_parallel
 
     given = []
 
@@ -116,8 +116,8 @@ def test_a_batch_is_cut_into_chunks_without_a_copy(monkeypatch):
 
 
 def test_a_rank_without_a_whole_document_takes_part_in_the_backward():
-    from hgrn2_megatron.exchange import chunk_hgrn2_of_moved
-    from hgrn2_megatron.pieces import Moves
+    from hgrn2_megatron.context_parallel.exchange import chunk_hgrn2_of_moved
+    from hgrn2_megatron.context_parallel.pieces import Moves
 
     harness.start_megatron()
     none = torch.zeros(0, dtype=torch.int64)

@@ -6,8 +6,9 @@ import types
 import pytest
 import torch
 
-from hgrn2_megatron import UsageError, context_parallel
-from hgrn2_megatron.pieces import Deal, deal_of
+from hgrn2_megatron import UsageError
+from hgrn2_megatron.context_parallel import operator as context_parallel
+from hgrn2_megatron.context_parallel.pieces import Deal, deal_of
 
 BORDERS = [0, 16, 24, 32, 40]
 QUESTION = dict(num_tokens=10, layout="documents", rank=1, cp=4, state_cost=3.0)

@@ -134,7 +134,7 @@ def use_reference_attention():
 
 def move_short_documents():
     """Documents of less than 12 tokens go to one rank, the others' states are handed on: both, in one packed row."""
-    from hgrn2_megatron import context_parallel
+    from hgrn2_megatron.context_parallel import operator as context_parallel
 
     context_parallel.state_cost = lambda qfv: 12 * qfv.shape[1] / harness.SEQ
 

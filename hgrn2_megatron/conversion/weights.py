@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.hf_config import query_groups
+from hgrn2_megatron.conversion.config import query_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,12 @@ def weights(args: argparse.Namespace, vocab_size: int) -> list[Weight]:
     if hgrn2.lower_bounds == "learned":
         found.append(Weight("decoder.hgrn2_bounds.weight", {"model.lower_bounds": (args.num_layers, d)}))
     for layer in range(args.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        attn, mlp = theirs + "attn.", theirs + "mlp."
+        megatron_layer, hf_layer = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        attn, mlp = hf_layer + "attn.", hf_layer + "mlp."
         is_hgrn2 = hgrn2.is_hgrn2_layer(layer)
-        mixer = ours + "self_attention."
+        mixer = megatron_layer + "self_attention."
         inner, outer = ("in_proj", "out_proj") if is_hgrn2 else ("linear_qkv", "linear_proj")
-        found.append(Weight(f"{mixer}{inner}.layer_norm_weight", {f"{theirs}attn_norm.weight": (d,)}))
+        found.append(Weight(f"{mixer}{inner}.layer_norm_weight", {f"{hf_layer}attn_norm.weight": (d,)}))
         if is_hgrn2:
             parts = {f"{attn}{name}_proj.weight": (d, d) for name in "qfi"}
             found.append(Weight(f"{mixer}in_proj.weight", parts, hgrn2.num_heads(d)))
@@ -83,10 +83,10 @@ def weights(args: argparse.Namespace, vocab_size: int) -> list[Weight]:
             parts = {f"{attn}{name}_proj.weight": (size, d) for name, size in rows.items()}
             found.append(Weight(f"{mixer}linear_qkv.weight", parts, groups))
         found.append(Weight(f"{mixer}{outer}.weight", {f"{attn}o_proj.weight": (d, d)}))
-        found.append(Weight(f"{ours}mlp.linear_fc1.layer_norm_weight", {f"{theirs}mlp_norm.weight": (d,)}))
+        found.append(Weight(f"{megatron_layer}mlp.linear_fc1.layer_norm_weight", {f"{hf_layer}mlp_norm.weight": (d,)}))
         gate_up = {f"{mlp}{name}_proj.weight": (ff, d) for name in ("gate", "up")}
-        found.append(Weight(f"{ours}mlp.linear_fc1.weight", gate_up))
-        found.append(Weight(f"{ours}mlp.linear_fc2.weight", {f"{mlp}down_proj.weight": (d, ff)}))
+        found.append(Weight(f"{megatron_layer}mlp.linear_fc1.weight", gate_up))
+        found.append(Weight(f"{megatron_layer}mlp.linear_fc2.weight", {f"{mlp}down_proj.weight": (d, ff)}))
     found.append(Weight("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}))
     if args.untie_embeddings_and_output_weights:
         found.append(Weight("output_layer.weight", {"lm_head.weight": vocab}, padding=padding))

@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 
 from hgrn2_kernels import Pieces, chunk_hgrn2_fused, chunk_hgrn2_sharded
 from hgrn2_megatron.config import UsageError
-from hgrn2_megatron.exchange import Exchange, chunk_hgrn2_of_moved, permute
-from hgrn2_megatron.pieces import DOCUMENTS, STREAM, chunk_size, deal_of
-from hgrn2_megatron.requirements import Settings, global_args
+from hgrn2_megatron.context_parallel.exchange import Exchange, chunk_hgrn2_of_moved, permute
+from hgrn2_megatron.context_parallel.pieces import DOCUMENTS, STREAM, chunk_size, deal_of
+from hgrn2_megatron.settings import Settings, global_args
 
 
 def packed_layout(config: TransformerConfig) -> str | None:

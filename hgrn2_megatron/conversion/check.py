@@ -15,8 +15,8 @@ from hgrn2_kernels import recurrent_hgrn2
 from hgrn2_megatron import cpu
 from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
 from hgrn2_megatron.config import HGRN2Config, UsageError
-from hgrn2_megatron.hf_config import megatron_args, query_groups
-from hgrn2_megatron.weight_files import HFTensors, checkpoint_folder, read_args, read_json
+from hgrn2_megatron.conversion.config import megatron_args, query_groups
+from hgrn2_megatron.conversion.files import HFTensors, checkpoint_folder, read_args, read_json
 
 BATCH, TIME = 2, 40
 # of the largest logit; both sides compute in fp32
@@ -39,9 +39,9 @@ def compare(hf: Path, megatron: Path, written: torch.dtype | None = None) -> str
     tensors = HFTensors(hf, model.ffn_hidden_size)
     tokens = torch.randint(model.vocab_size, (BATCH, TIME), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        theirs = hf_logits(model, lambda name: _rounded(tensors.read(name), written).float(), tokens)
-    ours = megatron_logits(megatron, tokens, written=written)[..., : model.vocab_size]
-    difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        hf_output = hf_logits(model, lambda name: _rounded(tensors.read(name), written).float(), tokens)
+    megatron_output = megatron_logits(megatron, tokens, written=written)[..., : model.vocab_size]
+    difference, largest = (megatron_output - hf_output).abs().max().item(), hf_output.abs().max().item()
     line = f"logits of {BATCH} x {TIME} tokens differ by at most {difference:.1e}, the largest is {largest:.1e}"
     if not difference <= TOLERANCE * largest:
         raise UsageError(f"{hf} and {megatron} are different models: {line}")
@@ -79,8 +79,8 @@ def hf_logits(args: argparse.Namespace, read: Callable[[str], Tensor], tokens: T
 
         y = norm("attn", x)
         if hgrn2.is_hgrn2_layer(layer):
-            q, f, i = (linear(f"attn.{name}", y).unflatten(2, (-1, hgrn2.expand_ratio)) for name in "qfi")
-            y = norm("attn.g", recurrent_hgrn2(q, f, i, bound)[0].flatten(2), hgrn2.norm_eps)
+            q, f, v = (linear(f"attn.{name}", y).unflatten(2, (-1, hgrn2.expand_ratio)) for name in "qfi")
+            y = norm("attn.g", recurrent_hgrn2(q, f, v, bound)[0].flatten(2), hgrn2.norm_eps)
         else:
             q, k, v = (linear(f"attn.{name}", y).unflatten(2, (-1, args.kv_channels)).transpose(1, 2) for name in "qkv")
             q, k = (_rotate(part, args.rotary_base) for part in (q, k))
@@ -161,8 +161,8 @@ def megatron_logits(
     )
     wanted = {"model": model.sharded_state_dict()}
     # the state of FP8, which a model in fp32 has none of, may be saved or not
-    ours, saved = (argparse.Namespace(spec=args.spec, transformer_impl=name) for name in ("local", "another"))
-    adapt(ours, wanted, saved, str(folder))
+    here, saved = (argparse.Namespace(spec=args.spec, transformer_impl=name) for name in ("local", "another"))
+    adapt(here, wanted, saved, str(folder))
     model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
     for p in model.parameters():
         p.data = _rounded(p.data, written)

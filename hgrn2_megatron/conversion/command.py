@@ -1,6 +1,6 @@
 """`python -m hgrn2_megatron convert`: from Hugging Face, in fla's format, to Megatron checkpoints and back.
 
-Both sides are read and written tensor by tensor, by the names of hf_weights.py and the settings of hf_config.py.
+Both sides are read and written tensor by tensor, with the names from weights.py and the settings from config.py.
 """
 
 import argparse
@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hgrn2_megatron.config import UsageError
-from hgrn2_megatron.hf_config import hf_config, megatron_args
-from hgrn2_megatron.hf_weights import Weight, weights
-from hgrn2_megatron.weight_files import (
+from hgrn2_megatron.conversion.config import hf_config, megatron_args
+from hgrn2_megatron.conversion.files import (
     INDEX,
     TRACKER,
     HFTensors,
@@ -31,6 +30,7 @@ from hgrn2_megatron.weight_files import (
     read_args,
     read_json,
 )
+from hgrn2_megatron.conversion.weights import Weight, weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENIZER = "tokenizer"
@@ -227,7 +227,7 @@ def main(argv: list[str]) -> None:
     write()
     print(f"{args.source} converted to {args.out}", flush=True)
     if not args.no_check:
-        from hgrn2_megatron import hf_check
+        from hgrn2_megatron.conversion import check
 
         hf, megatron = (args.source, args.out) if from_hf else (args.out, args.source)
-        print(hf_check.compare(hf, megatron, dtype), flush=True)
+        print(check.compare(hf, megatron, dtype), flush=True)

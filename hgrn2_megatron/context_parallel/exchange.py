@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hgrn2_kernels import chunk_hgrn2_fused
-from hgrn2_megatron.pieces import Moves
+from hgrn2_megatron.context_parallel.pieces import Moves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""HGRN2 over sequences that context-parallel ranks share."""

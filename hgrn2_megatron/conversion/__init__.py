@@ -1,0 +1,1 @@
+"""Conversion between fla's HGRN2 models on Hugging Face and Megatron checkpoints."""

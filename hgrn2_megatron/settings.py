@@ -1,0 +1,49 @@
+"""Read the settings of a run from Megatron's args and config, and refuse those in a table."""
+
+import sys
+from typing import Any
+
+import megatron.core
+
+from hgrn2_megatron.config import UsageError
+
+
+class Settings:
+    """One view of Megatron's args and TransformerConfig: the first source that has a name wins, None if none has."""
+
+    def __init__(self, *sources: Any):
+        self._sources = [s for s in sources if s is not None]
+
+    def __getattr__(self, name: str) -> Any:
+        for source in self._sources:
+            if hasattr(source, name):
+                return getattr(source, name)
+        return None
+
+
+def megatron_release() -> tuple[int, int]:
+    """Return the release of megatron-core as numbers: (0, 19) for 0.19.2."""
+    major, minor = megatron.core.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def global_args():
+    """Megatron's command line where its training loop runs; None where only megatron.core is used."""
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    return getattr(global_vars, "_GLOBAL_ARGS", None)
+
+
+def refuse(s: Settings, table: tuple, why: str):
+    """Refuse the first entry of a table that the settings ask for.
+
+    Args:
+        s: settings of this run.
+        table: entries of a function that says whether the settings ask for it, the flag, and what to do instead.
+        why: reason, with `{}` in the place of the flag.
+
+    Raises:
+        UsageError: it names the flag and what to do instead.
+    """
+    for asked, flag, instead in table:
+        if asked(s):
+            raise UsageError(f"{why.format(flag)}: {instead}")
