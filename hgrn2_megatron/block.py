@@ -1,58 +1,59 @@
-"""What a block of layers needs beside its layers: the lower bounds they share, and the line that says what was built.
+"""Give a stack of layers the lower bounds that its layers share, and print the line that says what was built.
 
-A block is Megatron's TransformerBlock, or the HybridStack of a HybridModel.
+A stack is Megatron's TransformerBlock in a GPT, or HGRN2Stack in a HybridModel. What CUDA graphs need is in
+cuda_graphs.py.
 """
 
 from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.lower_bounds import LowerBounds
 
 
-def create_bounds(block, hgrn2: HGRN2Config, num_blocks: int) -> LowerBounds | None:
-    """The block's replica of the lower bounds, or None where bounds are off.
+def create_bounds(stack, hgrn2: HGRN2Config, num_rows: int) -> LowerBounds | None:
+    """Return the stack's replica of the lower bounds, or None where bounds are off.
 
     Args:
-        block: with `config`, `pg_collection` and `pre_process`, which Megatron gives the model's first chunk alone.
-        hgrn2: the block's HGRN2 settings.
-        num_blocks: rows of the table.
+        stack: has `config`, `pg_collection` and `pre_process`, which Megatron gives only to the model's first chunk.
+        hgrn2: HGRN2 settings of the model.
+        num_rows: rows of the table, one for each layer of the whole model that mixes tokens.
     """
     if hgrn2.lower_bounds == "none":
         return None
-    config = block.config
+    config = stack.config
     # Megatron sums the gradients of parameters that every pipeline stage has if it is told that there are some
     config.has_cond_embedder = True
     return LowerBounds(
-        num_blocks,
+        num_rows,
         hgrn2.num_heads(config.hidden_size),
         hgrn2.expand_ratio,
         config,
-        block.pg_collection.tp,
-        block.pg_collection.pp,
-        first=block.pre_process,
+        stack.pg_collection.tp,
+        stack.pg_collection.pp,
+        first=stack.pre_process,
     )
 
 
-def share_bounds(block, rows: list[int]) -> None:
-    """Give `block.hgrn2_bounds` to the block's HGRN2 layers, or, where it has none, its output.
+def share_bounds(stack, rows: list[int]) -> None:
+    """Give `stack.hgrn2_bounds` to the stack's HGRN2 layers, or, where it has none of these, to its output.
 
     Args:
-        block: with its `layers` built.
-        rows: the table's row of each layer; those of other layers are not read.
+        stack: has its `layers` built.
+        rows: row of the table for each layer. The rows of attention layers are not read.
     """
-    if block.hgrn2_bounds is None:
+    if stack.hgrn2_bounds is None:
         return
     mixers = [
         (layer.self_attention, row)
-        for layer, row in zip(block.layers, rows, strict=True)
+        for layer, row in zip(stack.layers, rows, strict=True)
         if hasattr(layer.self_attention, "use_lower_bounds")
     ]
     for mixer, row in mixers:
-        mixer.use_lower_bounds(block.hgrn2_bounds, row)
+        mixer.use_lower_bounds(stack.hgrn2_bounds, row)
     if not mixers:
-        block.register_forward_hook(lambda block, inputs, output: block.hgrn2_bounds.tie(output))
+        stack.register_forward_hook(lambda stack, inputs, output: stack.hgrn2_bounds.tie(output))
 
 
-def banner(config, hgrn2: HGRN2Config, num_blocks: int, warnings: list[str]) -> None:
-    """One line that proves what was built, and the warnings, on rank 0."""
+def banner(config, hgrn2: HGRN2Config, num_layers: int, warnings: list[str]) -> None:
+    """Print the warnings, and one line that says what was built, on rank 0."""
     import torch
 
     from hgrn2_kernels import implementation
@@ -66,7 +67,7 @@ def banner(config, hgrn2: HGRN2Config, num_blocks: int, warnings: list[str]) -> 
     for warning in warnings:
         print(f"HGRN2 warning: {warning}", flush=True)
     print(
-        f"HGRN2: {hgrn2.num_hgrn2_layers(num_blocks)} of {num_blocks} layers, "
+        f"HGRN2: {hgrn2.num_hgrn2_layers(num_layers)} of {num_layers} layers, "
         f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op={op}{loss}",
         flush=True,
     )

@@ -215,8 +215,9 @@ def _adapt_megatron_training(initialize) -> None:
         ["allow_no_cuda"],
         lambda original: lambda *args, **kwargs: original(*args, **{"allow_no_cuda": True} | kwargs),
     )
-    # a warm-up of fused kernels that would draw from the CPU's random numbers
-    _answer(initialize, "set_jit_fusion_options", ["tp_size"], lambda tp_size=None: None)
+    # This warms fused kernels up, and would draw from the CPU's random numbers. It has no parameters in Megatron 0.18.
+    # Later releases have tp_size.
+    _answer(initialize, "set_jit_fusion_options", [], lambda tp_size=None: None)
 
 
 def _adapt_distributed_optimizer(optimizer) -> None:

@@ -139,8 +139,8 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
     has_attention: bool = False
 
     @classmethod
-    def of_block(cls, decoder, states_dtype: torch.dtype | None) -> "HGRN2StateConfig":
-        """Describe the layers of a block.
+    def of_stack(cls, decoder, states_dtype: torch.dtype | None) -> "HGRN2StateConfig":
+        """Describe the layers of a stack.
 
         Args:
             decoder: Megatron's TransformerBlock or HybridStack of this pipeline stage.

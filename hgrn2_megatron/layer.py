@@ -1,4 +1,4 @@
-"""Which layer a block gets: HGRN2 or attention, dense or expert, Transformer Engine or Megatron's own modules."""
+"""Specs of a stack's layers: HGRN2 or attention, dense or expert, of Transformer Engine's or Megatron's modules."""
 
 import dataclasses
 
@@ -19,8 +19,10 @@ from hgrn2_megatron.mixer import HGRN2Mixer, HGRN2MixerSubmodules
 from hgrn2_megatron.norm import LocalRMSNorm
 
 
-def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
-    """Layer specs of one pipeline stage's block, and its final norm.
+def transformer_block_submodules(
+    config: TransformerConfig, vp_stage: int | None, pp_rank: int
+) -> TransformerBlockSubmodules:
+    """Return the layer specs of one pipeline stage's TransformerBlock, and its final norm.
 
     Starts from the layers Megatron itself would build (attention with a dense MLP or experts, by its own flags)
     and puts the HGRN2 mixer where the layer pattern says so.
@@ -43,7 +45,7 @@ def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: i
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:
-    """Whether experts are the channel mixer of block `layer` (0-based over all blocks)."""
+    """Return whether experts are the channel mixer of `layer` (0-based over all layers)."""
     if not config.num_moe_experts:
         return False
     frequency = config.moe_layer_freq
@@ -82,7 +84,7 @@ class _WithBound:
     """A layer whose lower bound is an input of its CUDA graph, where Megatron captures each layer by itself.
 
     The graph's backward gives gradients to its inputs and to the layer's own parameters alone, and the bounds' table is
-    the block's. The bound takes the place of attention_bias, which Megatron hands on to the mixer.
+    the stack's. The bound takes the place of attention_bias, which Megatron hands on to the mixer.
     """
 
     def __call__(self, *args, **kwargs):

@@ -1,4 +1,8 @@
-"""Every runtime patch of Megatron, one function each: what it wraps, why there, and a check of its target."""
+"""Patches of Megatron for HGRN2 models, one function each, which says what it wraps and why there.
+
+The patches for checkpoints are in checkpoint_hooks.py, and the patches for a machine without CUDA in cpu.py. All of
+them check their targets with patching.py.
+"""
 
 import argparse
 import inspect
@@ -10,24 +14,24 @@ from hgrn2_megatron.patching import unknown_release, wrap
 from hgrn2_megatron.settings import Settings, global_args
 
 
-def install_block(placeholder: type, stack) -> None:
-    """Wrap TransformerBlock._build_layers: the one place that knows a block's layers before they are built.
+def install_layers(placeholder: type, stack_spec) -> None:
+    """Wrap TransformerBlock._build_layers: the one place that knows a stack's layers before they are built.
 
-    A spec cannot do this: Megatron reads only `.submodules` of one and never instantiates a block subclass, and
-    a layer cannot see its block. The lower bounds must belong to the block, because a parameter inside a layer
-    would be saved once a layer and freed with it. The wrapped functions see whether this is an HGRN2 model where
-    Megatron still has the spec: a pipeline stage may have no layers, and must have the bounds.
+    A spec cannot do this: Megatron reads only `.submodules` of one and never instantiates a subclass of
+    TransformerBlock, and a layer cannot see its stack. The lower bounds must belong to the stack, because a parameter
+    inside a layer would be saved once a layer and freed with it. The wrapped functions see whether this is an HGRN2
+    model where Megatron still has the spec: a pipeline stage may have no layers, and must have the bounds.
 
     Args:
         placeholder: class that stands for the layers of an HGRN2 model.
-        stack: spec of a HybridModel, which a TransformerBlock refuses.
+        stack_spec: spec of a HybridModel, which a TransformerBlock refuses.
     """
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     def make_submodules(get_block_submodules):
         def _get_block_submodules(config, spec, *rest, **kwargs):
-            if spec is stack:
+            if spec is stack_spec:
                 raise UsageError(
                     "--spec hgrn2_megatron.spec hgrn2_stack is for HybridModel (pretrain_hybrid.py): "
                     "give a GPT --spec hgrn2_megatron.spec hgrn2"
@@ -44,7 +48,7 @@ def install_block(placeholder: type, stack) -> None:
                 return build_layers(self)
             from hgrn2_megatron.block import share_bounds
 
-            _prepare_block(self)
+            _prepare_stack(self)
             build_layers(self)
             share_bounds(self, [layer.layer_number - 1 for layer in self.layers])
 
@@ -54,21 +58,21 @@ def install_block(placeholder: type, stack) -> None:
     wrap(TransformerBlock, "_build_layers", ["self"], make)
 
 
-def _prepare_block(block) -> None:
+def _prepare_stack(stack) -> None:
     """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
     from megatron.core.utils import get_pg_rank
 
     from hgrn2_megatron.block import banner, create_bounds
-    from hgrn2_megatron.layer import block_submodules
+    from hgrn2_megatron.layer import transformer_block_submodules
 
-    config, hgrn2 = block.config, HGRN2Config.of(block.config)
+    config, hgrn2 = stack.config, HGRN2Config.of(stack.config)
     warnings = requirements.check(Settings(config, global_args()))
     # a pattern may mix layers, so every layer is saved under its own name
     config.hetereogenous_dist_checkpoint = True
     cuda_graphs.settle(config)
-    block.submodules = block_submodules(config, block.vp_stage, get_pg_rank(block.pg_collection.pp))
-    block.hgrn2_bounds = create_bounds(block, hgrn2, config.num_layers)
-    if block.pre_process:
+    stack.submodules = transformer_block_submodules(config, stack.vp_stage, get_pg_rank(stack.pg_collection.pp))
+    stack.hgrn2_bounds = create_bounds(stack, hgrn2, config.num_layers)
+    if stack.pre_process:
         banner(config, hgrn2, config.num_layers, warnings)
 
 
@@ -129,7 +133,7 @@ def install_generation() -> None:
                 return from_model(model, conv_states_dtype, ssm_states_dtype)
             from hgrn2_megatron.generation import HGRN2StateConfig
 
-            return HGRN2StateConfig.of_block(decoder, ssm_states_dtype)
+            return HGRN2StateConfig.of_stack(decoder, ssm_states_dtype)
 
         return wrapped
 

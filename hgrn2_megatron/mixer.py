@@ -104,14 +104,14 @@ class HGRN2Mixer(MegatronModule):
         )
 
     def use_lower_bounds(self, bounds: LowerBounds, row: int):
-        """Take the bound `row` of the block's holder; a tuple keeps it out of this module's own parameters."""
+        """Take the bound `row` of the stack's holder; a tuple keeps it out of this module's own parameters."""
         self._bounds = (bounds, row)
 
     def lower_bound(self) -> Tensor | None:
         """This layer's bound, [H/tp, K] fp32, or None where bounds are off."""
         if not self._needs_bounds:
             return None
-        assert self._bounds, "the block gives every mixer its lower bounds"
+        assert self._bounds, "the stack gives every mixer its lower bounds"
         bounds, row = self._bounds
         return bounds(row)
 

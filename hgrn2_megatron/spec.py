@@ -1,8 +1,16 @@
-"""What `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
+"""The two specs that `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
 
-Importing this module installs the hooks that a model needs, on Megatron's blocks, models, generation, CUDA graphs,
-checkpoints and distributed optimizer (see megatron_hooks.py). Where Megatron's training loop is already imported, it
-also installs those on what the loop loads and reports.
+Importing this module patches Megatron with the functions of megatron_hooks.py and checkpoint_hooks.py. It always
+patches:
+- TransformerBlock and the function that reads its spec, so that the layers become HGRN2 layers;
+- GPTModel, so that its loss can be computed by chunks;
+- MambaInferenceStateConfig and DynamicInferenceContext, so that the dynamic engine keeps HGRN2's states;
+- StaticBufferLoader, so that CUDA graphs of the iteration keep their buffers;
+- the function that divides a checkpoint's tensors among the ranks that save or load it;
+- DistributedOptimizer, before megatron-core 0.20.
+
+Where `megatron.training.checkpointing` is already imported, it patches the two functions that read a checkpoint. Where
+`megatron.training.training` is already imported, it patches the reports of floating-point operations and of memory.
 """
 
 import sys
@@ -15,7 +23,7 @@ from hgrn2_megatron.config import UsageError
 
 
 class HGRN2Placeholder(BaseTransformerLayer):
-    """Stands for "the layers of an HGRN2 model" until a block resolves it; never built itself.
+    """Placeholder for the layers of an HGRN2 model, which a TransformerBlock replaces and nothing builds.
 
     A static spec is the one form every supported Megatron release takes, but it cannot know which of a hybrid's
     layers it will become. The hook on TransformerBlock puts the real layer specs in its place.
@@ -33,7 +41,7 @@ hgrn2 = ModuleSpec(module=HGRN2Placeholder)
 # named, not imported: releases without HybridModel have the GPT form all the same
 hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
 
-megatron_hooks.install_block(HGRN2Placeholder, hgrn2_stack)
+megatron_hooks.install_layers(HGRN2Placeholder, hgrn2_stack)
 megatron_hooks.install_loss()
 megatron_hooks.install_generation()
 megatron_hooks.install_graphs()

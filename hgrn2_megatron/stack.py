@@ -64,7 +64,7 @@ class HGRN2Stack(HybridStack):
         _check_chunk(pattern, own, pp_layer_offset, config, pg_collection.pp)
         cuda_graphs.settle(config)
         hgrn2 = HGRN2Config.of_stack(Settings(whole, config))
-        num_blocks = len(hgrn2.layer_pattern)
+        num_mixers = len(hgrn2.layer_pattern)
 
         # Megatron's own final norm needs Transformer Engine
         super().__init__(
@@ -82,11 +82,11 @@ class HGRN2Stack(HybridStack):
             self.final_norm = final_norm(config)(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
-        self.hgrn2_bounds = create_bounds(self, hgrn2, num_blocks)
+        self.hgrn2_bounds = create_bounds(self, hgrn2, num_mixers)
         share_bounds(self, _rows(pattern.replace(PIPE, ""), pp_layer_offset, len(own)))
         _make_room_for_expert_losses(config)
         if pre_process:
-            banner(config, hgrn2, num_blocks, warnings)
+            banner(config, hgrn2, num_mixers, warnings)
 
 
 def _make_room_for_expert_losses(config: TransformerConfig):

@@ -222,7 +222,7 @@ def test_a_stage_of_attention_alone_has_states_too():
     block = harness.build_model().decoder
     layers = [types.SimpleNamespace(self_attention=None)] * 2
     stage = types.SimpleNamespace(config=block.config, pg_collection=block.pg_collection, layers=layers)
-    assert generation.HGRN2StateConfig.of_block(stage, None).layer_type_list == ["*", "*", "M"]
+    assert generation.HGRN2StateConfig.of_stack(stage, None).layer_type_list == ["*", "*", "M"]
 
 
 def test_dynamic_batching_of_attention_needs_flash_attention(monkeypatch):
