@@ -47,7 +47,8 @@ def _fused_attention_multiple(s: Settings) -> int:
     return 128 * (2 * cp if cp > 1 else 1)
 
 
-# what --cuda-graph-impl does not go with, as above, of settings with HGRN2Config's beside
+# What does not go with --cuda-graph-impl: a test of the settings, which have the fields of HGRN2Config too, the flag, and
+# what to do instead.
 NOT_WITH_CUDA_GRAPHS = (
     (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
     (
