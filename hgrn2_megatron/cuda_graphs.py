@@ -47,8 +47,8 @@ def _fused_attention_multiple(s: Settings) -> int:
     return 128 * (2 * cp if cp > 1 else 1)
 
 
-# What does not go with --cuda-graph-impl: a test of the settings, which have the fields of HGRN2Config too, the flag, and
-# what to do instead.
+# What does not go with --cuda-graph-impl: a test of the settings, the flag, and what to do instead. The settings have
+# the fields of HGRN2Config too.
 NOT_WITH_CUDA_GRAPHS = (
     (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
     (
