@@ -1,0 +1,174 @@
+"""Write the generated tables of README.md and docs/ from the results in benchmarks/results/.
+
+    python scripts/tables.py            write every table
+    python scripts/tables.py --check    change nothing; name the tables that differ, and exit with 1 if there are any
+
+A generated table stands between `<!-- table: NAME -->` and `<!-- end -->`. TABLES and `readme_performance` below say
+what each name shows. Numbers are copied from the results and rounded; only README's ratios are computed here.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = "<!-- table: "
+TABLE = re.compile(rf"{MARK}(\S+) -->\n((?:(?!{MARK}).)*?)<!-- end -->", re.S)
+
+# name of a table -> file of results, and the columns that the table shows of each row
+LAYOUT = ["run", "tokens/s per GPU", "% of one GPU", "TFLOP/s per GPU", "peak GiB", "loss apart", "norm apart"]
+SWEEP = ["run", "ms per step", "tokens/s per GPU", "% of CP1", "TFLOP/s per GPU", "peak GiB", "MiB sent per step"]
+EXCHANGE = ["tokens", "way", "ms", "% beside alone", "tokens/s per GPU", "MiB sent per layer", "peak GiB"]
+OPERATOR = ["shape", "operator", "forward ms", "forward + backward ms", "in a row ms", "in a graph ms", "kept MiB"]
+TABLES = {
+    "throughput": ("2026-11-27-throughput", ["run", "tokens/s", "beside attention", "peak GiB"]),
+    "throughput-32768": (
+        "2026-11-27-throughput-32768",
+        ["run", "tokens/s", "beside attention", "beside bf16", "peak GiB", "note"],
+    ),
+    "throughput-replaced": (
+        "2026-11-25-throughput",
+        ["run", "tokens/s", "beside attention", "peak GiB", "loss, first -> last"],
+    ),
+    "operator": ("2026-11-24-operator", [*OPERATOR, "peak MiB"]),
+    "gates": (
+        "2026-11-25-gates",
+        ["gates", "2, 3, 4 bands, exact", "forward ms", "forward + backward ms", "beside ordinary"]
+        + ["recomputed, beside ordinary"],
+    ),
+    "layouts": ("2026-11-27-layouts", [*LAYOUT, "MiB sent per step"]),
+    "layouts-4096": ("2026-11-27-layouts-4096", [*LAYOUT, "MiB sent per step"]),
+    "layouts-four-gpus": ("2026-11-27-layouts-four-gpus", LAYOUT),
+    "layouts-no-graph": ("2026-11-27-layouts-no-graph", [*LAYOUT, "MiB sent per step"]),
+    "layouts-cpu": ("2026-11-27-layouts-cpu", ["run", "loss apart", "norm apart", "MiB sent per step"]),
+    "layouts-cpu-weak": ("2026-11-27-layouts-cpu-weak", ["run", "loss apart", "norm apart", "MiB sent per step"]),
+    "rounding": (
+        "2026-11-25-layouts",
+        ["layout", "tokens/s per GPU", "peak GiB", "loss, first -> last", "loss apart", "norm apart", "host"],
+    ),
+    "context-parallel": ("2026-11-24-context-parallel", EXCHANGE),
+    "context-parallel-262144": ("2026-11-27-context-parallel", EXCHANGE),
+    "length-sweep": ("2026-11-27-length-sweep", SWEEP),
+    "length-sweep-two-gpus": ("2026-11-27-length-sweep-two-gpus", SWEEP),
+    "longest-sequence": (
+        "2026-11-27-longest-sequence",
+        ["tokens", "model", "GPUs", "seconds per step", "tokens/s per GPU", "allocated GiB", "reserved GiB", "note"],
+    ),
+    "decoding": (
+        "2026-11-27-decoding",
+        ["model", "context", "batch", "ms per step", "tokens/s", "ms per step in a graph", "tokens/s in a graph"]
+        + ["states or cache MiB", "peak GiB", "note"],
+    ),
+    "decoding-engine": ("2026-11-27-decoding-engine", ["way", "context", "ms per step", "tokens/s"]),
+}
+# columns that do not show their numbers as they stand, with commas between thousands
+FORMATS = {name: ".1e" for name in ("loss apart", "norm apart")}
+FORMATS |= {
+    name: ".2f" for name in ("beside attention", "beside bf16", "beside ordinary", "recomputed, beside ordinary")
+}
+FORMATS |= {name: ".3f" for name in OPERATOR if name.endswith(" ms")}
+FORMATS |= {"ms per step in a graph": ".2f", "MiB sent per layer": ",.2f"}
+
+
+def rows_of(name: str) -> list[dict]:
+    """Return the rows of benchmarks/results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def cell(column: str, value: str | float | None) -> str:
+    """Return a value as a table shows it. None is an empty cell."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    # an exact 0 stays 0
+    return format(value, FORMATS.get(column, ",") if value else "")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def of_columns(file: str, columns: list[str]) -> str:
+    """Return a table of every row of a file of results. A column that no row has raises a ValueError."""
+    rows = rows_of(file)
+    if missing := [column for column in columns if not any(column in row for row in rows)]:
+        raise ValueError(f"benchmarks/results/{file}.json has no {', '.join(missing)}: correct TABLES in {__file__}")
+    return markdown(columns, [[cell(column, row.get(column)) for column in columns] for row in rows])
+
+
+def readme_performance() -> str:
+    """Return README's one table: training and the operator beside attention, and the operator beside fla."""
+    whole, long, operator = "2026-11-27-throughput", "2026-11-27-throughput-32768", "2026-11-24-operator"
+    training = {(file, row["run"]): row.get("tokens/s") for file in (whole, long) for row in rows_of(file)}
+    kernels = {(row["shape"], row["operator"]): row["forward + backward ms"] for row in rows_of(operator)}
+    rows = []
+    for setting, words, file in (
+        ("4096", "training, sequences of 4096", whole),
+        ("16384", "training, 16384, no recompute", whole),
+        ("32768 full", "training, 32768, full recompute", long),
+    ):
+        own, other = (training[file, f"{model}, {setting}"] for model in ("HGRN2", "attention"))
+        rows.append([words, f"{own:,} tokens/s", f"attention: {other:,}", f"{own / other:.2f}", file])
+    for shape, words in (
+        ("8x4096x16", "operator, 8 sequences of 4096"),
+        ("1x32768x16", "operator, 1 sequence of 32768"),
+    ):
+        for peer in ("attention", "fla"):
+            own, other = kernels[shape, "HGRN2"], kernels[shape, peer]
+            name = "cuDNN attention" if peer == "attention" else peer
+            rows.append([words, f"{own:.2f} ms", f"{name}: {other:.2f}", f"{other / own:.1f}", operator])
+    for row in rows:
+        row[-1] = f"[{row[-1][:10]}](docs/evidence/{row[-1].replace('-32768', '')}.md)"
+    return markdown(["one H100, bf16", "HGRN2", "compared with", "times as fast", "measured"], rows)
+
+
+def table(name: str) -> str:
+    """Return a table by its name. An unknown name raises a ValueError."""
+    if name == "readme-performance":
+        return readme_performance()
+    if name not in TABLES:
+        raise ValueError(f"no table is named {name!r}: use one of readme-performance, {', '.join(TABLES)}")
+    return of_columns(*TABLES[name])
+
+
+def rewritten(text: str) -> tuple[str, list[str]]:
+    """Return a page with its tables written anew, and the names of those that were different.
+
+    Raises:
+        ValueError: a table is unknown, or has no end mark.
+    """
+    if text.count(MARK) != len(TABLE.findall(text)):
+        raise ValueError(
+            "a table has no <!-- end --> before the next table, or the mark is misspelled: add the end mark"
+        )
+    different = [name for name, body in TABLE.findall(text) if body != table(name)]
+    return TABLE.sub(lambda found: f"{MARK}{found[1]} -->\n{table(found[1])}<!-- end -->", text), different
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table differs")
+    check = parser.parse_args().check
+    status = 0
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        where = page.relative_to(ROOT)
+        try:
+            text, different = rewritten(page.read_text())
+        except ValueError as error:
+            print(f"{where}: {error}")
+            status = 1
+            continue
+        if different and check:
+            print(f"{where}: {', '.join(different)}: differs from its results; run python scripts/tables.py")
+            status = 1
+        elif different:
+            page.write_text(text)
+            print(f"{where}: {', '.join(different)}: written")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
