@@ -70,7 +70,6 @@ FORMATS |= {
     name: ".2f" for name in ("beside attention", "beside bf16", "beside ordinary", "recomputed, beside ordinary")
 }
 FORMATS |= {name: ".3f" for name in OPERATOR if name.endswith(" ms")}
-FORMATS |= {"ms per step in a graph": ".2f", "MiB sent per layer": ",.2f"}
 
 
 def rows_of(name: str) -> list[dict]:
