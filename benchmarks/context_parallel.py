@@ -1,13 +1,18 @@
-"""What context parallelism costs: forward and backward of a model on every GPU of a host, by several ways.
+"""Cost of context parallelism: forward and backward of a model on every GPU of a host, in three ways.
 
     torchrun --nproc_per_node 2 benchmarks/context_parallel.py [--tokens 32768 65536 131072] [--layers 24] [--pattern H]
+        [--out FILE.json]
 
-One sequence of so many tokens, split among all GPUs, 24 layers of 2048 in bf16 with Transformer Engine and full
-recompute. Beside the states' way, in the same process on the same weights and in turn: "alone", where every chunk
-starts from zeros and nothing is sent, which is the same local work and another model; and "heads", where q, f, v and o
-of all tokens are exchanged by two all-to-alls so that each rank has some heads of whole sequences, as other linear
-attentions do. It stops unless states and heads give the same loss. Times are medians of the slowest rank's CUDA events.
-Bytes are those that a rank sends to others in the mixers of one layer, counted where they are sent; full recompute runs
+One sequence is split among all GPUs. The model has 24 layers of 2048 in bf16, with Transformer Engine and full
+recompute. The three ways run in turn, in the same process and on the same weights:
+
+- states: the ranks hand on states, as the mixer does.
+- alone: every chunk starts from zeros and nothing is sent. This is the same local work, and another model.
+- heads: two all-to-alls exchange q, f, v and o of all tokens, so that each rank has some heads of whole sequences, as
+  other linear attentions do.
+
+The benchmark stops unless states and heads give the same loss. Times are medians of the slowest rank's CUDA events.
+Bytes are those that a rank sends to others in the mixer of one layer, counted where they are sent. Full recompute runs
 the forward twice.
 """
 
@@ -16,6 +21,7 @@ import os
 import statistics
 from collections.abc import Callable
 
+import report
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -33,15 +39,16 @@ HIDDEN, K, VOCAB = 2048, 128, 32000
 
 
 def alone(qfv: Tensor, lower_bound: Tensor | None, group) -> Tensor:
+    """Compute each chunk of this rank from a zero state. qfv is [B, T, H, 3, K]."""
     b, s = qfv.shape[:2]
     o, _ = chunk_hgrn2_fused(qfv.reshape(2 * b, s // 2, *qfv.shape[2:]), lower_bound)
     return o.reshape(b, s, *o.shape[2:])
 
 
 def heads(qfv: Tensor, lower_bound: Tensor | None, group) -> Tensor:
-    """A rank's share of the heads over the whole sequence, of a batch of one."""
+    """Compute this rank's share of the heads over the whole sequence. qfv is [1, T, H, 3, K]."""
     cp, (s, H) = group.size(), qfv.shape[1:3]
-    # [cp, s, H/cp, 3, K]: of each rank its tokens
+    # [cp, s, H/cp, 3, K]: the heads for each rank, of this rank's tokens
     sent = qfv[0].unflatten(1, (cp, H // cp)).transpose(0, 1).contiguous()
     whole = all_to_all(group, sent.flatten(0, 1)).unflatten(0, (cp, 2, s // 2))
     whole = torch.cat([whole[:, 0], whole[:, 1].flip(0)]).flatten(0, 1)[None]
@@ -56,7 +63,7 @@ WAYS: dict[str, Callable] = {"states": mixer.chunk_hgrn2_of_batch, "alone": alon
 
 
 class Counter:
-    """Bytes that all-to-alls send to other ranks."""
+    """A counter of the bytes that all-to-alls send to other ranks."""
 
     def __init__(self):
         self.sent = 0
@@ -70,6 +77,7 @@ class Counter:
 
 
 def build(layers: int, pattern: str, tokens: int, cp: int) -> GPTModel:
+    """Return a model in bf16 on this rank's GPU."""
     config = HGRN2TransformerConfig(
         **BLOCK,
         num_layers=layers,
@@ -98,7 +106,7 @@ def build(layers: int, pattern: str, tokens: int, cp: int) -> GPTModel:
 
 
 def step(model: GPTModel, tokens: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Milliseconds of a forward and backward, the slowest rank's, and the mean loss of all ranks."""
+    """Run forward and backward. Return the slowest rank's milliseconds, and the mean loss of all ranks."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.distributed.barrier()
     torch.cuda.synchronize()
@@ -114,8 +122,8 @@ def step(model: GPTModel, tokens: Tensor, labels: Tensor) -> tuple[float, float]
     return slowest.item(), loss.item()
 
 
-def measure(model: GPTModel, counter: Counter, num_tokens: int, layers: int, rounds: int) -> str:
-    """Table lines of one length."""
+def measure(model: GPTModel, counter: Counter, num_tokens: int, layers: int, rounds: int) -> list[dict]:
+    """Return the rows of one length, one for each way."""
     cp = parallel_state.get_context_parallel_world_size()
     tokens = torch.randint(VOCAB, (2, 1, num_tokens // cp), device="cuda")
     times: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -128,27 +136,41 @@ def measure(model: GPTModel, counter: Counter, num_tokens: int, layers: int, rou
             milliseconds, losses[name] = step(model, *tokens)
             sent[name] = (counter.sent - before) / layers
             peak[name] = torch.cuda.max_memory_allocated() / 2**30
-            if turn:  # the first compiles
+            if turn:  # the first round compiles
                 times[name].append(milliseconds)
     if not abs(losses["states"] - losses["heads"]) <= 1e-3:
-        raise SystemExit(f"the ways do not agree, losses {losses}: not timed")
+        raise SystemExit(f"states and heads give different losses, {losses}: the times are not printed")
     local = statistics.median(times["alone"])
-    lines = []
+    rows = []
     for name in WAYS:
         ms = statistics.median(times[name])
-        lines.append(
-            f"| {num_tokens} | {name} | {ms:.1f} | {ms / local - 1:+.1%} | {num_tokens / ms / cp * 1000:,.0f} | "
-            f"{sent[name] / 2**20:.2f} | {peak[name]:.1f} |"
-        )
-    return "\n".join(lines)
+        row = {
+            "tokens": num_tokens,
+            "way": name,
+            "ms": round(ms, 1),
+            "% beside alone": round(100 * (ms / local - 1), 1),
+        }
+        row |= {
+            "tokens/s per GPU": round(num_tokens / ms / cp * 1000),
+            "MiB sent per layer": round(sent[name] / 2**20, 2),
+        }
+        rows.append(row | {"peak GiB": round(peak[name], 1)})
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[32768, 65536, 131072], help="of all ranks")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--pattern", default="H")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=[32768, 65536, 131072],
+        help="tokens of the sequence, on all ranks together",
+    )
+    parser.add_argument("--layers", type=int, default=24, help="layers of the model")
+    parser.add_argument("--pattern", default="H", help="pattern of the layers, as of --hgrn2-layer-pattern")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed")
+    report.add_option(parser)
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl")
@@ -157,16 +179,15 @@ def main():
     model_parallel_cuda_manual_seed(0)
     model = build(args.layers, args.pattern, max(args.tokens), cp)
     counter = Counter()
-    lines = [measure(model, counter, num_tokens, args.layers, args.rounds) for num_tokens in args.tokens]
+    rows = [row for tokens in args.tokens for row in measure(model, counter, tokens, args.layers, args.rounds)]
     if torch.distributed.get_rank() == 0:
         formula = bytes_sent(1, 0, HIDDEN // K, K, cp, 2) / 2**20
         print(f"{torch.cuda.get_device_name()} x {cp}: {args.layers} layers of {HIDDEN}, pattern {args.pattern}")
-        print(
-            f"a layer's states by formula: {formula:.2f} MiB forward and backward, {1.5 * formula:.2f} with recompute"
-        )
-        print("| tokens | way | ms | beside alone | tokens/s a GPU | MiB sent a layer | peak GiB |")
-        print("|---|---|---|---|---|---|---|")
-        print("\n".join(lines), flush=True)
+        print(f"states of a layer by the formula: {formula:.2f} MiB for forward and backward", end="")
+        print(f", {1.5 * formula:.2f} with full recompute, which runs the forward twice")
+        print(f"| {' | '.join(rows[0])} |\n" + "|---" * len(rows[0]) + "|")
+        print("\n".join(f"| {' | '.join(f'{x}' for x in row.values())} |" for row in rows), flush=True)
+        report.write(args.out, rows, layers=args.layers, pattern=args.pattern)
     torch.distributed.destroy_process_group()
 
 

@@ -1,11 +1,11 @@
-"""The launcher, with the bytes counted that rank 0 sends to other ranks.
+"""The launcher, which also counts the bytes that rank 0 sends to other ranks.
 
-    torchrun ... -m benchmarks.counted SCRIPT [Megatron's flags]        in the place of -m hgrn2_megatron
+    torchrun ... -m benchmarks.counted SCRIPT [Megatron's flags]        in place of -m hgrn2_megatron
 
-After each training step rank 0 prints them. Every call of a function of torch.distributed that sends is counted by what
-a ring makes of it: with n ranks and the bytes of the whole tensor, all-gather, reduce-scatter, all-to-all and broadcast
-send (n - 1) / n of them, all-reduce twice that; a message from one rank to another is all of its bytes. Not seen are
-the user buffers of Transformer Engine's --tp-comm-overlap, objects that torch pickles, and barriers.
+After each training step rank 0 prints how many bytes it sent. Every call of a sending function of torch.distributed
+counts as many bytes as a ring of n ranks would send: (n - 1) / n of the whole tensor for all-gather, reduce-scatter,
+all-to-all and broadcast, twice that for all-reduce, and all bytes of a message from one rank to another. The user
+buffers of Transformer Engine's --tp-comm-overlap, objects that torch pickles, and barriers are not counted.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# function -> its argument that is, or lists, the whole tensor, and how often a ring sends (n - 1) / n of that
+# function -> the argument that is, or lists, the whole tensor, and how often a ring sends (n - 1) / n of it
 COLLECTIVES = {
     "all_reduce": ("tensor", 2),
     "broadcast": ("tensor", 1),
@@ -33,16 +33,19 @@ COLLECTIVES = {
 
 
 class Counter:
-    """Bytes sent by this rank since the last report."""
+    """A counter of the bytes that this rank has sent since the last report."""
 
     def __init__(self):
         self.sent = 0.0
 
     def install(self):
-        """Replace the functions of torch.distributed; before Megatron is imported, which has other names for some."""
+        """Replace the functions of torch.distributed.
+
+        Call it before Megatron is imported, because Megatron keeps some of them under names of its own.
+        """
         for name, (tensor, times) in COLLECTIVES.items():
             setattr(dist, name, self._collective(getattr(dist, name), tensor, times))
-        # batch_isend_irecv and send call this one, by the module's name for it
+        # batch_isend_irecv and send look it up in the module
         dist.isend = distributed_c10d.isend = self._message(dist.isend)
 
     def _collective(self, function: Callable, tensor: str, times: int) -> Callable:
@@ -70,7 +73,7 @@ class Counter:
         return counting
 
     def reported(self, train_step: Callable) -> Callable:
-        """Megatron's training step, after which rank 0 prints what it sent since the one before."""
+        """Return a training step after which rank 0 prints what it has sent since the step before."""
 
         @functools.wraps(train_step)
         def wrapped(*args, **kwargs):
@@ -84,6 +87,7 @@ class Counter:
 
 
 def num_bytes(tensors: torch.Tensor | list[torch.Tensor]) -> int:
+    """Return the bytes of a tensor, or of all tensors of a list."""
     return tensors.nbytes if isinstance(tensors, torch.Tensor) else sum(x.nbytes for x in tensors)
 
 
@@ -98,7 +102,7 @@ def main():
         training.train_step = counter.reported(training.train_step)
         return run_script(*args, **kwargs)
 
-    # the launcher's last step: by then it has imported the script's own Megatron
+    # the launcher calls run_path last, when it has imported the Megatron of the script
     runpy.run_path = run_path
     from hgrn2_megatron.__main__ import main as launch
 

@@ -1,4 +1,4 @@
-"""The models whose decoding is measured, on one process."""
+"""The models whose decoding is measured, built in one process."""
 # ruff: noqa: E402
 
 import dataclasses
@@ -30,6 +30,17 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
+    """Sizes of a model and of what it decodes.
+
+    Attributes:
+        head: dimension of a head.
+        batch: sequences that are decoded side by side.
+        contexts: lengths in tokens after which a step is timed.
+        prompt: tokens of the prompt that is timed.
+        cap: the largest batch that is tried.
+        checked: tokens of the prompt after which greedy tokens are compared.
+    """
+
     layers: int = 24
     hidden: int = 2048
     head: int = 128
@@ -46,7 +57,7 @@ TINY = Sizes(2, 64, 16, 128, 64, batch=2, contexts=(16, 48), prompt=32, cap=8, c
 
 
 def start(backend: str = "gloo"):
-    """One process, without torchrun; with gloo no thread of NCCL disturbs the capture of a graph."""
+    """Start Megatron in one process, without torchrun. With gloo no thread of NCCL disturbs the capture of a graph."""
     if ON_GPU:
         torch.cuda.set_device(0)
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -55,7 +66,14 @@ def start(backend: str = "gloo"):
 
 
 def build(kind: str, sizes: Sizes, steps: int, **more) -> GPTModel:
-    """HGRN2 or attention of these sizes, for so many tokens behind the longest context; `more` overrides its config."""
+    """Return a model in evaluation mode.
+
+    Args:
+        kind: "HGRN2" or "attention".
+        sizes: of the model.
+        steps: tokens that it decodes after the longest context.
+        more: fields of its config.
+    """
     settings = dict(
         **BLOCK,
         num_layers=sizes.layers,
@@ -89,11 +107,13 @@ def build(kind: str, sizes: Sizes, steps: int, **more) -> GPTModel:
 
 
 def synchronize():
+    """Wait for the GPU, where there is one."""
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 def release():
+    """Give memory that nothing refers to back to the GPU."""
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()

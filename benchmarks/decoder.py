@@ -1,4 +1,4 @@
-"""Greedy decoding of a model in Megatron's static context, by several ways, and that it is right."""
+"""Greedy decoding of a model in Megatron's static context in several ways, and a check that it is right."""
 
 import contextlib
 import dataclasses
@@ -11,15 +11,22 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-# of a pass
+# steps of a pass
 STEPS = 8
-# of the logits of steps, beside the whole sequence's, by their norm
+# largest difference between the logits of steps and those of the whole sequence, as a share of their norm
 ERROR = 0.1 if ON_GPU else 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a model's steps are run."""
+    """A way to run the steps of a model.
+
+    Attributes:
+        name: as tables show it.
+        graph: whether a step is also captured in a CUDA graph.
+        unfused: whether Transformer Engine's unfused attention is used.
+        rope: whether keys and queries are rotated.
+    """
 
     name: str
     graph: bool = False
@@ -40,7 +47,7 @@ MODELS = {
 
 @contextlib.contextmanager
 def applied(way: Way, model: GPTModel) -> Iterator[None]:
-    """Run the model this way."""
+    """Run the model this way inside the `with` block."""
     names = ("NVTE_FUSED_ATTN", "NVTE_FLASH_ATTN")
     before, positions = {name: os.environ.get(name) for name in names}, model.position_embedding_type
     if way.unfused:
@@ -61,7 +68,7 @@ def applied(way: Way, model: GPTModel) -> Iterator[None]:
 
 
 def _forget_backend():
-    """Transformer Engine reads the environment where the shapes of attention change."""
+    """Make Transformer Engine read the environment again, which it does only when shapes of attention change."""
     if WITH_TE:
         from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
 
@@ -69,7 +76,7 @@ def _forget_backend():
 
 
 def backend(way: Way) -> str:
-    """What attention ran on last, of a model that has any."""
+    """Return the name of the attention that ran last, or "" for a model without attention."""
     if way.name == "HGRN2":
         return ""
     if not WITH_TE:
@@ -80,7 +87,10 @@ def backend(way: Way) -> str:
 
 
 def forward(model: GPTModel, tokens: Tensor, context: StaticInferenceContext | None = None) -> Tensor:
-    """Logits [b, s, vocabulary]; with a context, which moves on by the tokens, of the last one only."""
+    """Return logits [b, s, vocabulary] of tokens [b, s].
+
+    With a context, the logits are those of the last token only, and the context moves on by s tokens.
+    """
     # neither the causal mask nor position ids are read
     logits = model(tokens, None, None, inference_context=context, runtime_gather_output=True)
     if context:
@@ -89,20 +99,23 @@ def forward(model: GPTModel, tokens: Tensor, context: StaticInferenceContext | N
 
 
 class Decoder:
-    """Greedy decoding, from a context that has been filled."""
+    """A greedy decoder that goes on from a context that has been filled."""
 
     def __init__(self, model: GPTModel, context: StaticInferenceContext, tokens: Tensor):
         self.model, self.context, self.tokens = model, context, tokens
         context.enable_decode_mode()
 
     def step(self) -> Tensor:
-        """Logits [b, vocabulary] after `self.tokens`, whose place the next ones take."""
+        """Return logits [b, vocabulary] after `self.tokens`, and replace these by the likeliest next tokens."""
         logits = forward(self.model, self.tokens, self.context)[:, -1]
         self.tokens.copy_(logits.argmax(-1, keepdim=True))
         return logits
 
     def capture(self) -> Callable[[], Tensor]:
-        """The step as a CUDA graph, which advances the states a few times to come to be."""
+        """Capture the step in a CUDA graph, and return a function that replays it.
+
+        Capturing runs the step several times, and each run advances the states of the context.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -121,7 +134,7 @@ class Decoder:
 
 
 def judge(name: str, stepped: Tensor, whole: Tensor):
-    """Compare logits [b, n, vocabulary] of steps with those of the whole sequence, and stop if they do not agree."""
+    """Compare logits [b, n, vocabulary] of steps with those of the whole sequence. Stop if they do not agree."""
     chosen = stepped.argmax(-1, keepdim=True)
     best = whole.max(-1, keepdim=True)
     gaps = (best.values - whole.gather(-1, chosen)).float().squeeze(-1)
@@ -134,19 +147,21 @@ def judge(name: str, stepped: Tensor, whole: Tensor):
         f"logits differ by {error:.1e} of their norm{where}",
         flush=True,
     )
-    # an error that is not finite fails too
+    # an error that is not finite must fail too
     if not (agree.float().mean() >= 0.75 and error < ERROR):
-        raise SystemExit(f"{name}: steps do not agree with the forward of the whole sequence: not timed")
+        raise SystemExit(
+            f"{name}: decoded tokens do not agree with the forward of the whole sequence, so nothing is timed"
+        )
 
 
 def check(model: GPTModel, way: Way, sizes: Sizes) -> Way:
-    """Decode a few tokens and compare with the forward of the whole sequence.
+    """Decode a few tokens and compare them with the forward of the whole sequence.
 
     Returns:
-        way: without the graph where none can be captured.
+        way: the way as given, or without its graph if none can be captured.
 
     Raises:
-        SystemExit: if they disagree.
+        SystemExit: if the tokens or the logits disagree.
     """
     prompt = torch.randint(sizes.vocab, (2, sizes.checked), device="cuda")
     context = StaticInferenceContext(2, sizes.checked + STEPS)

@@ -1,19 +1,18 @@
-"""The devices that benchmarks run on: which there are, and who has them."""
+"""The devices of a host, and a pool that lends them to runs side by side."""
 
 import contextlib
-import importlib.metadata
 import os
 import threading
 from collections.abc import Iterator
 
 import torch
 
-# without a GPU
+# how many processes may run at a time where there is no GPU
 CPU_PROCESSES = 8
 
 
 class Devices:
-    """The GPUs of the host, or places for processes without one, lent to runs."""
+    """A pool of the GPUs of the host, or of numbered processes where there is no GPU."""
 
     def __init__(self, names: list[str]):
         self.free = list(names)
@@ -21,6 +20,7 @@ class Devices:
 
     @contextlib.contextmanager
     def lent(self, count: int) -> Iterator[list[str]]:
+        """Wait until `count` devices are free, and hold them inside the `with` block."""
         with self.changed:
             self.changed.wait_for(lambda: len(self.free) >= count)
             taken, self.free = self.free[:count], self.free[count:]
@@ -33,19 +33,8 @@ class Devices:
 
 
 def device_names() -> list[str]:
-    """Of the GPUs, as CUDA_VISIBLE_DEVICES has them; numbers of processes where there is none."""
+    """Return the GPUs by their names in CUDA_VISIBLE_DEVICES, or numbers of processes where there is no GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible and torch.cuda.is_available():
         return visible.split(",")
     return [str(i) for i in range(torch.cuda.device_count() or CPU_PROCESSES)]
-
-
-def machine() -> str:
-    """What the table was measured on, in a line."""
-    gpus = torch.cuda.device_count()
-    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores, gloo"
-    versions = []
-    for package in ("torch", "transformer-engine", "megatron-core"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join([device, *versions])

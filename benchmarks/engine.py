@@ -1,17 +1,20 @@
-"""Decoding in Megatron's dynamic engine: time a step of a pure HGRN2 model, by length, with CUDA graphs and without.
+"""Time of a decoding step of a pure HGRN2 model in Megatron's dynamic engine, by length, with and without CUDA graphs.
 
-    python benchmarks/engine.py [--tiny]
+    python benchmarks/engine.py [--tiny] [--out FILE.json]
 
-The model of generation.py. A batch of requests comes with prompts of the length, which go through in pieces; then each
-step, which Megatron schedules, runs and samples from, is one token of every request. The median of those after the
-first few counts. Graphs are Megatron's own, `cuda_graph_impl` local: one of each layer, or one of the block. How many
-greedy tokens are those without a graph is printed: ties of bf16 end it.
+The model is that of generation.py. A batch of requests comes with prompts of the given length, which go through in
+pieces. Then each step, which Megatron schedules, runs and samples from, makes one token of every request. The time is
+the median of the steps after the first few. Graphs are Megatron's own (`cuda_graph_impl` local): one of each layer, or
+one of the whole stack of layers, which Megatron's scope calls "block". The benchmark also prints how many greedy tokens
+are the same as without a graph, up to the first that is not; in bf16 a tie may end the agreement.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 
+import report
 import torch
 from decoded_model import ON_GPU, TINY, Sizes, build, release, start, synchronize
 from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
@@ -21,9 +24,9 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 
-# the first requests decode while the last prompts go through
+# tokens that count, and tokens before them: the first requests decode while the last prompts go through
 STEPS, WARM = 128, 8
-# name -> what the config gets
+# name of a row -> settings of the model's config
 WAYS = {"no graph": {}}
 if ON_GPU:
     for scope in ("layer", "block"):
@@ -31,7 +34,7 @@ if ON_GPU:
 
 
 class Tokens:
-    """A tokenizer for prompts that are tokens."""
+    """A tokenizer for prompts that are already tokens."""
 
     bos = None
 
@@ -43,7 +46,7 @@ class Tokens:
 
 
 def engine_of(model, sizes: Sizes, length: int) -> DynamicInferenceEngine:
-    """An engine for `sizes.batch` requests of this length."""
+    """Return an engine for `sizes.batch` requests with prompts of this length in tokens."""
     states = MambaInferenceStateConfig.from_model(model)
     numbers = sizes.layers * torch.Size(states.ssm_states_shape).numel()
     block = 256 if ON_GPU else 16
@@ -53,14 +56,14 @@ def engine_of(model, sizes: Sizes, length: int) -> DynamicInferenceEngine:
     settings = InferenceConfig(
         max_sequence_length=length + STEPS + WARM + 1,
         max_requests=sizes.batch,
-        # Megatron pads to 64
+        # Megatron pads to a multiple of 64
         max_tokens=max(sizes.prompt, 64),
         block_size_tokens=block,
         buffer_size_gb=(4 * sizes.batch * numbers + 2 * caches) / 2**30,
         mamba_inference_state_config=states,
         enable_chunked_prefill=True,
         unified_memory_level=0,
-        # one, of the whole batch; prompts go without
+        # one graph for the whole batch; prompts run without
         num_cuda_graphs=1,
         use_cuda_graphs_for_non_decode_steps=False,
     )
@@ -70,14 +73,14 @@ def engine_of(model, sizes: Sizes, length: int) -> DynamicInferenceEngine:
 
 
 def measure(engine: DynamicInferenceEngine, sizes: Sizes, length: int) -> tuple[float, float, list[list[int]]]:
-    """Seconds of the prompts, seconds of the median step of the whole batch, and the tokens of each request."""
+    """Decode the requests. Return seconds of the prompts, seconds of the median step, and each request's tokens."""
     prompts = torch.randint(sizes.vocab, (sizes.batch, length), generator=torch.Generator().manual_seed(0)).tolist()
     sampling = SamplingParams(num_tokens_to_generate=WARM + STEPS, top_k=1, termination_id=-1)
     for number, prompt in enumerate(prompts):
         engine.add_request(number, prompt, sampling)
     prefill, decoding, finished = 0.0, [], {}
     while len(finished) < sizes.batch:
-        # then every prompt is through, and none has finished
+        # a full batch: every prompt is through, and no request has finished
         full = engine.context.total_request_count == sizes.batch
         synchronize()
         begin = time.perf_counter()
@@ -96,33 +99,39 @@ def measure(engine: DynamicInferenceEngine, sizes: Sizes, length: int) -> tuple[
 
 
 def in_common(tokens: list[int], others: list[int]) -> int:
-    """How many tokens are the same before the first that is not; after another token the rest is another text."""
+    """Return how many tokens are the same up to the first that is not. After that the texts are different ones."""
     return next((i for i, (x, y) in enumerate(zip(tokens, others, strict=True)) if x != y), len(tokens))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a toy model")
-    sizes = TINY if parser.parse_args().tiny else Sizes()
+    parser.add_argument("--tiny", action="store_true", help="run a toy model")
+    report.add_option(parser)
+    args = parser.parse_args()
+    sizes = TINY if args.tiny else Sizes()
     start("nccl" if ON_GPU else "gloo")
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
     print(
-        f"{device}: {sizes}\n\n| way | context | prompts, s | ms a step | tokens/s |\n|---|---|---|---|---|", flush=True
+        f"{device}: {sizes}\n\n| way | context | prompts s | ms per step | tokens/s |\n|---|---|---|---|---|",
+        flush=True,
     )
-    expected = {}
+    expected, rows = {}, []
     for way, settings in WAYS.items():
         for length in sizes.contexts:
-            # its graphs are of one engine
+            # a model's graphs belong to one engine
             torch.manual_seed(0)
             model = build("HGRN2", sizes, WARM + STEPS, **settings)
             engine = engine_of(model, sizes, length)
             prefill, step, tokens = measure(engine, sizes, length)
             print(f"| {way} | {length} | {prefill:.2f} | {step * 1000:.2f} | {sizes.batch / step:,.0f} |", flush=True)
+            row = {"way": way, "context": length, "prompts s": round(prefill, 2), "ms per step": round(step * 1000, 2)}
+            rows.append(row | {"tokens/s": round(sizes.batch / step)})
             without = expected.setdefault(length, tokens)
             equal = [in_common(*pair) for pair in zip(tokens, without, strict=True)]
-            print(f"  as without a graph: the first {equal} of {WARM + STEPS} tokens", flush=True)
+            print(f"  the first {equal} of {WARM + STEPS} tokens are the same as without a graph", flush=True)
             del engine, model
             release()
+            report.write(args.out, rows, sizes=dataclasses.asdict(sizes))
     torch.distributed.destroy_process_group()
 
 

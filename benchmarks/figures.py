@@ -1,4 +1,4 @@
-"""What Megatron's log of a run says of it."""
+"""Read rates, memory, losses and failures from the log of a Megatron run."""
 
 import re
 import statistics
@@ -8,21 +8,23 @@ from runs import OVERTIME
 
 OUT_OF_MEMORY = "out of memory"
 NOT_TRIED = "not tried: a shorter length ran out of memory or time"
-# why a run ended that was too large
+# the reasons for which a longer sequence is not tried
 TOO_LARGE = (NOT_TRIED, OVERTIME, OUT_OF_MEMORY)
 
 
 @dataclass
 class Figures:
-    """What a run's log says; rates are of the median iteration after the first ones.
+    """Figures of one run. Times and rates are those of the median iteration after the warm-up.
 
     Attributes:
-        milliseconds: of an iteration.
-        rate: tokens/s a GPU.
-        tflops: TFLOP/s a GPU.
-        peak: GiB.
-        losses, norms: of each iteration; norms of the gradient.
-        sent: MiB that rank 0 sends in the second iteration, which no CUDA graph hides yet; None if not counted.
+        milliseconds: time of an iteration.
+        rate: tokens/s per GPU.
+        tflops: TFLOP/s per GPU.
+        peak: largest allocated memory in GiB.
+        losses: the loss of each iteration.
+        norms: the norm of the gradient in each iteration.
+        sent: MiB that rank 0 sends in the second iteration, or None if nothing was counted. Later iterations may be
+            replayed from a CUDA graph, where sending cannot be counted.
     """
 
     milliseconds: float
@@ -35,7 +37,14 @@ class Figures:
 
     @classmethod
     def of(cls, log: str, tokens: int, processes: int, warm_up: int) -> "Figures | None":
-        """Of an iteration of so many tokens; None of a run that did not reach its end."""
+        """Read the log of a run, or return None if the run did not reach its end.
+
+        Args:
+            log: what Megatron printed.
+            tokens: tokens of one iteration.
+            processes: number of GPUs.
+            warm_up: how many iterations do not count.
+        """
         if failure(log):
             return None
 
@@ -57,12 +66,12 @@ class Figures:
 
 
 def numbers(name: str, log: str) -> list[float]:
-    """What Megatron logged under a name, a regular expression."""
+    """Return the numbers that Megatron logged under a name, which is a regular expression."""
     return [float(x) for x in re.findall(rf"{name}: (\S+)", log)]
 
 
 def failure(log: str) -> str:
-    """What went wrong, nothing in a run that reached its end."""
+    """Return why a run failed, or "" if it reached its end."""
     iterations = re.findall(r"iteration +(\d+)/ *(\d+) \|", log)
     if iterations and iterations[-1][0] == iterations[-1][1]:
         return ""

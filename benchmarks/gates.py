@@ -1,16 +1,24 @@
-"""Statistics of the forget gates while Megatron trains, and how many bands the kernels cut their chunks into for them.
+"""Statistics of the forget gates while Megatron trains, and of the bands into which the kernels cut their chunks.
 
-    torchrun --nproc_per_node=1 benchmarks/gates.py pretrain_gpt.py --spec hgrn2 [Megatron's flags] [--every N]
+    torchrun --nproc_per_node=1 benchmarks/gates.py pretrain_gpt.py --spec hgrn2 [Megatron's flags]
+        [--every N] [--out FILE.json]
 
-Runs the script as `python -m hgrn2_megatron` does on one GPU. At the first iteration and at every Nth (default 100) it
-prints one table line a layer: mean and standard deviation of the raw gate over everything and of its mean and deviation
-a channel over channels, quantiles of the raw gate, mean and largest lower bound, mean forget gate, the largest decay of
-a chunk (64 tokens) in powers of two, of which the fast form takes 192, and the share of (chunk, block of channels)
-that is cut into 2, 3 and 4 bands, and that is taken exactly.
+The script runs as `python -m hgrn2_megatron` runs it, on one GPU. At the first iteration and at every Nth (default 100)
+the benchmark prints one line for each layer:
+
+- f: mean and standard deviation of the raw gate
+- channel means: standard deviation of a channel's mean, over channels
+- channel deviations: mean and largest standard deviation within a channel
+- quantiles of the raw gate, mean and largest lower bound, and the mean forget gate
+- chunk: the largest decay of a chunk of 64 tokens in powers of two; the fast form takes up to 192
+- bands: the share of (chunk, block of channels) that is cut into 2, 3 and 4 bands, and that takes the exact form
 """
 
+import argparse
 import sys
+from pathlib import Path
 
+import report
 import torch
 
 from hgrn2_kernels import op
@@ -18,14 +26,18 @@ from hgrn2_kernels.chunk_triton import chunk_forward
 from hgrn2_megatron import mixer
 from hgrn2_megatron.__main__ import main
 
-HEAD = """\
-| iteration | layer | f | channel means | channel deviations | f 0.1%, 99.9% | bound | forget | chunk | bands |
-|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = ["iteration", "layer", "f", "channel means", "channel deviations", "f 0.1%, 99.9%"]
+COLUMNS += ["bound", "forget", "chunk", "bands"]
 
 
 @torch.no_grad()
-def line(iteration: int, layer: int, qfv: torch.Tensor, bound: torch.Tensor | None) -> str:
-    """One layer's line, from qfv [B, T, H, 3, K] and its bound [H, K]."""
+def statistics(qfv: torch.Tensor, bound: torch.Tensor | None) -> list[str]:
+    """Return the cells of a layer's line after its number.
+
+    Args:
+        qfv: the projection [B, T, H, 3, K].
+        bound: the lower bound [H, K] in fp32, or None where the model has none.
+    """
     q, f, v = (x.detach() for x in qfv.unbind(-2))
     x = f.float()
     b = torch.zeros_like(x[0, 0]) if bound is None else bound
@@ -36,38 +48,53 @@ def line(iteration: int, layer: int, qfv: torch.Tensor, bound: torch.Tensor | No
     chunk = forget.log2()[:, : x.shape[1] // 64 * 64].unflatten(1, (-1, 64)).sum(2).amin().item()
     _, _, (_, bands) = chunk_forward(q, f, v, bound, None, None, 1.0, save_states=True)
     shares = " ".join(f"{(bands == n).float().mean():.1%}" for n in (2, 3, 4, 5))
-    return (
-        f"| {iteration} | {layer} | {x.mean():.2f} +- {x.std():.2f} | +- {means.std():.2f} | "
-        f"{deviations.mean():.2f}, at most {deviations.max():.2f} | {low:.1f}, {high:.1f} | {b.mean():.3f}, at most "
-        f"{b.max():.3f} | {forget.mean():.3f} | {-chunk:.0f} | {shares} |"
-    )
+    return [
+        f"{x.mean():.2f} +- {x.std():.2f}",
+        f"+- {means.std():.2f}",
+        f"{deviations.mean():.2f}, at most {deviations.max():.2f}",
+        f"{low:.1f}, {high:.1f}",
+        f"{b.mean():.3f}, at most {b.max():.3f}",
+        f"{forget.mean():.3f}",
+        f"{-chunk:.0f}",
+        shares,
+    ]
 
 
 class Recorder:
-    """The mixer's operator, which looks at what it is given in some of the calls."""
+    """The operator of the mixer, which in some calls also reports the gates that it is given.
 
-    def __init__(self, every: int):
-        self.every, self.calls, self.layers = every, 0, None
+    Args:
+        every: iterations from one report to the next.
+        out: file of results, or None.
+    """
+
+    def __init__(self, every: int, out: Path | None):
+        self.every, self.out, self.calls, self.layers = every, out, 0, None
+        self.rows: list[dict] = []
 
     def __call__(self, qfv, lower_bound, **options):
-        # layers are called in order, and the first call of all sees how many there are
+        # layers are called in order; at the first call Megatron knows how many there are
         if self.layers is None:
             from megatron.training import get_args
 
             self.layers = get_args().num_layers
-            print(HEAD)
+            print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
         iteration, layer = divmod(self.calls, self.layers)
         self.calls += 1
         if iteration % self.every == 0:
-            print(line(iteration, layer, qfv, None if lower_bound is None else lower_bound.detach()), flush=True)
+            cells = statistics(qfv, None if lower_bound is None else lower_bound.detach())
+            print(f"| {iteration} | {layer} | {' | '.join(cells)} |", flush=True)
+            self.rows.append(dict(zip(COLUMNS, [iteration, layer, *cells], strict=True)))
+            # training may be ended at any time
+            report.write(self.out, self.rows)
         return op.chunk_hgrn2_fused(qfv, lower_bound, **options)
 
 
 if __name__ == "__main__":
-    every = 100
-    if "--every" in sys.argv:
-        place = sys.argv.index("--every")
-        every = int(sys.argv[place + 1])
-        del sys.argv[place : place + 2]
-    mixer.chunk_hgrn2_fused = Recorder(every)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
+    parser.add_argument("--every", type=int, default=100, help="iterations from one report to the next")
+    report.add_option(parser)
+    # the other flags belong to the script
+    args, sys.argv[1:] = parser.parse_known_args()
+    mixer.chunk_hgrn2_fused = Recorder(args.every, args.out)
     main()

@@ -1,32 +1,34 @@
-"""Decoding: time a step and memory of a pure HGRN2 model beside attention, in Megatron's static inference context.
+"""Decoding of a pure HGRN2 model beside attention in Megatron's static inference context: time of a step, and memory.
 
-    python benchmarks/generation.py [--json FILE] [--tiny]
+    python benchmarks/generation.py [--out FILE.json] [--tiny]
 
-24 layers of 2048 with random weights in bf16 on one GPU, Transformer Engine where there is one. --tiny is the whole
-script on a toy model, in seconds, without a GPU in fp32. Before anything is timed, tokens decoded greedily after a
-short prompt must be the argmax of the forward of the whole sequence, but for ties of the dtype: at least 3 in 4.
+The model has 24 layers of 2048 with random weights in bf16, on one GPU, with Transformer Engine where it is installed.
+--tiny runs the whole script on a toy model in seconds, and without a GPU in fp32. Before anything is timed, tokens are
+decoded greedily after a short prompt. At least 3 in 4 must be the argmax of the forward of the whole sequence, or a tie
+of the dtype.
 
-Decode steps start from states and caches of random numbers, as long as the context says, instead of a prefill of that
-length: no step's time depends on the values. A pass is 8 steps, each a forward and an argmax that is fed back; passes
-repeat the same 8 lengths. The first one counts apart, what is compiled for a length included (cuDNN builds a plan for
-each); then comes the median of 4. Only HGRN2 steps are captured in a CUDA graph: Megatron's cache is sliced up to the
-offset, so that no two steps of attention are the same. Without a graph short contexts wait for the host.
+Decode steps start from states and caches of random numbers of the given length, instead of a prefill of that length,
+because no step's time depends on the values. A pass is 8 steps, each a forward and an argmax that is fed back. Passes
+repeat the same 8 lengths. The first pass is reported by itself, because it compiles for each length (cuDNN builds a
+plan for each). After it comes the median of 4 passes. Only HGRN2 steps are captured in a CUDA graph: Megatron slices
+its cache up to the offset, so no two steps of attention are the same. Without a graph, steps after short contexts wait
+for the host.
 
-Megatron keeps keys without positions and rotates the whole cache in every step. What that costs is the difference to
-"no RoPE", another model, which is also what a cache of rotated keys would cost. "unfused" is Transformer Engine without
-cuDNN, "attention" its own choice. Prefill is one forward of a moderate prompt with the last token's logits only;
-attention cannot continue a prompt in this context. The largest batch is what fits beside the weights by the bytes that
-a sequence takes, tried and lowered while memory runs out; it is capped, and a row says where the cap was the limit.
+Megatron keeps keys without positions and rotates the whole cache in every step. The difference to "no RoPE", which is
+another model, is the cost of that. A cache of rotated keys would cost as much as "no RoPE". "unfused" is Transformer
+Engine without cuDNN, and "attention" is its own choice. Prefill is one forward of a moderate prompt with the logits of
+the last token only; attention cannot continue a prompt in this context. The largest batch is first computed from the
+bytes that a sequence takes beside the weights, and then lowered while memory runs out. It is capped, and a row says
+where the cap was the limit.
 """
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import report
 import torch
 from decoded_model import DTYPE, ON_GPU, TINY, WITH_TE, Sizes, build, release, start, synchronize
 from decoder import MODELS, STEPS, Decoder, Way, applied, backend, check, forward
@@ -36,14 +38,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 PASSES, PREFILLS = 4, 3
-# a CPU has no limit that this script would reach
+# bytes; on a CPU this script reaches no real limit
 FREE_ON_CPU = 2**18
 
 
 def filled(model: GPTModel, batch: int, length: int, vocab: int) -> Decoder:
-    """A decoder at this length whose states or caches are random numbers."""
+    """Return a decoder at this length whose states or caches are random numbers."""
     context = StaticInferenceContext(batch, length + STEPS)
-    # Megatron and the mixer make them where they are first needed
+    # Megatron and the mixer make states and caches where they are first needed
     context.sequence_len_offset = length - 1
     tokens = torch.randint(vocab, (batch, 1), device="cuda")
     forward(model, tokens, context)
@@ -54,7 +56,7 @@ def filled(model: GPTModel, batch: int, length: int, vocab: int) -> Decoder:
 
 
 def pass_ms(decoder: Decoder, step: Callable[[], Tensor], length: int) -> float:
-    """Milliseconds a step, over the steps from this length on."""
+    """Run the steps of a pass from this length on, and return milliseconds per step."""
     decoder.context.sequence_len_offset = length
     synchronize()
     begin = time.perf_counter()
@@ -65,7 +67,7 @@ def pass_ms(decoder: Decoder, step: Callable[[], Tensor], length: int) -> float:
 
 
 def decode(model: GPTModel, way: Way, batch: int, length: int, sizes: Sizes) -> dict:
-    """One row: the figures of decoding at a length."""
+    """Decode at a length, and return its row: milliseconds per step, bytes of states or cache, and peak memory."""
     release()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
@@ -86,10 +88,10 @@ def decode(model: GPTModel, way: Way, batch: int, length: int, sizes: Sizes) -> 
 
 
 def largest(model: GPTModel, way: Way, bytes_each: int, sizes: Sizes) -> dict:
-    """The row of the largest batch at the longest context.
+    """Return the row of the largest batch that fits at the longest context.
 
     Args:
-        bytes_each: of states or cache a sequence.
+        bytes_each: bytes of states or cache that a sequence takes.
     """
     release()
     free = torch.cuda.mem_get_info()[0] if ON_GPU else FREE_ON_CPU
@@ -99,7 +101,7 @@ def largest(model: GPTModel, way: Way, bytes_each: int, sizes: Sizes) -> dict:
             row = decode(model, way, batch, max(sizes.contexts), sizes)
             return row | dict(largest="the cap" if batch == sizes.cap else f"{fits} by their bytes")
         except RuntimeError as error:
-            # torch's own and those of libraries that allocate for themselves
+            # errors of torch, and of libraries that allocate memory by themselves
             if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):
                 raise
             print(f"{way.name}: out of memory at a batch of {batch}", flush=True)
@@ -108,7 +110,7 @@ def largest(model: GPTModel, way: Way, bytes_each: int, sizes: Sizes) -> dict:
 
 
 def prefill(model: GPTModel, way: Way, sizes: Sizes) -> dict:
-    """Tokens/s of a prompt in one forward."""
+    """Return the row of a prompt in one forward, with its tokens/s."""
     release()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
@@ -130,8 +132,8 @@ def prefill(model: GPTModel, way: Way, sizes: Sizes) -> dict:
 
 
 DECODE_HEAD = """\
-| decoding | context | batch | first ms | ms a step | tokens/s | ms, graph | tokens/s, graph | states or cache, MiB | \
-MiB a sequence | peak GiB | attention on | largest batch |
+| decoding | context | batch | first ms | ms per step | tokens/s | ms in a graph | tokens/s in a graph | \
+states or cache MiB | MiB per sequence | peak GiB | attention on | largest batch |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 PREFILL_HEAD = """\
 | prefill | prompt | batch | tokens/s | peak GiB | attention on |
@@ -153,6 +155,23 @@ def decode_line(row: dict) -> str:
     )
 
 
+def columns(row: dict) -> dict:
+    """Return the columns of a row of decoding for the file of results."""
+    if "error" in row:
+        return {"model": row["way"], "note": row["error"]}
+    result = {"model": row["way"], "context": row["context"], "batch": row["batch"], "ms per step": round(row["ms"], 2)}
+    result["tokens/s"] = round(row["batch"] / row["ms"] * 1000)
+    if "graph_ms" in row:
+        result["ms per step in a graph"] = round(row["graph_ms"], 2)
+        result["tokens/s in a graph"] = round(row["batch"] / row["graph_ms"] * 1000)
+    result["states or cache MiB"] = round(row["bytes"] / 2**20, 3)
+    result["peak GiB"] = round(row["peak"] / 2**30, 1) if row["peak"] else None
+    result["attention on"] = row["backend"]
+    if "largest" in row:
+        result["note"] = f"largest batch: {row['largest']}"
+    return result
+
+
 def prefill_line(row: dict) -> str:
     return (
         f"| {row['way']} | {row['prompt']} | {row['batch']} | {row['tokens_per_second']:,.0f} | {gib(row['peak'])} | "
@@ -161,17 +180,22 @@ def prefill_line(row: dict) -> str:
 
 
 class Table:
-    """Rows as they are measured; one that fails is printed with its error, and the others go on."""
+    """A table that prints its rows as they are measured. A row that fails is printed with its error.
+
+    Args:
+        line: makes the line of a row.
+        deadline: time of time.perf_counter after which no row starts.
+    """
 
     def __init__(self, line: Callable[[dict], str], deadline: float):
         self.line, self.deadline = line, deadline
         self.rows: list[dict] = []
 
     def add(self, name: str, measure: Callable[..., dict], *args) -> dict | None:
-        """The row, None where there is none."""
+        """Measure a row, and return it, or None if it failed."""
         try:
             if time.perf_counter() > self.deadline:
-                raise TimeoutError("--seconds are over")
+                raise TimeoutError("the time of --seconds is over: give more seconds, or fewer models")
             row = measure(*args)
         except Exception as error:
             self.fail(name, error)
@@ -187,7 +211,7 @@ class Table:
 
 
 def measure_model(kind: str, sizes: Sizes, prefills: Table, decodes: Table):
-    """All rows of a model; one that decodes other tokens stops everything."""
+    """Measure all rows of a model. A model that decodes wrong tokens stops the program."""
     model = build(kind, sizes, STEPS)
     ways = []
     with torch.inference_mode(), InferenceMode.active():
@@ -199,7 +223,7 @@ def measure_model(kind: str, sizes: Sizes, prefills: Table, decodes: Table):
                 decodes.fail(way.name, error)
         print(PREFILL_HEAD)
         for way in ways:
-            # prompts are no question of Megatron's cache: the usual way alone
+            # Megatron's cache plays no part in a prompt, so only the usual way is timed
             if way.name == kind:
                 prefills.add(way.name, prefill, model, way, sizes)
         print(DECODE_HEAD)
@@ -212,10 +236,10 @@ def measure_model(kind: str, sizes: Sizes, prefills: Table, decodes: Table):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--seconds", type=float, default=100, help="start no row after so many")
-    parser.add_argument("--tiny", action="store_true", help="a toy model")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to measure")
+    parser.add_argument("--seconds", type=float, default=100, help="seconds after which no row is started")
+    parser.add_argument("--tiny", action="store_true", help="run a toy model")
+    report.add_option(parser)
     args = parser.parse_args()
     begin = time.perf_counter()
     start()
@@ -229,12 +253,11 @@ def main():
             release()
             print(f"{kind}: {time.perf_counter() - begin:.0f} s since the start\n", flush=True)
     finally:
-        if args.json:
-            figures = dict(device=device, sizes=dataclasses.asdict(sizes), prefill=prefills.rows, decode=decodes.rows)
-            args.json.write_text(json.dumps(figures, indent=1))
+        rows = [columns(row) for row in decodes.rows]
+        report.write(args.out, rows, sizes=dataclasses.asdict(sizes), prefill=prefills.rows)
     torch.distributed.destroy_process_group()
     if any("error" in row for row in prefills.rows + decodes.rows):
-        raise SystemExit("not every row could be measured")
+        raise SystemExit("some rows could not be measured: their lines say why")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How processes divide the work of a run, by name, and the flags of Megatron that say so."""
+"""Layouts of processes by name, and the flags of Megatron that make them."""
 
 import re
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ SPLIT = ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "CP2", "CP4", "CP8"
 SPLIT += ["PP2", "PP2 VPP2", "PP2 VPP2 weak", "PP4 VPP2", "PP4 VPP2 weak", "TP2 PP2", "TP2 PP2 CP2"]
 SPLIT += ["TP2 PP2 DP2", "TP2 PP2 VPP2 DP2 weak", "TP2 PP2 VPP2 DP2 weak, overlapped"]
 LAYOUTS = ALONE + SPLIT
-# hosts do not keep up with GPUs that each have a part of the work
+# with a part of the work each, GPUs are faster than their host without a CUDA graph
 GPU_LAYOUTS = [*ALONE, "one, graph", *(f"{layout}, graph" for layout in SPLIT)]
-# what may follow a layout's words -> flags
+# a variant that may follow a layout -> its flags
 VARIANTS = {
     "overlapped": "--tp-comm-overlap --tp-comm-bootstrap-backend nccl",
     "graph": " ".join(GRAPH),
@@ -24,7 +24,11 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How processes divide the work, by its name: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, graph, micro-batch 8"."""
+    """A division of the work among processes.
+
+    Its name says all of it: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, graph, micro-batch 8". A weak layout gives each
+    process the batch of one process.
+    """
 
     name: str
     tp: int = 1
@@ -38,6 +42,7 @@ class Layout:
 
     @classmethod
     def named(cls, name: str) -> "Layout":
+        """Return the layout of a name. An unknown name stops the program."""
         words, *more = name.split(", ")
         sizes, others, variants = {}, set(), []
         for word in words.split():
@@ -51,7 +56,7 @@ class Layout:
             else:
                 variants.append(variant)
         if not (others <= {ONE, "SP", "weak"} and VARIANTS.keys() >= set(variants)):
-            raise SystemExit(f"no layout {name!r}: one of {'; '.join(LAYOUTS)}, or such with other numbers")
+            raise SystemExit(f"no layout {name!r}: use one of {'; '.join(LAYOUTS)}, or one of these with other numbers")
         return cls(name, weak="weak" in others, variants=tuple(variants), **sizes)
 
     @property
@@ -59,13 +64,18 @@ class Layout:
         return self.tp * self.cp * self.pp * self.dp
 
     def batch(self, of_one: int) -> int:
-        """Sequences of an iteration, where one process has so many."""
+        """Return the sequences of an iteration. `of_one` is the number that one process alone has."""
         return of_one * self.processes if self.weak else of_one
 
     def flags(self, of_one: int, micro_batch: int) -> list[str]:
-        """Args: sequences of an iteration and of a micro-batch, where one process has so many.
+        """Return Megatron's flags of this layout.
 
-        Unless the name says so many, a micro-batch has as many tokens a process under TP and CP as one process alone.
+        Unless the name gives a micro-batch, each process has as many tokens at a time under TP and CP as one process
+        alone.
+
+        Args:
+            of_one: sequences of an iteration of one process alone.
+            micro_batch: sequences of a micro-batch of one process alone.
         """
         micro_batch = self.micro_batch or min(micro_batch * self.tp * self.cp, self.batch(of_one) // self.dp)
         flags = f"--micro-batch-size {micro_batch} --tensor-model-parallel-size {self.tp} "
@@ -85,7 +95,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Row:
-    """One run; with a length it is of the sweep."""
+    """One run of a model in a layout. A run of the sweep also has a length in tokens."""
 
     model: str
     layout: Layout
@@ -93,6 +103,7 @@ class Row:
 
     @classmethod
     def named(cls, name: str, sweep: bool) -> "Row":
+        """Return the row of a name. An unknown name stops the program."""
         model, _, layout = name.partition(", ")
         layout, _, length = layout.rpartition(", ") if sweep else (layout, "", "")
         if model not in NAMES + WIDE or sweep != length.isdecimal():
@@ -109,13 +120,13 @@ class Row:
         return [*MODELS[base][1], *WIDTHS[width]]
 
     def impossible_without_gpu(self) -> str:
-        """Why the row needs a GPU, or nothing."""
+        """Return why the row needs a GPU, or "" if it runs without one."""
         if self.model in WIDE:
-            return "so wide a model is for a GPU"
+            return "a model of this width needs a GPU"
         if "overlapped" in self.layout.variants:
-            return "--tp-comm-overlap is of Transformer Engine, which needs a GPU"
+            return "--tp-comm-overlap belongs to Transformer Engine, which needs a GPU"
         if any("graph" in variant for variant in self.layout.variants):
             return "CUDA graphs need a GPU"
         if self.layout.cp > 1 and self.model != HGRN2:
-            return "Megatron's own attention takes no context parallelism, and Transformer Engine's needs a GPU"
+            return "Megatron's own attention has no context parallelism, and Transformer Engine's needs a GPU"
         return ""

@@ -1,4 +1,4 @@
-"""What the benchmarks of Megatron's loop train, and ways to do it, as its flags."""
+"""The models that the benchmarks of Megatron's loop train, and how they train them, as Megatron's flags."""
 
 SIZE = "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 --vocab-size 32000"
 LOOP = """--mock-data --tokenizer-type NullTokenizer --untie-embeddings-and-output-weights --lr-warmup-iters 2
@@ -12,7 +12,7 @@ BLOCK = """
     --hidden-dropout 0 --attention-dropout 0
 """.split()
 ATTENTION, HGRN2, HYBRID = "attention", "HGRN2", "hybrid"
-# name -> (whether through the launcher, the flags that make the model)
+# name -> whether the launcher starts the script, and the flags that make the model
 MODELS = {
     ATTENTION: (False, [*BLOCK, "--position-embedding-type", "rope"]),
     HGRN2: (True, ["--spec", "hgrn2"]),
@@ -22,7 +22,7 @@ MODELS = {
         [*BLOCK, "--position-embedding-type", "none", "--spec", "hgrn2_megatron.spec", "hgrn2"],
     ),
 }
-# what may follow a model's name -> flags
+# a width that may follow the name of a model -> its flags
 WIDTHS = {
     "": [],
     "4096": "--hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11264 --micro-batch-size 1".split()

@@ -1,22 +1,27 @@
 """Time and memory of chunk_hgrn2 on one GPU, beside fla's HGRN2 path and cuDNN attention, on inputs it has checked.
 
-    python benchmarks/operator.py [--shapes 8x4096x16 ...] [--fla 8x4096x16 ...] [--sweeps] [--json FILE]
-    python benchmarks/operator.py --plot FILE PICTURE        no GPU needed
+    python benchmarks/operator.py [--shapes 8x4096x16 ...] [--fla 8x4096x16 ...] [--sweeps] [--out FILE.json]
+    python benchmarks/operator.py --plot FILE.json PICTURE        draws the sweeps; needs no GPU
 
-Shapes are batch x length x heads, heads of 128, bf16, inputs as strided views of one fused projection, bounds in
-[0.04, 0.94]. A shape is timed only after its output and every gradient agree with the PyTorch form in fp32 on the very
-same numbers. Times are medians of CUDA events, in ms. In a row: forward and backward of one operator of eight, each of
-which takes the last one's output for v, as the layers of a model do; autograd then starts its thread once for all. In a
-graph the host has no part. fla (fla-core) is timed where it can be imported, on the shapes of --fla alone: its
-autotuning takes minutes. --sweeps adds time against length and heads, and --plot draws them.
+Shapes are batch x length x heads, with heads of 128, in bf16. Inputs are strided views of one fused projection, and
+bounds lie in [0.04, 0.94]. A shape is timed only after its output and every gradient agree with the PyTorch form in
+fp32 on the very same numbers. Times are medians of CUDA events, in ms:
+
+- in a row: forward and backward of one of eight operators, each of which takes the last one's output for v, as the
+  layers of a model do. Autograd then starts its thread once for all of them.
+- in a graph: forward and backward replayed from a CUDA graph, without the host.
+
+"HGRN2" computes the states between chunks again in the backward, as the mixer does. "HGRN2, states kept" keeps them.
+fla (fla-core) is timed if it can be imported, and only on the shapes of --fla, because its autotuning takes minutes.
+--sweeps adds time against length and against heads.
 """
 
 import argparse
 import importlib.util
-import json
 import sys
-from pathlib import Path
 
+import pictures
+import report
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,8 +36,8 @@ SWEEPS = {
     "length, at 32768 tokens of 16 heads": [f"{32768 // T}x{T}x16" for T in (1024, 2048, 4096, 8192, 16384, 32768)],
     "heads, at one sequence of 32768": [f"1x32768x{H}" for H in (2, 4, 8, 16, 32)],
 }
-# what the raw gate, N(0, 1), is multiplied by, what is added to it, and the bounds. A fresh model's are those of width
-# 2048 with weights of 0.02 behind a norm, each head from another layer, of which the first has a bound of 0
+# name -> factor and shift of the raw gate N(0, 1), and the bounds. A fresh model has width 2048 and weights of 0.02
+# behind a norm; each head stands for another layer, and the first layer's bound is 0
 GATES = {
     "ordinary": (1, 0, "uniform"),
     "fresh model": (0.02 * 2048**0.5, 0, "layers"),
@@ -40,8 +45,9 @@ GATES = {
     "x16, half the bounds 0": (16, 0, "half zero"),
     "all closed": (1, -30, "half zero"),
 }
-# a trained model's, a layer a line as benchmarks/gates.py saw them (docs/kernels.md): mean of the raw gate, deviation
-# of its mean over channels, mean deviation within a channel, bound; each head takes those of another layer
+# a trained model's gates, one line per layer, as benchmarks/gates.py measured them (docs/evidence/2026-11-25-gates.md):
+# mean of the raw gate, deviation of a channel's mean over channels, mean deviation within a channel, bound. Each head
+# takes the gates of another layer
 TRAINED = [
     (0.45, 2.35, 4.00, 0.000),
     (1.20, 3.11, 3.48, 0.082),
@@ -59,12 +65,14 @@ TRAINED = [
 
 
 def time(function) -> float:
+    """Return the median time of a call in ms."""
     from triton.testing import do_bench
 
     return do_bench(function, warmup=20, rep=100, return_mode="median")
 
 
 def time_in_graph(function) -> float:
+    """Capture a call in a CUDA graph, and return the median time of a replay in ms."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -77,7 +85,7 @@ def time_in_graph(function) -> float:
 
 
 def make_inputs(B: int, T: int, H: int, gate: str = "ordinary") -> tuple[list[Tensor], Tensor]:
-    """q, f, v as leaves that are views of one projection [B, T, H, 3, D], the bound, and do."""
+    """Return the leaves q, f, v (views of one projection [B, T, H, 3, D]) and the bound, and the gradient of o."""
     torch.manual_seed(0)
     scale, shift, bounds = GATES[gate]
     fused = torch.randn(B, T, H, 3, D, device="cuda", dtype=torch.bfloat16)
@@ -97,15 +105,17 @@ def make_inputs(B: int, T: int, H: int, gate: str = "ordinary") -> tuple[list[Te
 
 
 def hgrn2(q: Tensor, f: Tensor, v: Tensor, bound: Tensor, save_states: bool = False) -> Tensor:
+    """Return o of the operator. By default its backward computes the states again, as it does for the mixer."""
     return chunk_hgrn2(q, f, v, bound, save_states=save_states)[0]
 
 
 def hgrn2_saved(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> Tensor:
+    """Return o of the operator that keeps its states for the backward."""
     return hgrn2(q, f, v, bound, save_states=True)
 
 
 def fla_hgrn2(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> Tensor:
-    """The operator as fla's HGRN2Attention runs it (fla-core 0.6.0, fla/layers/hgrn2.py)."""
+    """Return o of the operator as fla's HGRN2Attention runs it (fla-core 0.6.0, fla/layers/hgrn2.py)."""
     from fla.modules.activations import swish
     from fla.ops.gla import chunk_gla
 
@@ -115,12 +125,13 @@ def fla_hgrn2(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the output of causal attention on cuDNN."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def check(leaves: list[Tensor], do: Tensor):
-    """Stop unless the output and every gradient are those of the PyTorch form in fp32, a few rows at a time."""
+    """Stop the program unless the output and every gradient agree with the PyTorch form in fp32."""
     own = [x.detach().requires_grad_() for x in leaves]
     o = hgrn2(*own)
     o.backward(do)
@@ -145,11 +156,13 @@ def check(leaves: list[Tensor], do: Tensor):
         off = sum(((y - x.float()) ** 2).sum().double() for y, x in pairs[name])
         error = (off / sum((y**2).sum().double() for y, _ in pairs[name])).sqrt().item()
         if not error <= ceiling:
-            raise SystemExit(f"{name} is wrong, relative error {error:.1e}: not timed")
+            raise SystemExit(
+                f"{name} is wrong: its relative error is {error:.1e}, and {ceiling:.0e} is allowed, so nothing is timed"
+            )
 
 
 def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float, float]:
-    """Median ms of the forward; of forward and backward, of one of ROW in a row, and replayed from a CUDA graph."""
+    """Return median ms of the forward, of forward and backward, of one of ROW in a row, and replayed from a graph."""
 
     def both(count: int = 1):
         for x in leaves:
@@ -165,7 +178,7 @@ def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float, fl
 
 
 def memory(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
-    """MiB kept for the backward beyond the output, and the peak of forward and backward beyond the inputs."""
+    """Return MiB kept for the backward beyond the output, and the peak MiB of both beyond the inputs."""
     for x in leaves:
         x.grad = None
     torch.cuda.synchronize()
@@ -178,7 +191,7 @@ def memory(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
 
 
 def ceilings() -> tuple[float, float]:
-    """Measured here and now: copy in TB/s, bf16 matrix products in TFLOP/s."""
+    """Measure this GPU: return the rate of a copy in TB/s, and of bf16 matrix products in TFLOP/s."""
     a = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
     b = torch.empty_like(a)
     copy = 2 * a.nbytes / time(lambda: b.copy_(a)) / 1e9
@@ -187,7 +200,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def least(B: int, T: int, H: int) -> tuple[float, float]:
-    """GB that forward and backward must move at least, and GFLOP of the chunkwise form's products at chunks of 64."""
+    """Return the GB that forward and backward must move at least, and the GFLOP of their products at chunks of 64."""
     tokens = B * T * H
     # q, f, v, o; then q, f, v, do, dq, df, dv
     gigabytes = tokens * D * 2 * (4 + 7) / 1e9
@@ -197,6 +210,7 @@ def least(B: int, T: int, H: int) -> tuple[float, float]:
 
 
 def measure(shape: str, gate: str, peers: dict) -> dict:
+    """Return times and memory of every operator at a shape, with the shares of bands of its gates."""
     B, T, H = map(int, shape.split("x"))
     leaves, do = make_inputs(B, T, H, gate)
     check(leaves, do)
@@ -211,7 +225,7 @@ def measure(shape: str, gate: str, peers: dict) -> dict:
 
 
 def bands(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> list[float]:
-    """Share of (chunk, block of channels) that is cut into 2, 3 and 4 bands, and that is taken exactly."""
+    """Return the shares of (chunk, block of channels) that take 2, 3 and 4 bands, and the exact form."""
     *_, number = torch.ops.hgrn2.chunk(*(x.detach() for x in (q, f, v, bound)), None, None, 1.0, True)
     return [(number == n).float().mean().item() for n in (2, 3, 4, 5)]
 
@@ -222,7 +236,7 @@ HEAD = """\
 
 
 def lines(row: dict) -> str:
-    """The table's lines of one shape and gate."""
+    """Return the table's lines of one shape and gate."""
     first = f"| {row['shape']} | {row['gate']} | {' '.join(f'{x:.0%}' for x in row['bands'])} |"
     own = row["operators"]["HGRN2"]
     return "\n".join(
@@ -235,7 +249,7 @@ def lines(row: dict) -> str:
 
 
 def measure_all(cases) -> list[dict]:
-    """Rows of (shape, gate, peers), printed as they come."""
+    """Measure cases of (shape, gate, peers), and print their lines as they come."""
     print(HEAD)
     rows = []
     for case in cases:
@@ -245,7 +259,7 @@ def measure_all(cases) -> list[dict]:
 
 
 def decode(N: int, H: int) -> tuple[float, float, float]:
-    """One token of N sequences through step_hgrn2: median ms, ms from a CUDA graph, and TB/s of states in that."""
+    """Time step_hgrn2 on N sequences: return median ms, ms from a CUDA graph, and TB/s of states in the graph."""
     q, f, v = torch.randn(N, 1, H, 3, D, device="cuda", dtype=torch.bfloat16).unbind(3)
     bound, state = torch.rand(H, D, device="cuda"), torch.randn(N, H, D, D, device="cuda")
 
@@ -256,17 +270,29 @@ def decode(N: int, H: int) -> tuple[float, float, float]:
     return time(step), in_graph, 2 * state.nbytes / in_graph / 1e9
 
 
+def flat(rows: list[dict]) -> list[dict]:
+    """Return the rows for the file of results: one for each operator at a shape and gate."""
+    columns = ["forward ms", "forward + backward ms", "in a row ms", "in a graph ms", "kept MiB", "peak MiB"]
+    return [
+        {"shape": row["shape"], "gates": row["gate"], "bands": row["bands"], "operator": name}
+        | dict(zip(columns, values, strict=True))
+        for row in rows
+        for name, values in row["operators"].items()
+    ]
+
+
 def run(args):
+    """Measure the shapes, the gates, the decoding step and the sweeps."""
     peers = {"attention": attention}
     with_fla = {"fla": fla_hgrn2} if importlib.util.find_spec("fla") else {}
     if not with_fla:
-        print("fla cannot be imported: not compared")
+        print("fla cannot be imported, so it is not compared: pip install fla-core")
     copy, products = ceilings()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy:.2f} TB/s, bf16 {products:.0f} TFLOP/s"
     )
     cases = [(shape, "ordinary", (with_fla if shape in args.fla else {}) | peers) for shape in args.shapes]
-    # the gates decide how many bands chunks are cut into; peers do not look at them
+    # the gates decide how many bands chunks are cut into; the time of the other operators does not depend on them
     cases += [(args.shapes[0], gate, {}) for gate in list(GATES)[1:]]
     rows = measure_all(cases)
     for shape in args.shapes:
@@ -283,46 +309,26 @@ def run(args):
     sweeps = {}
     for name, shapes in SWEEPS.items() if args.sweeps else ():
         print(f"\nTime against {name}")
-        sweeps[name] = measure_all([(shape, "ordinary", peers) for shape in shapes])
-    if args.json:
-        Path(args.json).write_text(json.dumps({"rows": rows, "sweeps": sweeps}, indent=1))
-
-
-def plot(data: str, picture: str):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    sweeps = json.loads(Path(data).read_text())["sweeps"]
-    if not sweeps:
-        raise SystemExit(f"{data} has no sweeps: make it with --sweeps")
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(5.5 * len(sweeps), 4), squeeze=False)
-    for axis, (name, rows) in zip(axes[0], sweeps.items(), strict=True):
-        of = 1 if name.startswith("length") else 2
-        x = [int(row["shape"].split("x")[of]) for row in rows]
-        for operator, label in (("HGRN2", "HGRN2"), ("attention", "attention (cuDNN)")):
-            axis.plot(x, [row["operators"][operator][1] for row in rows], "o-", label=label)
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="forward + backward, ms", xticks=x)
-        axis.set_xticks(x, [str(n) for n in x])
-        axis.minorticks_off()
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(picture, dpi=120)
+        sweeps[name] = flat(measure_all([(shape, "ordinary", peers) for shape in shapes]))
+    ceiling = {"copy TB/s": copy, "bf16 products TFLOP/s": products}
+    step = {"ms": ms, "in a graph ms": in_graph, "TB/s": rate}
+    report.write(args.out, flat(rows), ceilings=ceiling, step=step, sweeps=sweeps)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--fla", nargs="*", default=SHAPES[:2], help="those of the shapes on which fla is timed")
-    parser.add_argument("--sweeps", action="store_true", help="time against length and against heads")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--plot", nargs=2, metavar=("FILE", "PICTURE"), help="draw the sweeps of a --json file")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="shapes to time, as batch x length x heads")
+    parser.add_argument("--fla", nargs="*", default=SHAPES[:2], help="shapes of --shapes on which fla is timed too")
+    parser.add_argument("--sweeps", action="store_true", help="also measure time against length and against heads")
+    report.add_option(parser)
+    parser.add_argument("--plot", nargs=2, metavar=("FILE.json", "PICTURE"), help="draw the sweeps of such a file")
     args = parser.parse_args()
     if args.plot:
-        return plot(*args.plot)
+        return pictures.of_operator(*args.plot)
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/operator.py times kernels: run it on a machine with a GPU (--plot needs none)")
+        sys.exit(
+            "benchmarks/operator.py times kernels and needs a GPU, and this machine has none. Only --plot runs without."
+        )
     run(args)
 
 

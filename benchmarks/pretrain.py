@@ -1,12 +1,13 @@
 """Tokens/s of Megatron-LM's pretraining on one GPU: attention, HGRN2 and a hybrid, by length and precision.
 
-    python benchmarks/pretrain.py path/to/Megatron-LM [--rows ROW ...] [--profile] [--out FOLDER] [-- more flags]
+    python benchmarks/pretrain.py path/to/Megatron-LM [--rows ROW ...] [--profile --logs FOLDER] [--out FILE.json]
+        [-- more flags]
 
-Runs the unmodified pretrain_gpt.py on mock data once for each row and prints one table: 24 layers of 2048, 16 heads,
-GLU 5632, vocabulary 32000, 32768 tokens an iteration, bf16 with Transformer Engine, distributed optimizer. Rows of one
-length have the same flags but for what their names say; "beside attention" divides by the attention row of the same
-length and precision in the same run. The median of the logged iterations after the first two counts. --profile adds
-the kernels of one iteration by their time, into FOLDER.
+The benchmark runs the unmodified pretrain_gpt.py on mock data once for each row and prints one table. The model has 24
+layers of 2048, 16 heads, a GLU of 5632 and a vocabulary of 32000. An iteration has 32768 tokens, in bf16 with
+Transformer Engine and the distributed optimizer. Rows of one length have the same flags, except for what their names
+say. "Beside attention" divides by the attention row of the same length and precision in the same run. Rates are those
+of the median iteration after the first two. --profile writes the kernels of one iteration by their time into FOLDER.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import report
 from figures import Figures, failure
 from models import ATTENTION, FULL, GPU, GRAPH, HGRN2, HYBRID, LOOP, MODELS, SELECTIVE, SIZE
 from runs import command_line, file_stem, make_table, parse, run, script_in
@@ -27,7 +29,7 @@ COMMON = f"""
     {SIZE} {LOOP} {GPU} --use-distributed-optimizer --train-iters 12 --lr 3e-4 --no-create-attention-mask-in-dataloader
 """.split()
 
-# how a row is run -> (length, micro-batch, flags)
+# setting of a row -> length in tokens, micro-batch in sequences, more flags
 SETTINGS: dict[str, tuple[int, int, list[str]]] = {
     "4096": (4096, 4, []),
     "4096 graph": (4096, 4, GRAPH),
@@ -47,7 +49,7 @@ PROFILE = "--profile --use-pytorch-profiler --profile-step-start 10 --profile-st
 
 
 def command_of(name: str) -> tuple[bool, list[str]]:
-    """Whether a row goes through the launcher, and its flags."""
+    """Return whether the launcher runs a row, and the flags of the row."""
     model, setting = name.split(", ")
     launcher, flags = MODELS[model]
     length, micro_batch, more = SETTINGS[setting]
@@ -58,18 +60,39 @@ def command_of(name: str) -> tuple[bool, list[str]]:
     return launcher, [*COMMON, *size, *flags, *more]
 
 
-def row(name: str, log: str, found: Figures | None, beside: Figures | None) -> str:
-    """One line of the table, or what went wrong; of this run and of attention's the figures, where there are any."""
+def result(name: str, log: str, found: Figures | None, beside: Figures | None) -> dict:
+    """Return the results of a row, or why its run failed.
+
+    Args:
+        name: of the row.
+        log: what Megatron printed.
+        found: the figures in the log, or None if the run failed.
+        beside: the figures of attention's run, if there are any.
+    """
     if found is None:
-        return f"| {name} | {failure(log)} | | | | |"
-    banner = next(iter(re.findall(r"^HGRN2: .*", log, re.M)), "")
-    ratio = f"{found.rate / beside.rate:.2f}" if beside else ""
-    losses = f"{found.losses[0]:.3f} -> {found.losses[-1]:.3f}"
-    return f"| {name} | {found.rate:,.0f} | {ratio} | {found.peak:.1f} | {losses} | {banner} |"
+        return {"run": name, "note": failure(log)}
+    return {
+        "run": name,
+        "tokens/s": round(found.rate),
+        "beside attention": round(found.rate / beside.rate, 2) if beside else None,
+        "peak GiB": round(found.peak, 1),
+        "loss, first -> last": f"{found.losses[0]:.3f} -> {found.losses[-1]:.3f}",
+        "banner": next(iter(re.findall(r"^HGRN2: .*", log, re.M)), ""),
+        "losses": found.losses,
+    }
+
+
+def line(row: dict) -> str:
+    """Return the line of the table for a result."""
+    if "note" in row:
+        return f"| {row['run']} | {row['note']} | | | | |"
+    ratio = "" if row["beside attention"] is None else f"{row['beside attention']:.2f}"
+    first = f"| {row['run']} | {row['tokens/s']:,} | {ratio} | {row['peak GiB']:.1f} |"
+    return f"{first} {row['loss, first -> last']} | {row['banner']} |"
 
 
 def kernel_table(folder: Path) -> str:
-    """Kernels of a profiled iteration by their time, from the trace that torch's profiler left in a folder."""
+    """Return a table of an iteration's kernels by their time, from the trace of torch's profiler in a folder."""
     (trace,) = folder.rglob("*.json*")
     read = gzip.open if trace.suffix == ".gz" else open
     with read(trace, "rt") as file:
@@ -87,11 +110,12 @@ def kernel_table(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(script: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+def measure(script: Path, args: argparse.Namespace, results: list[dict]) -> Iterator[tuple[str, str, str]]:
+    """Run each row, add its result to `results`, and give its name, its log and its line of the table."""
     attention: dict[str, Figures | None] = {}
     for name in args.rows:
         launcher, flags = command_of(name)
-        traces = args.out / "traces" / file_stem(name) if args.profile else None
+        traces = args.logs / "traces" / file_stem(name) if args.profile else None
         if traces:
             # Megatron writes the trace beside this folder
             flags += [*PROFILE, "--tensorboard-dir", str(traces / "tensorboard")]
@@ -100,24 +124,31 @@ def measure(script: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
         model, setting = name.split(", ")
         if model == ATTENTION:
             attention[setting] = found
-        yield name, log, row(name, log, found, attention.get(setting))
+        results.append(result(name, log, found, attention.get(setting)))
+        yield name, log, line(results[-1])
         # a run that failed may have left no trace
         if traces and found:
-            (args.out / f"{traces.name}.kernels.md").write_text(kernel_table(traces))
+            (args.logs / f"{traces.name}.kernels.md").write_text(kernel_table(traces))
 
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"of these: {'; '.join(ROWS)}")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--rows", nargs="+", default=ROWS, metavar="ROW", help=f"rows to run, of these: {'; '.join(ROWS)}"
+    )
+    parser.add_argument("--profile", action="store_true", help="also write the kernels of one iteration; needs --logs")
     args = parse(parser)
-    if args.profile and not args.out:
-        parser.error("--profile needs --out FOLDER")
+    if args.profile and not args.logs:
+        parser.error("--profile writes into a folder: add --logs FOLDER")
     head = [
         "| run | tokens/s | beside attention | peak GiB | loss, first -> last | banner |",
         "|---|---|---|---|---|---|",
     ]
-    make_table(head, measure(script_in(args.megatron_lm), args), args.out)
+    results: list[dict] = []
+    try:
+        make_table(head, measure(script_in(args.megatron_lm), args, results), args.logs)
+    finally:
+        report.write(args.out, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs of Megatron-LM's pretraining, and the tables that benchmarks make of them."""
+"""Start Megatron-LM's pretraining once for each row of a benchmark, and collect the rows of its table."""
 
 import argparse
 import os
@@ -7,7 +7,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import report
+
 ROOT = Path(__file__).resolve().parents[1]
+# the last line of a log whose run was ended
 OVERTIME = "ended: it took too long"
 
 
@@ -20,61 +23,78 @@ def run(
     more_env: dict[str, str] | None = None,
     timeout: float | None = None,
 ) -> str:
-    """Megatron's output for one row; `module` is the launcher, `timeout` the seconds after which the run is ended."""
+    """Run a script of Megatron-LM with torchrun, and return what it printed.
+
+    Args:
+        script: a file of a Megatron-LM checkout.
+        launcher: whether `module` starts the script, or torchrun itself.
+        flags: of the script.
+        processes: how many ranks there are, all on this host.
+        module: the launcher.
+        more_env: environment variables to set beside those of this process.
+        timeout: seconds after which the run is ended; its output then ends with OVERTIME.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", module, str(script)] if launcher else [str(script)]
     path = [str(ROOT), str(ROOT / "kernels"), str(script.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": ":".join(path), "CUDA_DEVICE_MAX_CONNECTIONS": "1"} | (more_env or {})
-    # a checkout builds its dataset helpers with the python3 of PATH
+    # a checkout builds its dataset helpers with the first python3 in PATH
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     process = subprocess.Popen(command + flags, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        # torchrun ends its processes when it is asked to end
+        # torchrun ends its ranks when it is terminated
         process.terminate()
         return f"{process.communicate()[0]}\n{OVERTIME}\n"
 
 
 def command_line(doc: str) -> argparse.ArgumentParser:
-    """What every benchmark of Megatron's loop takes."""
+    """Return a parser with the arguments that every benchmark of Megatron's loop takes."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("megatron_lm", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the table and the full logs")
-    parser.epilog = "What follows -- are further flags for Megatron."
+    parser.add_argument("megatron_lm", type=Path, help="folder of a Megatron-LM checkout")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the table and the log of every run there")
+    report.add_option(parser)
+    parser.epilog = "Flags after -- are passed to Megatron."
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, of which `extra` is what follows --."""
+    """Parse the command line of this process. The words after -- become the argument `extra`."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     return parser.parse_args(words[:end], argparse.Namespace(extra=words[end + 1 :]))
 
 
 def script_in(megatron_lm: Path) -> Path:
-    """A checkout's pretrain_gpt.py."""
+    """Return the path of a checkout's pretrain_gpt.py. Stop the program if there is none."""
     script = megatron_lm.resolve() / "pretrain_gpt.py"
     if not script.is_file():
-        raise SystemExit(f"{script} is not a file: give the folder of a Megatron-LM checkout")
+        raise SystemExit(f"{script} is not a file: give the folder of a Megatron-LM checkout as the first argument")
     return script
 
 
 def file_stem(name: str) -> str:
-    """A row's name in the names of its files."""
+    """Return the name of a row as it stands in the names of its files."""
     return name.replace(", ", "-").replace(" ", "-")
 
 
-def make_table(head: list[str], runs: Iterable[tuple[str, str, str]], out: Path | None):
-    """Print the lines of runs (name, log, line of the table) as they end, then the table; keep all of it in out."""
+def make_table(head: list[str], runs: Iterable[tuple[str, str, str]], logs: Path | None):
+    """Print a table line by line while its runs end, and then as a whole.
+
+    Args:
+        head: the lines above the rows.
+        runs: for each row its name, the log of its run and its line of the table.
+        logs: folder that keeps table.md and the log of every run, or None.
+    """
     table = list(head)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
     for name, log, line in runs:
-        if out:
-            (out / f"{file_stem(name)}.log").write_text(log)
+        if logs:
+            (logs / f"{file_stem(name)}.log").write_text(log)
         table.append(line)
         print(line, flush=True)
     print("\n".join(table))
-    if out:
-        (out / "table.md").write_text("\n".join(table) + "\n")
+    if logs:
+        (logs / "table.md").write_text("\n".join(table) + "\n")

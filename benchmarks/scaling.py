@@ -1,28 +1,33 @@
 """Models in every layout that the GPUs of one host allow, through Megatron-LM's own loop on mock data.
 
-    python benchmarks/scaling.py path/to/Megatron-LM [--out FOLDER] [--layouts NAME ...] [--rows ROW ...] [-- flags]
-    python benchmarks/scaling.py path/to/Megatron-LM --sweep [--lengths 4096 32768 131072 1048576] [--out FOLDER] [...]
+    python benchmarks/scaling.py path/to/Megatron-LM [--layouts NAME ...] [--rows ROW ...] [--out FILE.json] [-- flags]
+    python benchmarks/scaling.py path/to/Megatron-LM --sweep [--lengths 4096 32768 131072 1048576] [...]
     python benchmarks/scaling.py path/to/Megatron-LM --tiny [--side-by-side] [...]      up to 8 processes, no GPU
 
-The first trains HGRN2 and the hybrid HHH*, 24 layers of 2048, and on GPUs of 4096 too ("HGRN2 4096"), for 20 iterations
-in every layout. One process of each model, or as many as it takes, first writes a checkpoint of fresh weights, because
-Megatron draws each pipeline stage's on its own; every layout then trains from it on the same batches. A name says the
-layout: TP always with sequence parallelism, DP and CP with the distributed optimizer and both overlaps. Under TP and CP
-micro-batches are larger, so that a process has as many tokens at a time as one alone. "Weak" layouts have the batch
-once for each GPU. The table gives tokens/s a GPU (median of the iterations after the fourth) also as a share of one
-GPU's, TFLOP/s as Megatron logs them, peak memory, the first and the last loss, the largest difference of a loss to that
-of one GPU, or of the first layout on as large a batch that fits, the largest of the gradient's norm as a share, and
-what rank 0 sends in the second step, counted where it is sent (counted.py). One GPU with another micro-batch says how
-much of the differences is the rounding of bf16. "TP4 SP, graph" is the iteration as one CUDA graph, "CP4, graphs of
-layers" a graph of each layer.
+The first form trains HGRN2 and the hybrid HHH* for 20 iterations in every layout. The models have 24 layers of 2048,
+and on GPUs also of 4096 ("HGRN2 4096"). Each model first writes a checkpoint of fresh weights, with one process or as
+many as it needs, because Megatron draws the weights of each pipeline stage by itself. Every layout then trains from
+that checkpoint on the same batches.
 
-The sweep trains on one sequence a step, of growing length, with full recompute at CP 1 to 8: HGRN2 and the hybrid with
-the loss by chunks, attention without, for Megatron has none. Its shares are of CP1 at as many tokens a GPU: what the
-same local work takes alone (of attention's layers it is not the same). After a length that does not fit, no longer one
-is tried.
+A name says the layout. TP always has sequence parallelism, and DP and CP have the distributed optimizer and both
+overlaps. Under TP and CP micro-batches are larger, so that a process has as many tokens at a time as one alone. "Weak"
+layouts have the batch once for each GPU. "TP4 SP, graph" is the iteration as one CUDA graph, and "CP4, graphs of
+layers" is a graph of each layer.
 
---out keeps table.md, picture.png and the log of every run. --side-by-side fills the host with runs that need few GPUs;
-they may disturb each other's times. Without a GPU the runs are in fp32 over gloo, and their times mean nothing.
+The table has tokens/s per GPU (median of the iterations after the fourth) and their share of one GPU's, TFLOP/s as
+Megatron logs them, peak memory, and the first and the last loss. "Apart" is the largest difference in any iteration to
+one GPU, or to the first layout on as large a batch that fits: of the loss, and of the gradient's norm as a share. The
+last column is what rank 0 sends in the second step, counted where it is sent (counted.py). One GPU with another
+micro-batch shows how much of the differences is the rounding of bf16.
+
+The sweep trains on one sequence per step, of growing length, with full recompute at CP 1 to 8. HGRN2 and the hybrid
+compute the loss in chunks; attention does not, because Megatron cannot. The share compares with CP1 at as many tokens
+per GPU, which is what the same local work takes alone. (For attention layers the local work is not the same.) After a
+length that does not fit, no longer one is tried.
+
+--logs FOLDER keeps table.md, picture.png and the log of every run. --side-by-side fills the host with runs that need
+few GPUs; they may disturb each other's times. Without a GPU the runs are in fp32 over gloo, and their times mean
+nothing.
 """
 
 import itertools
@@ -33,54 +38,63 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import pictures
+import report
 import torch
-from devices import Devices, device_names, machine
+from devices import Devices, device_names
 from figures import NOT_TRIED, TOO_LARGE, Figures, failure
 from layouts import GPU_LAYOUTS, LAYOUTS, ONE, Layout, Row
 from models import FULL, GPU, HGRN2, HYBRID, LOOP, NAMES, SIZE, WIDE
 from runs import command_line, make_table, parse, run, script_in
 
 MODEL = f"{SIZE} --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 4 --global-batch-size 32"
-# what every layout divides: 8 heads, 8 layers, 16 pieces of a sequence
+# numbers that every layout divides: 8 heads, 8 layers, 16 pieces of a sequence
 TINY = """--num-layers 8 --hidden-size 64 --hgrn2-expand-ratio 8 --num-attention-heads 8 --ffn-hidden-size 128
     --seq-length 64 --max-position-embeddings 64 --vocab-size 128 --micro-batch-size 2 --global-batch-size 16
     --lr 1e-3"""
-# the vocabulary is padded to 16 a TP rank: to the same at TP1 and TP8
+# the vocabulary is padded to 16 per TP rank, which gives the same size at TP1 and TP8
 TRAINING = f"{LOOP} --make-vocab-size-divisible-by 16 --lr 3e-5"
 LENGTHS, TINY_LENGTHS = [4096, 32768, 131072, 1048576], [64, 128, 512]
 SWEEP = [*FULL, "--micro-batch-size", "1", "--global-batch-size", "1", "--no-create-attention-mask-in-dataloader"]
-# what the backward leaves goes back before NCCL asks for buffers of its own
+# memory that the backward leaves is given back before NCCL asks for buffers of its own
 SWEEP += ["--empty-unused-memory-level", "1"]
 CHUNKED_LOSS, WHOLE_LOSS = ["--hgrn2-loss-chunk-size", "8192"], ["--cross-entropy-loss-fusion"]
 
 
 class Matrix:
-    """Every layout on the same batches.
+    """The benchmark of every layout on the same batches.
 
     Args:
         common: flags of every row.
-        folder: for the first weights of each model.
+        folder: keeps the first weights of each model.
     """
 
     models = [HGRN2, HYBRID, *(WIDE if torch.cuda.is_available() else [])]
     iterations, warm_up = 20, 4
     layouts = GPU_LAYOUTS if torch.cuda.is_available() else LAYOUTS
-    head = [
-        "| run | tokens/s a GPU | of one GPU's | TFLOP/s a GPU | peak GiB | loss, first -> last | loss apart | "
-        "norm apart | MiB sent a step |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    # column of the table -> format of its values
+    columns = {
+        "tokens/s per GPU": ",",
+        "% of one GPU": ".1f",
+        "TFLOP/s per GPU": ".1f",
+        "peak GiB": ".1f",
+        "loss, first -> last": "",
+        "loss apart": ".1e",
+        "norm apart": ".1e",
+        "MiB sent per step": ",.2f",
+    }
 
     def __init__(self, common: list[str], folder: Path):
         self.common, self.folder = ["--train-iters", str(self.iterations), *common], folder
         self.figures: dict[str, Figures] = {}
-        # of each model and sequences of an iteration, the first layout that fits: one process, where it does
+        self.results: list[dict] = []
+        # model and sequences of an iteration -> the first layout that fits: one process, where that fits
         self.references: dict[tuple[str, int], Figures] = {}
 
     def prepare(self, rows: list[Row], devices: list[str], megatron: Callable[[list[str], list[str]], str]):
-        """Write the first weights; a learning rate of nearly 0 leaves them as drawn."""
+        """Write the first weights of each model. A learning rate of nearly 0 leaves them as drawn."""
         for model in dict.fromkeys(row.model for row in rows):
-            # a wide one does not fit on one GPU, and 8 GPUs are enough
+            # a wide model does not fit on one GPU, and 8 GPUs are enough
             processes = min(2 ** int(math.log2(len(devices))), 8) if model in WIDE else 1
             row = Row(model, Layout.named(f"DP{processes}"))
             save = ["--save", str(self.folder / model), "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
@@ -90,81 +104,72 @@ class Matrix:
                 raise SystemExit(f"the first weights of {model} could not be written:\n{log[-3000:]}")
 
     def size(self, row: Row) -> tuple[int, int]:
-        """Length of a sequence, and how many an iteration has in one process."""
+        """Return the length of a sequence, and the sequences of an iteration of one process."""
         return value("--seq-length", self.common), value("--global-batch-size", self.common)
 
     def of_row(self, row: Row) -> list[str]:
-        """Flags of a row's model and layout."""
+        """Return the flags of a row's model and layout."""
         flags = [*self.common, *row.model_flags]
         return [*flags, *row.layout.flags(self.size(row)[1], value("--micro-batch-size", flags))]
 
     def flags(self, row: Row) -> list[str]:
+        """Return all flags of a row."""
         return [*self.of_row(row), "--load", str(self.folder / row.model), "--finetune", "--no-load-optim"]
 
     def read(self, row: Row, log: str) -> str:
-        """A row's line of the table; keeps its figures."""
+        """Keep the results of a row, and return its line of the table."""
         length, batch = self.size(row)
         found = Figures.of(log, length * row.layout.batch(batch), row.layout.processes, self.warm_up)
         if found is None:
-            cells = [failure(log)]
+            result = {"note": failure(log)}
+            cells = [failure(log), *[""] * (len(self.columns) - 1)]
         else:
             self.figures[row.name] = found
-            cells = [*self.cells(row, found), f"{found.sent:,.2f}"]
-        cells += [""] * (self.head[1].count("---") - 1 - len(cells))
+            result = self.result(row, found)
+            # no value is an empty cell
+            shown = {column: result.get(column) for column in self.columns}
+            cells = ["" if x is None else format(x, self.columns[column]) for column, x in shown.items()]
+        self.results.append({"run": row.name, **result})
         return f"| {' | '.join([row.name, *cells])} |"
 
-    def cells(self, row: Row, found: Figures) -> list[str]:
-        """What stands in a row between its name and what it sends."""
+    def result(self, row: Row, found: Figures) -> dict:
+        """Return the columns of a row, and what else its file of results keeps."""
         one = self.figures.get(f"{row.model}, {ONE}")
         reference = self.references.setdefault((row.model, row.layout.batch(self.size(row)[1])), found)
-        loss_apart = norm_apart = ""
+        result = {
+            "tokens/s per GPU": round(found.rate),
+            "% of one GPU": round(100 * found.rate / one.rate, 1) if one else None,
+            "TFLOP/s per GPU": found.tflops,
+            "peak GiB": round(found.peak, 1) or None,
+            "loss, first -> last": f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}",
+            "MiB sent per step": round(found.sent, 2),
+            "losses": found.losses,
+            "norms": found.norms,
+        }
         if reference is not found:
-            loss_apart = f"{max(abs(x - y) for x, y in zip(found.losses, reference.losses, strict=True)):.1e}"
-            norm_apart = f"{max(abs(x / y - 1) for x, y in zip(found.norms, reference.norms, strict=True)):.1e}"
-        return [
-            f"{found.rate:,.0f}",
-            f"{found.rate / one.rate:.1%}" if one else "",
-            f"{found.tflops:.1f}",
-            f"{found.peak:.1f}" if found.peak else "",
-            f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}",
-            loss_apart,
-            norm_apart,
-        ]
-
-    def draw(self, rows: list[Row], plt):
-        """Bars of each layout, a colour a model."""
-        done = [row for row in rows if row.name in self.figures]
-        layouts = list(dict.fromkeys(row.layout.name for row in done))
-        models = list(dict.fromkeys(row.model for row in done))
-        figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.35 * len(layouts)), sharey=True)
-        for i, model in enumerate(models):
-            of_model = [row for row in done if row.model == model]
-            found = [self.figures[row.name] for row in of_model]
-            height = 0.8 / len(models)
-            places = [layouts.index(row.layout.name) + (i - (len(models) - 1) / 2) * height for row in of_model]
-            axes[0].barh(places, [x.rate for x in found], height, label=model)
-            axes[1].barh(places, [x.sent for x in found], height)
-        axes[0].set_yticks(range(len(layouts)), layouts)
-        axes[0].invert_yaxis()
-        axes[0].set_xlabel("tokens/s a GPU")
-        axes[1].set_xlabel("MiB that rank 0 sends in a step")
-        axes[0].legend()
-        return figure
+            losses = zip(found.losses, reference.losses, strict=True)
+            norms = zip(found.norms, reference.norms, strict=True)
+            result["loss apart"] = max(abs(x - y) for x, y in losses)
+            result["norm apart"] = max(abs(x / y - 1) for x, y in norms)
+        return result
 
 
 class Sweep(Matrix):
-    """One sequence a step, of growing length."""
+    """The benchmark of one sequence per step, of growing length."""
 
     models, iterations, warm_up = NAMES, 6, 2
     layouts = ["CP1", "CP2", "CP4", "CP8"]
-    head = [
-        "| run | ms a step | tokens/s a GPU | of CP1 at as many tokens a GPU | TFLOP/s a GPU | peak GiB | "
-        "MiB sent a step |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = {
+        "ms per step": ",.1f",
+        "tokens/s per GPU": ",",
+        "% of CP1": ".1f",
+        "TFLOP/s per GPU": ".1f",
+        "peak GiB": ".1f",
+        "MiB sent per step": ",.2f",
+    }
 
     def prepare(self, rows: list[Row], devices: list[str], megatron: Callable[[list[str], list[str]], str]):
-        """Nothing: each row draws its weights, no losses are compared."""
+        """Do nothing: each row draws its own weights, because no losses are compared."""
 
     def size(self, row: Row) -> tuple[int, int]:
         return row.length, 1
@@ -174,43 +179,26 @@ class Sweep(Matrix):
         loss = CHUNKED_LOSS if "--spec" in row.model_flags else WHOLE_LOSS
         return [*self.common, *row.model_flags, *SWEEP, *size, *loss, *row.layout.flags(1, 1)]
 
-    def cells(self, row: Row, found: Figures) -> list[str]:
+    def result(self, row: Row, found: Figures) -> dict:
         alone = self.figures.get(f"{row.model}, CP1, {row.length // row.layout.cp}")
-        return [
-            f"{found.milliseconds:,.1f}",
-            f"{found.rate:,.0f}",
-            f"{found.rate / alone.rate:.1%}" if alone else "",
-            f"{found.tflops:.1f}",
-            f"{found.peak:.1f}" if found.peak else "",
-        ]
-
-    def draw(self, rows: list[Row], plt):
-        """Lines against length, a colour a model, a marker a CP."""
-        done = [row for row in rows if row.name in self.figures]
-        figure, axes = plt.subplots(1, 2, figsize=(12, 5))
-        models, layouts = (list(dict.fromkeys(x)) for x in zip(*((r.model, r.layout.name) for r in done), strict=True))
-        lengths = sorted({row.length for row in done})
-        for model, layout in dict.fromkeys((row.model, row.layout.name) for row in done):
-            found = {r.length: self.figures[r.name] for r in done if (r.model, r.layout.name) == (model, layout)}
-            look = dict(color=f"C{models.index(model)}", marker="osD^v<>"[layouts.index(layout) % 7])
-            axes[0].plot(list(found), [x.rate for x in found.values()], **look)
-            axes[1].plot(list(found), [x.peak for x in found.values()], label=f"{model}, {layout}", **look)
-        for axis, label in zip(axes, ("tokens/s a GPU", "peak GiB a GPU"), strict=True):
-            axis.set(xscale="log", xlabel="tokens of the sequence", ylabel=label, ylim=(0, None))
-            axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-            axis.minorticks_off()
-        axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-        return figure
+        return {
+            "ms per step": round(found.milliseconds, 1),
+            "tokens/s per GPU": round(found.rate),
+            "% of CP1": round(100 * found.rate / alone.rate, 1) if alone else None,
+            "TFLOP/s per GPU": found.tflops,
+            "peak GiB": round(found.peak, 1) or None,
+            "MiB sent per step": round(found.sent, 2),
+        }
 
 
 def value(flag: str, flags: list[str]) -> int:
-    """The number that Megatron takes where a flag is given, the last one."""
+    """Return the number of a flag. Where the flag is given several times, Megatron takes the last, and so does this."""
     place = len(flags) - 1 - flags[::-1].index(flag)
     return int(flags[place + 1])
 
 
 def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: Devices, workers: int) -> Iterator[str]:
-    """The log of each row, in order; so many at a time as workers and devices allow."""
+    """Run as many rows at a time as workers and devices allow, and give their logs in the order of the rows."""
     before: dict[tuple[str, Layout], Future] = {}
 
     def run_row(row: Row, shorter: Future | None) -> str:
@@ -229,14 +217,14 @@ def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: De
 
 
 def choose(rows: list[Row], processes: int) -> list[Row]:
-    """Those that this machine can run, with one process of each model first; says why it leaves one out."""
+    """Return the rows that this machine can run, one process of each model first. Print why a row is left out."""
     ones = [Row(row.model, Layout.named(ONE)) for row in rows if not row.length]
     chosen = []
-    # a longer row is tried, and compared, once the shorter ones are known; few processes leave room for others
+    # a longer row is tried and compared after the shorter ones; rows of few processes leave room for others
     for row in sorted(dict.fromkeys(ones + rows), key=lambda row: (row.length or 0, row.layout.processes)):
         reason = "" if torch.cuda.is_available() else row.impossible_without_gpu()
         if row.layout.processes > processes:
-            reason = f"{row.layout.processes} processes, and there are {processes}"
+            reason = f"it needs {row.layout.processes} processes, and there are {processes}"
         if reason:
             print(f"left out: {row.name}: {reason}", flush=True)
         else:
@@ -244,42 +232,38 @@ def choose(rows: list[Row], processes: int) -> list[Row]:
     return chosen
 
 
-def save_picture(kind: Matrix, rows: list[Row], path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = kind.draw(rows, plt)
-    figure.suptitle(machine(), fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--layouts", nargs="+", metavar="NAME", help=f"default: {'; '.join(Matrix.layouts)}")
+    parser.add_argument(
+        "--layouts", nargs="+", metavar="NAME", help=f"layouts to run; default: {'; '.join(Matrix.layouts)}"
+    )
     parser.add_argument(
         "--models",
         nargs="+",
         choices=NAMES + WIDE,
         metavar="MODEL",
-        help=f"default: {'; '.join(Matrix.models)}; in the sweep {'; '.join(NAMES)}",
+        help=f"models to run; default: {'; '.join(Matrix.models)}; in the sweep {'; '.join(NAMES)}",
     )
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="'HGRN2, TP2 SP', or in the sweep 'HGRN2, CP2, 4096'")
-    parser.add_argument("--sweep", action="store_true", help="time and memory against the length of the sequence")
-    parser.add_argument("--lengths", nargs="+", type=int, help=f"of the sweep, default {LENGTHS}")
-    parser.add_argument("--model", help="Megatron's flags of the model and the batch, in one word")
-    parser.add_argument("--tiny", action="store_true", help="a small model, for up to 8 processes without a GPU")
-    parser.add_argument("--side-by-side", action="store_true", help="as many runs at a time as there are devices for")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="single rows: 'HGRN2, TP2 SP', or in the sweep 'HGRN2, CP2, 4096'"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="measure time and memory against the length of the sequence"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, help=f"lengths of the sweep in tokens; default: {LENGTHS}")
+    parser.add_argument("--model", help="Megatron's flags of the model and the batch, quoted as one argument")
+    parser.add_argument("--tiny", action="store_true", help="train a small model, on up to 8 processes without a GPU")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="run as many rows at a time as there are devices for"
+    )
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a run is ended")
     args = parse(parser)
     script = script_in(args.megatron_lm)
     gpus = torch.cuda.device_count()
     if args.lengths and not args.sweep:
-        parser.error("--lengths is of --sweep")
+        parser.error("--lengths has an effect only with --sweep: add --sweep")
     if not (gpus or args.tiny or args.model):
-        parser.error("no GPU: give --tiny, or a small --model")
+        parser.error("this machine has no GPU: add --tiny, or give a small model with --model")
     model = args.model or (TINY if args.tiny else MODEL)
     common = shlex.split(f"{TRAINING} {model} {GPU if gpus else ''}") + args.extra
     names = device_names()
@@ -308,9 +292,15 @@ def main():
             for row, log in zip(rows, logs, strict=True):
                 yield row.name, log, kind.read(row, log)
 
-        make_table([machine(), "", *kind.head], runs(), args.out)
-    if args.out and kind.figures:
-        save_picture(kind, rows, args.out / "picture.png")
+        names_of_columns = ["run", *kind.columns]
+        head = [f"| {' | '.join(names_of_columns)} |", "|---" * len(names_of_columns) + "|"]
+        about = ", ".join([report.machine(), *(f"{name} {number}" for name, number in report.versions().items())])
+        try:
+            make_table([about, "", *head], runs(), args.logs)
+        finally:
+            report.write(args.out, kind.results)
+    if args.logs and kind.figures:
+        pictures.save(pictures.lines if args.sweep else pictures.bars, kind.figures, rows, args.logs / "picture.png")
 
 
 if __name__ == "__main__":

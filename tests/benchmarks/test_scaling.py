@@ -1,6 +1,8 @@
-"""The benchmarks of Megatron's loop: their rows, who gets which GPU, what logs say, and the bytes that are counted."""
+"""The benchmarks of Megatron's loop: rows, devices, what they read in logs, files of results, and counted bytes."""
 
+import datetime
 import importlib
+import json
 import os
 import re
 import shlex
@@ -13,7 +15,8 @@ import training
 
 # last, for it has a file of the name of a standard module
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-figures, pretrain, runs, scaling = map(importlib.import_module, ("figures", "pretrain", "runs", "scaling"))
+figures, pictures, pretrain = map(importlib.import_module, ("figures", "pictures", "pretrain"))
+report, runs, scaling = map(importlib.import_module, ("report", "runs", "scaling"))
 
 
 def row(name: str, sweep: bool = False):
@@ -156,19 +159,19 @@ def test_lines_of_the_table(tmp_path):
     matrix = scaling.Matrix(common, tmp_path)
     losses = [4.5, 4.4, 4.3, 4.2, 4.1, 4.0]
     one = matrix.read(row("HGRN2, one"), log_of(100, losses, 0))
-    assert one == "| HGRN2, one | 40,000 | 100.0% | 400.5 | 2.0 | 4.5000 -> 4.0000 |  |  | 0.00 |"
+    assert one == "| HGRN2, one | 40,000 | 100.0 | 400.5 | 2.0 | 4.5000 -> 4.0000 |  |  | 0.00 |"
     apart = [4.5, 4.4, 4.302, 4.2, 4.1, 4.001]
     tp2 = matrix.read(row("HGRN2, TP2 SP"), log_of(80, apart, 3 << 20))
-    assert tp2 == "| HGRN2, TP2 SP | 25,000 | 62.5% | 400.5 | 2.0 | 4.5000 -> 4.0010 | 2.0e-03 | 0.0e+00 | 3.00 |"
+    assert tp2 == "| HGRN2, TP2 SP | 25,000 | 62.5 | 400.5 | 2.0 | 4.5000 -> 4.0010 | 2.0e-03 | 0.0e+00 | 3.00 |"
     weak = matrix.read(row("HGRN2, DP2 weak"), log_of(110, apart, 1 << 20))
-    assert weak == "| HGRN2, DP2 weak | 36,364 | 90.9% | 400.5 | 2.0 | 4.5000 -> 4.0010 |  |  | 1.00 |"
+    assert weak == "| HGRN2, DP2 weak | 36,364 | 90.9 | 400.5 | 2.0 | 4.5000 -> 4.0010 |  |  | 1.00 |"
     # of as large a batch, if not of one process's
     cp2_weak = matrix.read(row("HGRN2, CP2 weak"), log_of(110, losses, 1 << 20))
     assert "| 4.5000 -> 4.0000 | 2.0e-03 | 0.0e+00 |" in cp2_weak
     # replayed, nothing is sent through Python
     graph = matrix.read(row("HGRN2, TP2 SP, graph"), log_of(80, apart, 3 << 20, seen=3))
     assert graph == tp2.replace("SP", "SP, graph")
-    # where one process has not the memory, the first layout that has
+    # if the model does not fit on one process, the first layout on which it fits
     assert "out of memory" in matrix.read(row("HGRN2 4096, one"), "torch.OutOfMemoryError: CUDA out of memory")
     matrix.read(row("HGRN2 4096, DP2 weak"), log_of(90, apart, 0))
     assert "| 25,000 |  | 400.5 |" in matrix.read(row("HGRN2 4096, DP2"), log_of(80, losses, 0))
@@ -180,11 +183,11 @@ def test_lines_of_the_table(tmp_path):
     sweep = scaling.Sweep(common, tmp_path)
     sweep.read(row("hybrid, CP1, 1000", True), log_of(100, losses, 0, slow=2))
     cp2 = sweep.read(row("hybrid, CP2, 2000", True), log_of(125, losses, 1 << 19, slow=2))
-    assert cp2 == "| hybrid, CP2, 2000 | 125.0 | 8,000 | 80.0% | 400.5 | 2.0 | 0.50 |"
+    assert cp2 == "| hybrid, CP2, 2000 | 125.0 | 8,000 | 80.0 | 400.5 | 2.0 | 0.50 |"
     pytest.importorskip("matplotlib")
-    for kind, name in ((matrix, "matrix.png"), (sweep, "sweep.png")):
+    for kind, draw, name in ((matrix, pictures.bars, "matrix.png"), (sweep, pictures.lines, "sweep.png")):
         rows = [row(name, kind is sweep) for name in kind.figures]
-        scaling.save_picture(kind, rows, tmp_path / name)
+        pictures.save(draw, kind.figures, rows, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 0
 
 
@@ -194,10 +197,34 @@ def test_lines_of_the_table_of_one_gpu():
         for i, milliseconds in enumerate((1000, 800))
     )
     found, beside = (figures.Figures.of(log, pretrain.TOKENS, 1, warm_up=2) for log in (hgrn2, attention))
-    line = pretrain.row("HGRN2, 4096", hgrn2, found, beside)
-    assert line == "| HGRN2, 4096 | 40,960 | 1.25 | 2.0 | 4.500 -> 4.200 | HGRN2: 2 of 2 layers |"
-    line = pretrain.row("HGRN2, 4096", "torch.OutOfMemoryError: CUDA out of memory", None, beside)
-    assert line == "| HGRN2, 4096 | out of memory | | | | |"
+    result = pretrain.result("HGRN2, 4096", hgrn2, found, beside)
+    assert pretrain.line(result) == "| HGRN2, 4096 | 40,960 | 1.25 | 2.0 | 4.500 -> 4.200 | HGRN2: 2 of 2 layers |"
+    assert result["losses"] == [4.5, 4.4, 4.3, 4.2]
+    result = pretrain.result("HGRN2, 4096", "torch.OutOfMemoryError: CUDA out of memory", None, beside)
+    assert pretrain.line(result) == "| HGRN2, 4096 | out of memory | | | | |"
+
+
+def test_a_file_of_results_says_where_its_rows_come_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/scaling.py", "--rows", "HGRN2, one"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    matrix = scaling.Matrix(shlex.split("--seq-length 1000 --global-batch-size 4"), tmp_path)
+    matrix.read(row("HGRN2, one"), log_of(100, [4.5, 4.4, 4.3, 4.2, 4.1, 4.0], 1 << 20))
+    matrix.read(row("HGRN2, DP2"), "torch.OutOfMemoryError: CUDA out of memory")
+    report.write(tmp_path / "new" / "run.json", matrix.results, model="small")
+    found = json.loads((tmp_path / "new" / "run.json").read_text())
+    assert found["command"] == "python benchmarks/scaling.py --rows 'HGRN2, one'"
+    assert found["versions"].keys() >= {"torch", "triton", "megatron-core"}
+    assert found["date"] == datetime.date.today().isoformat() and found["machine"] and found["model"] == "small"
+    one, died = found["rows"]
+    assert one["run"] == "HGRN2, one" and one["tokens/s per GPU"] == 40000 and one["MiB sent per step"] == 1
+    assert died == {"run": "HGRN2, DP2", "note": "out of memory"}
+
+
+def test_a_file_of_results_ends_in_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "Megatron-LM", "--out", "folder"])
+    with pytest.raises(SystemExit):
+        runs.parse(runs.command_line("A benchmark."))
+    assert "'folder' does not end in .json" in capsys.readouterr().err
 
 
 def test_a_run_that_hangs_is_ended(tmp_path):
