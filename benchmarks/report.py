@@ -29,8 +29,9 @@ def add_option(parser: argparse.ArgumentParser):
 
 def machine() -> str:
     """Return the number of GPUs of this host and their name, or the number of CPU cores where there is no GPU."""
-    gpus = torch.cuda.device_count()
-    return f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores"
+    if not torch.cuda.is_available():
+        return f"{os.cpu_count()} CPU cores"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 def versions() -> dict[str, str]:
@@ -43,10 +44,11 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """Return the command of this process, as it was typed."""
+    """Return the command of this process as it was typed, without the path of Python."""
     processes = os.environ.get("WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node {processes}" if processes else "python"
-    return f"{launcher} {shlex.join(sys.argv)}"
+    # sys.argv may have changed since the start; torchrun adds -u
+    return f"{launcher} {shlex.join(word for word in sys.orig_argv[1:] if word != '-u')}"
 
 
 def write(path: Path | None, rows: list[dict], **more):

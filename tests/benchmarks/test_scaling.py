@@ -205,7 +205,7 @@ def test_lines_of_the_table_of_one_gpu():
 
 
 def test_a_file_of_results_says_where_its_rows_come_from(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/scaling.py", "--rows", "HGRN2, one"])
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", "benchmarks/scaling.py", "--rows", "HGRN2, one"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     matrix = scaling.Matrix(shlex.split("--seq-length 1000 --global-batch-size 4"), tmp_path)
     matrix.read(row("HGRN2, one"), log_of(100, [4.5, 4.4, 4.3, 4.2, 4.1, 4.0], 1 << 20))
