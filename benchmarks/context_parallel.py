@@ -1,4 +1,4 @@
-"""Cost of context parallelism: forward and backward of a model on every GPU of a host, in three ways.
+"""Measure the cost of context parallelism: forward and backward of a model on every GPU of a host, in three ways.
 
     torchrun --nproc_per_node 2 benchmarks/context_parallel.py [--tokens 32768 65536 131072] [--layers 24] [--pattern H]
         [--out FILE.json]
@@ -148,7 +148,7 @@ def measure(model: GPTModel, counter: Counter, num_tokens: int, layers: int, rou
             "tokens": num_tokens,
             "way": name,
             "ms": round(ms, 1),
-            "% beside alone": round(100 * (ms / local - 1), 1),
+            "% slower than alone": round(100 * (ms / local - 1), 1),
         }
         row |= {
             "tokens/s per GPU": round(num_tokens / ms / cp * 1000),

@@ -1,4 +1,4 @@
-"""Time of a decoding step of a pure HGRN2 model in Megatron's dynamic engine, by length, with and without CUDA graphs.
+"""Time a decoding step of a pure HGRN2 model in Megatron's dynamic engine, by length, with and without CUDA graphs.
 
     python benchmarks/engine.py [--tiny] [--out FILE.json]
 

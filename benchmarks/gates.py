@@ -1,4 +1,4 @@
-"""Statistics of the forget gates while Megatron trains, and of the bands into which the kernels cut their chunks.
+"""Print statistics of the forget gates while Megatron trains, and of the bands into which the kernels cut chunks.
 
     torchrun --nproc_per_node=1 benchmarks/gates.py pretrain_gpt.py --spec hgrn2 [Megatron's flags]
         [--every N] [--out FILE.json]

@@ -1,4 +1,4 @@
-"""Decoding of a pure HGRN2 model beside attention in Megatron's static inference context: time of a step, and memory.
+"""Measure decoding of HGRN2 and of attention in Megatron's static inference context: time of a step, and memory.
 
     python benchmarks/generation.py [--out FILE.json] [--tiny]
 

@@ -1,4 +1,4 @@
-"""Time and memory of chunk_hgrn2 on one GPU, beside fla's HGRN2 path and cuDNN attention, on inputs it has checked.
+"""Measure time and memory of chunk_hgrn2 on one GPU, and compare it with fla's HGRN2 path and with cuDNN attention.
 
     python benchmarks/operator.py [--shapes 8x4096x16 ...] [--fla 8x4096x16 ...] [--sweeps] [--out FILE.json]
     python benchmarks/operator.py --plot FILE.json PICTURE        draws the sweeps; needs no GPU

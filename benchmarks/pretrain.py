@@ -1,4 +1,4 @@
-"""Tokens/s of Megatron-LM's pretraining on one GPU: attention, HGRN2 and a hybrid, by length and precision.
+"""Measure tokens/s of Megatron-LM's pretraining on one GPU: attention, HGRN2 and a hybrid, by length and precision.
 
     python benchmarks/pretrain.py path/to/Megatron-LM [--rows ROW ...] [--profile --logs FOLDER] [--out FILE.json]
         [-- more flags]
@@ -6,8 +6,9 @@
 The benchmark runs the unmodified pretrain_gpt.py on mock data once for each row and prints one table. The model has 24
 layers of 2048, 16 heads, a GLU of 5632 and a vocabulary of 32000. An iteration has 32768 tokens, in bf16 with
 Transformer Engine and the distributed optimizer. Rows of one length have the same flags, except for what their names
-say. "Beside attention" divides by the attention row of the same length and precision in the same run. Rates are those
-of the median iteration after the first two. --profile writes the kernels of one iteration by their time into FOLDER.
+say. "Relative to attention" divides by the attention row of the same length and precision in the same run. Rates are
+those of the median iteration after the first two. --profile writes the kernels of one iteration by their time into
+FOLDER.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def result(name: str, log: str, found: Figures | None, beside: Figures | None) -
     return {
         "run": name,
         "tokens/s": round(found.rate),
-        "beside attention": round(found.rate / beside.rate, 2) if beside else None,
+        "relative to attention": round(found.rate / beside.rate, 2) if beside else None,
         "peak GiB": round(found.peak, 1),
         "loss, first -> last": f"{found.losses[0]:.3f} -> {found.losses[-1]:.3f}",
         "banner": next(iter(re.findall(r"^HGRN2: .*", log, re.M)), ""),
@@ -86,7 +87,7 @@ def line(row: dict) -> str:
     """Return the line of the table for a result."""
     if "note" in row:
         return f"| {row['run']} | {row['note']} | | | | |"
-    ratio = "" if row["beside attention"] is None else f"{row['beside attention']:.2f}"
+    ratio = "" if row["relative to attention"] is None else f"{row['relative to attention']:.2f}"
     first = f"| {row['run']} | {row['tokens/s']:,} | {ratio} | {row['peak GiB']:.1f} |"
     return f"{first} {row['loss, first -> last']} | {row['banner']} |"
 
@@ -141,7 +142,7 @@ def main():
     if args.profile and not args.logs:
         parser.error("--profile writes into a folder: add --logs FOLDER")
     head = [
-        "| run | tokens/s | beside attention | peak GiB | loss, first -> last | banner |",
+        "| run | tokens/s | relative to attention | peak GiB | loss, first -> last | banner |",
         "|---|---|---|---|---|---|",
     ]
     results: list[dict] = []

@@ -1,4 +1,4 @@
-"""Models in every layout that the GPUs of one host allow, through Megatron-LM's own loop on mock data.
+"""Train models in every layout that the GPUs of one host allow, through Megatron-LM's own loop on mock data.
 
     python benchmarks/scaling.py path/to/Megatron-LM [--layouts NAME ...] [--rows ROW ...] [--out FILE.json] [-- flags]
     python benchmarks/scaling.py path/to/Megatron-LM --sweep [--lengths 4096 32768 131072 1048576] [...]

@@ -21,23 +21,23 @@ TABLE = re.compile(rf"{MARK}(\S+) -->\n((?:(?!{MARK}).)*?)<!-- end -->", re.S)
 # name of a table -> file of results, and the columns that the table shows of each row
 LAYOUT = ["run", "tokens/s per GPU", "% of one GPU", "TFLOP/s per GPU", "peak GiB", "loss apart", "norm apart"]
 SWEEP = ["run", "ms per step", "tokens/s per GPU", "% of CP1", "TFLOP/s per GPU", "peak GiB", "MiB sent per step"]
-EXCHANGE = ["tokens", "way", "ms", "% beside alone", "tokens/s per GPU", "MiB sent per layer", "peak GiB"]
+EXCHANGE = ["tokens", "way", "ms", "% slower than alone", "tokens/s per GPU", "MiB sent per layer", "peak GiB"]
 OPERATOR = ["shape", "operator", "forward ms", "forward + backward ms", "in a row ms", "in a graph ms", "kept MiB"]
 TABLES = {
-    "throughput": ("2026-11-27-throughput", ["run", "tokens/s", "beside attention", "peak GiB"]),
+    "throughput": ("2026-11-27-throughput", ["run", "tokens/s", "relative to attention", "peak GiB"]),
     "throughput-32768": (
         "2026-11-27-throughput-32768",
-        ["run", "tokens/s", "beside attention", "beside bf16", "peak GiB", "note"],
+        ["run", "tokens/s", "relative to attention", "relative to bf16", "peak GiB", "note"],
     ),
     "throughput-replaced": (
         "2026-11-25-throughput",
-        ["run", "tokens/s", "beside attention", "peak GiB", "loss, first -> last"],
+        ["run", "tokens/s", "relative to attention", "peak GiB", "loss, first -> last"],
     ),
     "operator": ("2026-11-24-operator", [*OPERATOR, "peak MiB"]),
     "gates": (
         "2026-11-25-gates",
-        ["gates", "2, 3, 4 bands, exact", "forward ms", "forward + backward ms", "beside ordinary"]
-        + ["recomputed, beside ordinary"],
+        ["gates", "2, 3, 4 bands, exact", "forward ms", "forward + backward ms", "relative to ordinary"]
+        + ["recomputed, relative to ordinary"],
     ),
     "layouts": ("2026-11-27-layouts", [*LAYOUT, "MiB sent per step"]),
     "layouts-4096": ("2026-11-27-layouts-4096", [*LAYOUT, "MiB sent per step"]),
@@ -67,7 +67,13 @@ TABLES = {
 # columns that do not show their numbers as they stand, with commas between thousands
 FORMATS = {name: ".1e" for name in ("loss apart", "norm apart")}
 FORMATS |= {
-    name: ".2f" for name in ("beside attention", "beside bf16", "beside ordinary", "recomputed, beside ordinary")
+    name: ".2f"
+    for name in (
+        "relative to attention",
+        "relative to bf16",
+        "relative to ordinary",
+        "recomputed, relative to ordinary",
+    )
 }
 FORMATS |= {name: ".3f" for name in OPERATOR if name.endswith(" ms")}
 
@@ -99,7 +105,7 @@ def of_columns(file: str, columns: list[str]) -> str:
 
 
 def readme_performance() -> str:
-    """Return README's one table: training and the operator beside attention, and the operator beside fla."""
+    """Return README's one table: training compared with attention, and the operator compared with attention and fla."""
     whole, long, operator = "2026-11-27-throughput", "2026-11-27-throughput-32768", "2026-11-24-operator"
     training = {(file, row["run"]): row.get("tokens/s") for file in (whole, long) for row in rows_of(file)}
     kernels = {(row["shape"], row["operator"]): row["forward + backward ms"] for row in rows_of(operator)}
