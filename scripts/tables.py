@@ -62,6 +62,12 @@ TABLES = {
         ["model", "context", "batch", "ms per step", "tokens/s", "ms per step in a graph", "tokens/s in a graph"]
         + ["states or cache MiB", "peak GiB", "note"],
     ),
+    "real-text": ("2026-11-27-real-text", ["model", "bits per byte on held-out files"]),
+    "conversion": ("2026-11-27-conversion", ["model", "fp32", "bf16"]),
+    "evaluation": (
+        "2026-11-25-evaluation",
+        ["command", "heldout_continuation, accuracy", "heldout_bits, bits per byte", "took"],
+    ),
     "decoding-engine": ("2026-11-27-decoding-engine", ["way", "context", "ms per step", "tokens/s"]),
 }
 # columns that do not show their numbers as they stand, with commas between thousands
