@@ -212,7 +212,6 @@ def test_every_field_of_a_config_that_is_refused_is_listed():
 @functools.cache
 def parser_flags() -> set[str]:
     """Every flag of Megatron's own parser with the plugin's."""
-    harness.start_megatron()
     import megatron.training.arguments
 
     from hgrn2_megatron.arguments import add_arguments
