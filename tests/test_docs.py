@@ -277,6 +277,13 @@ def test_the_pages_have_links():
     assert sum(len(re.findall(r"\]\(", page.read_text())) for page in PAGES) > 80
 
 
+def test_pages_that_the_code_names_exist():
+    files_of_code = [ROOT / name for name in files()] + [ROOT / "pyproject.toml", ROOT / "Makefile"]
+    named = [(path, page) for path in files_of_code for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())]
+    assert named
+    assert [f"{path.relative_to(ROOT)}: {page}" for path, page in named if not (ROOT / page).exists()] == []
+
+
 # lengths and tables
 
 
