@@ -250,6 +250,13 @@ def test_every_flag_of_the_plugin_is_documented():
     assert own and own == {flag for row in rows(table) for flag in flags_of(row[0])}
 
 
+def test_every_name_of_the_operator_is_documented():
+    names = re.findall(r'^    "(\w+)",$', (ROOT / "kernels" / "hgrn2_kernels" / "__init__.py").read_text(), re.M)
+    page = (ROOT / "docs" / "reference" / "operator.md").read_text()
+    assert len(names) > 8
+    assert [name for name in names if not re.search(rf"`{name}\b", page)] == []
+
+
 # links
 
 
