@@ -1,26 +1,40 @@
-"""Launching a Triton kernel without the search that triton makes at every call.
+"""Kernel launches that skip the search that Triton makes at every call.
 
-A launch through triton's own front end costs the host tens of microseconds with the forty arguments of a chunk
-kernel, which is more than the kernel itself takes on a small shape. Here all arguments but the tensors are bound once:
-a `Launch` is kept by who makes it, for each shape. Triton's launch hooks are left out.
+A launch through Triton's front end costs the host tens of microseconds for the forty arguments of a chunk kernel. On a
+small shape this is more than the kernel itself takes. A `Launch` binds all arguments except the tensors once. Its
+caller keeps it, one for each shape.
+
+The first call goes through Triton, which compiles the kernel. Later calls repeat the private call with which Triton
+starts a compiled kernel. Where the installed Triton makes that call in another form, every launch goes through Triton:
+the results are the same, and each launch costs the host more time. Triton's launch hooks run only in launches through
+Triton.
 """
 
+import ast
 import functools
+import inspect
 import operator
+import textwrap
 
 import torch
-import triton
 from torch import Tensor
+from triton.runtime import JITFunction
+
+# the private call in `JITFunction.run` that `Launch` repeats
+PRIVATE_CALL = (
+    "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
+    "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
+)
 
 
 class Launch:
-    """A jitted kernel on a grid, with every argument that is not a tensor; the kernel takes its tensors first.
+    """A jitted kernel on a grid, with every argument that is not a tensor. The kernel takes its tensors first.
 
     Args:
         jitted: the kernel.
-        grid: up to three numbers of programs.
-        num_warps: of a program.
-        numbers: arguments by name, of which the kernel takes those it has.
+        grid: one to three numbers of programs.
+        num_warps: number of warps of a program.
+        numbers: arguments by name. Names that the kernel does not have are ignored.
     """
 
     def __init__(self, jitted, grid: tuple[int, ...], num_warps: int, **numbers):
@@ -34,20 +48,34 @@ class Launch:
         """Launch on the current device.
 
         Args:
-            tensors: in the kernel's order; of the same dtypes and device at every call.
+            tensors: the tensors in the kernel's order. Their dtypes and device must be the same at every call.
         """
-        # triton takes an address as well, and asks less of it
+        # Triton also takes addresses, and it checks less when it gets them
         addresses = [x.data_ptr() for x in tensors]
         if self.run is None or functools.reduce(operator.or_, addresses) % 16:
             return self._launch_by_triton(tensors)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        # grid, stream, function, metadata of the kernel and of the launch, hooks
+        # the arguments of PRIVATE_CALL, without metadata of the launch and without hooks
         self.run(*self.grid, stream, *self.compiled, None, None, None, *addresses, *self.numbers)
 
     def _launch_by_triton(self, tensors):
         compiled = self.jitted[self.grid](*tensors, *self.numbers, num_warps=self.num_warps)
-        # what is compiled for tensors aligned to 16 bytes serves all such; in the interpreter nothing is compiled
-        if isinstance(self.jitted, triton.runtime.JITFunction) and not any(x.data_ptr() % 16 for x in tensors):
+        # The interpreter compiles nothing. A kernel that was compiled for tensors aligned to 16 bytes serves all such.
+        is_compiled = isinstance(self.jitted, JITFunction)
+        if is_compiled and makes_private_call(JITFunction.run) and not any(x.data_ptr() % 16 for x in tensors):
             self.device = tensors[0].device.index
             self.compiled = compiled.function, compiled.packed_metadata
             self.run = compiled.run
+
+
+@functools.cache
+def makes_private_call(run) -> bool:
+    """Return True if `run`, Triton's method that launches a kernel, makes the call that `Launch` repeats.
+
+    The method's source is read once. If it cannot be read, the answer is False.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(run)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    return any(isinstance(node, ast.Call) and ast.unparse(node) == PRIVATE_CALL for node in ast.walk(tree))

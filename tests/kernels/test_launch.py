@@ -1,0 +1,93 @@
+"""A launch repeats Triton's private call, and goes through Triton where that call has another form.
+
+No GPU is needed. Triton's own front end compiles and launches, and a stand-in for the driver records each launch.
+"""
+
+import json
+
+import harness
+import pytest
+from triton.runtime import JITFunction
+
+from hgrn2_kernels.launch import makes_private_call
+
+# prints what the launcher of a compiled kernel was given, tensors by their addresses, and whether it got tensors
+PROGRAM = """
+import json, types
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from hgrn2_kernels import launch
+
+launches = []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *arguments):
+        # metadata of the launch and two hooks, which a Launch leaves out
+        arguments = arguments[:6] + arguments[9:]
+        by_triton = any(isinstance(x, torch.Tensor) for x in arguments)
+        arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        launches.append([by_triton, arguments])
+
+properties = {"max_shared_mem": 2**17, "max_num_regs": 2**16, "multiprocessor_count": 132, "warpSize": 32}
+driver = types.SimpleNamespace(
+    launcher_cls=Launcher,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 77,
+    utils=types.SimpleNamespace(
+        get_device_properties=lambda device: properties,
+        load_binary=lambda *binary: (1, 2, 3, 0, 1024),
+    ),
+)
+triton.runtime.driver.set_active(driver)
+torch._C._cuda_getCurrentRawStream = lambda device: 77
+
+@triton.jit
+def kernel(x, y, scale, length, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, tl.load(x + at, mask=at < length) * scale, mask=at < length)
+
+x, y = torch.zeros(2, 64).unbind()
+for call in (launch.PRIVATE_CALL, "kernel.run(another, signature)"):
+    launch.PRIVATE_CALL = call
+    launch.makes_private_call.cache_clear()
+    scaled = launch.Launch(kernel, (5,), 4, length=48, SIZE=64, scale=0.5, unknown=1)
+    for tensors in ((x, y), (y, x), (x[1:], y), (x, y)):
+        scaled(*tensors)
+print(json.dumps(launches))
+"""
+
+
+def test_launches_with_and_without_the_private_call(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = harness.python(str(tmp_path / "program.py"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    by_triton, arguments = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    # Triton launches the first time, which compiles, and for tensors that are not aligned
+    assert by_triton[:4] == (True, False, True, False)
+    # where Triton's call is another one, it makes every launch
+    assert by_triton[4:] == (True,) * 4
+    # both ways pass the same grid, stream, kernel, addresses and numbers
+    assert arguments[:4] == arguments[4:]
+    first, swapped, unaligned, again = arguments[:4]
+    assert first == again and first[:4] == [5, 1, 1, 77] and first[-3:] == [0.5, 48, 64]
+    assert swapped == [*first[:6], first[7], first[6], *first[8:]]
+    assert unaligned[6] == first[6] + 4
+
+
+def test_the_installed_triton_makes_the_call_that_is_repeated():
+    assert makes_private_call(JITFunction.run)
+
+
+def run_of_another_triton(self, *args, grid, warmup, kernel, launch_metadata, **kwargs):
+    kernel.run(grid, kernel.function, kernel.packed_metadata, launch_metadata, *args)
+
+
+@pytest.mark.parametrize("run", [run_of_another_triton, len], ids=["another call", "no source"])
+def test_a_launch_that_is_not_known_is_found(run):
+    assert not makes_private_call(run)
