@@ -1,9 +1,9 @@
-"""The bytes of prepare_bytes.py as a Hugging Face tokenizer, for what reads a converted model.
+"""Write the byte tokens of prepare_bytes.py as a Hugging Face tokenizer, for programs that read a converted model.
 
     python examples/byte_tokenizer.py quickstart/checkpoints/tokenizer
 
-Token n is the byte n, 256 the end of a document. `python -m hgrn2_megatron convert` takes the folder `tokenizer` of a
-checkpoint along.
+Token n is the byte n, and token 256 is the end of a document. `python -m hgrn2_megatron convert` copies the folder
+`tokenizer` of a checkpoint.
 """
 
 import sys
@@ -18,8 +18,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def write(folder: Path):
-    """Write tokenizer.json, tokenizer_config.json, and generation_config.json, which says the end token."""
-    # no character is in the vocabulary, so each falls back to its bytes
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json, which names the end token."""
+    # the vocabulary has no characters, so each character falls back to its bytes
     tokenizer = Tokenizer(BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])

@@ -1,10 +1,10 @@
-"""Attention, HGRN2 and a hybrid of the two, trained alike: what changes is one flag.
+"""Train attention, HGRN2 and a hybrid of the two with the same flags, except the one that names the layers.
 
     python examples/compare.py [--size 1b] [--models attention HGRN2]
 
-Trains the three on the bytes of Python's standard library, with one list of Megatron flags for all, and draws
-their training losses and held-out bits per byte in compare/loss.png. The logs are in compare/ too. The small size is
-for any machine; 1b, 24 layers of 2048 on sequences of 4096, is for an 80 GB GPU with Transformer Engine.
+The three models train on the bytes of Python's standard library. The script draws their training losses and their
+held-out bits per byte in compare/loss.png, and keeps the logs in compare/. The size "small" runs on any machine. The
+size "1b" has 24 layers of 2048 channels and sequences of 4096 tokens, and needs an 80 GB GPU with Transformer Engine.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from training_log import TrainingLog, bits, device_flags, train
 
 FOLDER = Path("compare")
 ITERATIONS, HELDOUT_FRACTION = 200, 0.01
-# iterations that a point of the drawn curve averages
+# a point of the drawn curve is the mean of this many iterations
 SMOOTH = 20
 
-# name -> the flags that make the difference
+# name -> the flags in which this model differs from the others
 MODELS = {
     "attention": [],
     "HGRN2": ["--spec", "hgrn2"],
     "hybrid HHH*": ["--spec", "hgrn2", "--hgrn2-layer-pattern", "HHH*"],
 }
-# rope is for attention layers; HGRN2 layers have no positions
+# Attention layers use rotary embeddings. HGRN2 layers use no positions.
 BLOCK = (
     "--normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu --hidden-dropout 0 "
     "--attention-dropout 0 --position-embedding-type rope"
@@ -44,7 +44,7 @@ SIZES = {
     ),
 }
 TRAINING = f"--train-iters {ITERATIONS} --lr-decay-style cosine --lr-warmup-iters 10 --adam-beta2 0.95"
-# at the end only, as one set among "multiple": quickstart.py says why
+# one evaluation at the end; quickstart.py says why it needs --multiple-validation-sets
 EVALUATION = f"--full-validation --multiple-validation-sets --eval-interval {ITERATIONS + 1}"
 
 
@@ -56,7 +56,7 @@ def start_clean() -> None:
 
 
 def smooth(losses: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Iterations, and the mean of the `SMOOTH` losses up to each, in bits."""
+    """Return iterations and, for each, the mean in bits of the last `SMOOTH` losses up to it."""
     iterations, values = list(losses), list(losses.values())
     ends = range(SMOOTH, len(values) + 1)
     return iterations[SMOOTH - 1 :], [bits(sum(values[end - SMOOTH : end]) / SMOOTH) for end in ends]
@@ -83,7 +83,7 @@ def draw(runs: dict[str, TrainingLog], bigram: float) -> None:
 
 
 def table(runs: dict[str, TrainingLog]) -> str:
-    """One line a model; tokens/s is that of the median iteration."""
+    """Return a table with one line per model. Tokens/s is the speed of the median iteration."""
     lines = [f"{'model':14}{'parameters':>12}{'held-out bits per byte':>24}{'tokens/s':>10}"]
     for name, run in runs.items():
         heldout, speed = bits(run.heldout[ITERATIONS]), run.tokens_per_second()
@@ -93,8 +93,8 @@ def table(runs: dict[str, TrainingLog]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--size", choices=SIZES, default="small", help="size of the models; 1b needs an 80 GB GPU")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to train")
     args = parser.parse_args()
     start_clean()
     splits = prepare_bytes.prepare(
@@ -106,7 +106,7 @@ def main():
     runs = {}
     for name in args.models:
         difference = MODELS[name]
-        print(f"\n{name}: {' '.join(difference) or 'no other flag'}", flush=True)
+        print(f"\n{name}: {' '.join(difference) or 'no additional flag'}", flush=True)
         log = FOLDER / f"{name.split()[0].lower()}.log"
         runs[name] = train([*difference, *flags, *device_flags()], log, every=20)
     draw(runs, bigram)

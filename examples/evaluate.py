@@ -1,12 +1,12 @@
-"""lm-evaluation-harness on a Megatron checkpoint as it is, without converting it.
+"""Run lm-evaluation-harness on a Megatron checkpoint, without converting it.
 
     torchrun --nproc_per_node 1 -m hgrn2_megatron examples/evaluate.py --load <checkpoint> --use-checkpoint-args \\
         -- --tasks my_task --include_path my_tasks --batch_size 16
 
-What comes before `--` is Megatron's, what comes after it that of `lm_eval run`, whose --model_args may name
-max_length and what else its `hf` model takes beside the weights. Needs `pip install 'lm-eval[hf]'`, and the tokenizer
-that `convert` takes along: the checkpoint's folder `tokenizer`, or the run's --tokenizer-model. Tensor parallelism
-will do; tasks that generate text are not served.
+Flags before `--` go to Megatron, flags after it go to `lm_eval run`. Its --model_args may set max_length and the other
+options of lm_eval's `hf` model, except the weights. The script needs `pip install 'lm-eval[hf]'`. It also needs the
+tokenizer that `convert` would export: the folder `tokenizer` of the checkpoint, or the run's --tokenizer-model. Tensor
+parallelism works. Tasks that generate text are refused.
 """
 
 import sys
@@ -26,18 +26,18 @@ from hgrn2_megatron.conversion.files import checkpoint_folder, read_args
 
 
 def forward(gpt: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, padded vocabulary] of tokens [B, T] int64, on every rank; call it on all of them."""
+    """Return logits [B, T, padded vocabulary] of tokens [B, T] int64, on every rank. Call it on all ranks."""
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return gpt(tokens, positions, None, runtime_gather_output=True)
 
 
 class Model(PreTrainedModel):
-    """A Megatron GPT as transformers would have it, on rank 0; the other ranks `follow` it.
+    """A Megatron GPT with the interface of a transformers model, on rank 0. The other ranks call `follow`.
 
     Args:
-        gpt: gives logits [B, T, padded vocabulary].
-        vocab_size: without Megatron's padding, whose logits are cut off.
-        max_length: tokens of a sequence at most; longer ones are cut into windows.
+        gpt: the model, which returns logits [B, T, padded vocabulary].
+        vocab_size: size of the vocabulary without Megatron's padding. The logits of the padding are cut off.
+        max_length: largest number of tokens of a sequence. Longer sequences are cut into windows.
     """
 
     config_class = PretrainedConfig
@@ -49,11 +49,11 @@ class Model(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module):
-        """They are Megatron's."""
+        """Do nothing: the weights come from Megatron's checkpoint."""
 
     @torch.inference_mode()
     def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
-        """Logits [B, T, vocabulary] of input_ids [B, T] int64."""
+        """Return logits [B, T, vocabulary] of input_ids [B, T] int64."""
         torch.distributed.broadcast_object_list([input_ids.cpu()])
         logits = forward(self.gpt, input_ids)
         return CausalLMOutput(logits=logits[..., : self.config.vocab_size])
@@ -61,7 +61,7 @@ class Model(PreTrainedModel):
 
 @torch.inference_mode()
 def follow(gpt: torch.nn.Module):
-    """Compute this rank's part of what rank 0 computes, until it is done."""
+    """Compute this rank's part of every forward pass of rank 0, until rank 0 sends None."""
     while True:
         box = [None]
         torch.distributed.broadcast_object_list(box)
@@ -71,7 +71,10 @@ def follow(gpt: torch.nn.Module):
 
 
 def lm_eval_class(model: Model, tokenizer: Path):
-    """lm-evaluation-harness's model of Hugging Face around `model`: its own tokenizing, windows and sums."""
+    """Return the class with which lm-evaluation-harness evaluates `model`.
+
+    It is a subclass of the harness's Hugging Face model, so tokens, windows and sums are the harness's own.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class MegatronLM(HFLM):
@@ -86,39 +89,41 @@ def lm_eval_class(model: Model, tokenizer: Path):
             )
 
         def generate_until(self, requests, disable_tqdm=False):
-            raise NotImplementedError("tasks that generate text are not served here: convert the checkpoint for them")
+            raise NotImplementedError("tasks that generate text do not run here: convert the checkpoint for them")
 
     return MegatronLM
 
 
 def read_command_line() -> tuple[Path, list[str]]:
-    """Set Megatron's args, of the checkpoint and of what comes before `--`.
+    """Set Megatron's args from the checkpoint and from the flags before `--`.
 
     Returns:
-        The folder of the tokenizer, and what comes after `--`.
+        The folder of the tokenizer, and the flags after `--`.
 
     Raises:
-        ValueError: it names the flag to give or to drop.
+        ValueError: a flag is missing or is not supported. The message names the flag to give or to drop.
     """
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     sys.argv, lm_eval_flags = sys.argv[:split], sys.argv[split + 1 :]
     given = parse_args()
     if given.load is None:
-        raise ValueError("give --load, the folder that --save named in training")
+        raise ValueError("--load is missing: give the folder that --save named in training")
     saved = read_args(checkpoint_folder(Path(given.load)))
     tokenizer = tokenizer_folder(Path(given.load), given) or tokenizer_folder(Path(given.load), saved)
     if tokenizer is None:
         raise ValueError(
-            f"no tokenizer: put a Hugging Face one into {given.load}/tokenizer (of bytes: examples/byte_tokenizer.py)"
+            f"no tokenizer found: put a Hugging Face tokenizer into {given.load}/tokenizer "
+            "(examples/byte_tokenizer.py writes one for bytes)"
         )
-    # Megatron's own tokenizer only counts tokens here
+    # Megatron's own tokenizer is used only for the size of the vocabulary
     sys.argv.append("--no-use-tokenizer-model-from-checkpoint-args")
     vocab_size = given.vocab_size or getattr(saved, "vocab_size", None) or saved.padded_vocab_size
     args = parse_and_validate_args(args_defaults=DEFAULTS | {"vocab_size": vocab_size})
     if args.world_size != args.tensor_model_parallel_size or args.sequence_parallel:
         raise ValueError(
-            f"evaluation knows tensor parallelism only: start {args.tensor_model_parallel_size} processes, "
-            "or give --tensor-model-parallel-size, and drop --sequence-parallel"
+            f"evaluate.py supports no parallelism except tensor parallelism, and found {args.world_size} processes for "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: make the two numbers equal, and drop "
+            "--sequence-parallel"
         )
     return tokenizer, lm_eval_flags
 

@@ -1,11 +1,11 @@
-"""lm-evaluation-harness on a model that `convert` exported, computed by fla.
+"""Run lm-evaluation-harness on a model that `convert` exported. flash-linear-attention (fla) computes the model.
 
     python examples/evaluate_exported.py --model_args pretrained=<folder>,dtype=float32 \\
         --tasks my_task --include_path my_tasks --batch_size 16
 
-The flags are those of `lm_eval run`. Needs `pip install 'lm-eval[hf]' flash-linear-attention`. It is `lm_eval run
---model hf` with fla imported, which tells transformers what a hgrn2 is. Without a GPU fla's kernels run under Triton's
-interpreter: minutes for a small model in fp32, and for nothing larger.
+The script needs `pip install 'lm-eval[hf]' flash-linear-attention`, and takes the flags of `lm_eval run`. It runs
+`lm_eval run --model hf` after importing fla, which registers the model type hgrn2 with transformers. Without a GPU,
+fla's kernels run in Triton's interpreter. That takes minutes for a small model in fp32, and far too long for others.
 """
 
 import os
@@ -15,14 +15,14 @@ import torch
 
 
 def interpret():
-    """Let Triton's kernels run on the CPU, slowly."""
+    """Make Triton run kernels in its interpreter, on the CPU."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime.autotuner import Autotuner
 
     init = Autotuner.__init__
 
     def without_choice(self, fn, arg_names, configs, *args, **kwargs):
-        # to time several would take a GPU
+        # only a GPU could time several configurations
         init(self, fn, arg_names, configs[:1], *args, **kwargs)
 
     Autotuner.__init__ = without_choice

@@ -1,9 +1,9 @@
-"""Two tasks of lm-evaluation-harness from held-out bytes, as local files.
+"""Write two tasks for lm-evaluation-harness as local files, made from a held-out dataset of bytes.
 
     python examples/evaluation_task.py quickstart/data/heldout --out quickstart/tasks
 
-heldout_continuation: which of four pieces of text comes next. heldout_bits: bits per byte of some passages. The same
-dataset gives the same files. Run them with `--include_path quickstart/tasks`.
+The task heldout_continuation asks which of four pieces of text comes next. The task heldout_bits measures the bits per
+byte of some passages. The same dataset always gives the same files. Run them with `--include_path quickstart/tasks`.
 """
 
 import argparse
@@ -36,21 +36,21 @@ metric_list: [{metric: bits_per_byte}]
 
 
 def documents(prefix: Path) -> list[str]:
-    """The documents of a dataset of prepare_bytes.py, a character cut off at the end of one left out."""
+    """Return the documents of a dataset of prepare_bytes.py. A character that is cut off at an end is dropped."""
     tokens = read_tokens(prefix)
     ends = np.flatnonzero(tokens == END_OF_DOCUMENT)
     return [part[part < 256].astype(np.uint8).tobytes().decode(errors="ignore") for part in np.split(tokens, ends)]
 
 
 def piece(texts: list[str], length: int, choice: random.Random) -> str:
-    """So many characters of any text, from anywhere in it."""
+    """Return `length` characters from a random place of a random text."""
     text = choice.choice(texts)
     start = choice.randrange(len(text) - length + 1)
     return text[start : start + length]
 
 
 def continuation_item(texts: list[str], choice: random.Random) -> dict:
-    """A context, four choices, and the number of the one that follows the context in the text."""
+    """Return a context, four choices, and the index of the choice that follows the context in the text."""
     text = piece(texts, CONTEXT + CONTINUATION, choice)
     right = text[CONTEXT:]
     choices = [right, *(piece(texts, CONTINUATION, choice) for _ in range(3))]
@@ -59,10 +59,10 @@ def continuation_item(texts: list[str], choice: random.Random) -> dict:
 
 
 def write(prefix: Path, out: Path, count: int, passages: int):
-    """Write both tasks: YAML and JSONL.
+    """Write both tasks to `out`, each as a YAML file and a JSONL file.
 
     Raises:
-        ValueError: the dataset has no document long enough.
+        ValueError: no document of the dataset is long enough.
     """
     texts = [text for text in documents(prefix) if len(text) >= PASSAGE]
     if not texts:
@@ -81,10 +81,10 @@ def write(prefix: Path, out: Path, count: int, passages: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path, help="of prepare_bytes.py, without .bin and .idx")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tasks")
-    parser.add_argument("--items", type=int, default=50, help="of heldout_continuation")
-    parser.add_argument("--passages", type=int, default=5, help="of heldout_bits")
+    parser.add_argument("dataset", type=Path, help="path of a dataset of prepare_bytes.py, without .bin and .idx")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the tasks to")
+    parser.add_argument("--items", type=int, default=50, help="number of items of heldout_continuation")
+    parser.add_argument("--passages", type=int, default=5, help="number of passages of heldout_bits")
     args = parser.parse_args()
     try:
         write(args.dataset, args.out, args.items, args.passages)

@@ -1,11 +1,11 @@
-"""Continue a prompt with a byte-level checkpoint, such as the quickstart's.
+"""Continue a prompt with a checkpoint that was trained on bytes, such as the quickstart's.
 
     torchrun --nproc_per_node 1 -m hgrn2_megatron examples/generate.py \\
         --load quickstart/checkpoints --use-checkpoint-args --prompt "def "
 
-The text goes to stdout as it comes, what Megatron says and the speed to stderr. The prompt goes through the model at
-once, then each byte by itself: an HGRN2 layer keeps a state whose size does not depend on the length, an attention
-layer of a hybrid the keys and values of all tokens. The same seed gives the same text.
+The text goes to stdout byte by byte. Megatron's messages and the speed go to stderr. The model reads the prompt in one
+pass, and then one byte per pass. An HGRN2 layer keeps a state whose size does not depend on the length of the text.
+An attention layer of a hybrid keeps the keys and values of all tokens. The same seed gives the same text.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from megatron.training.initialize import initialize_megatron
 from prepare_bytes import END_OF_DOCUMENT, VOCAB_SIZE
 from pretrain_gpt import use_prebuilt_dataset_helpers
 
-# what Megatron wants to know of a run that does not train; its own flags win
+# Megatron's defaults for a run that does not train; flags on the command line override them
 DEFAULTS = {
     "tokenizer_type": "NullTokenizer",
     "vocab_size": VOCAB_SIZE,
@@ -39,44 +39,50 @@ DEFAULTS = {
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("generate")
-    group.add_argument("--prompt", default="", help="text to continue; the start of a document when empty")
-    group.add_argument("--max-new-tokens", type=int, default=200, help="bytes to add at most")
-    group.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte")
-    group.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest bytes, 0 for all")
+    group.add_argument("--prompt", default="", help="text to continue; an empty prompt starts a document")
+    group.add_argument("--max-new-tokens", type=int, default=200, help="largest number of bytes to generate")
+    group.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0 takes the likeliest byte")
+    group.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest bytes; 0 samples from all")
     return parser
 
 
 def check(args: argparse.Namespace):
-    """Refuse what cannot be sampled.
+    """Check the flags of this script.
 
     Raises:
-        ValueError: naming the flag to change.
+        ValueError: a flag is out of range or is not supported. The message names the flag to change.
     """
     if args.pipeline_model_parallel_size > 1 or args.context_parallel_size > 1 or args.sequence_parallel:
-        raise ValueError("generation knows tensor parallelism only: drop --sequence-parallel and the others")
+        raise ValueError(
+            "generate.py supports no parallelism except tensor parallelism: drop --pipeline-model-parallel-size, "
+            "--context-parallel-size and --sequence-parallel"
+        )
     if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 0:
-        raise ValueError("--temperature, --top-k and --max-new-tokens must not be negative")
+        raise ValueError(
+            f"--temperature {args.temperature}, --top-k {args.top_k} and --max-new-tokens {args.max_new_tokens}: "
+            "none of them may be negative"
+        )
     needed = len(args.prompt.encode()) + args.max_new_tokens
     if args.position_embedding_type == "learned_absolute" and needed > args.max_position_embeddings:
         raise ValueError(
-            f"prompt and --max-new-tokens make {needed} positions, but the model has learned "
-            f"{args.max_position_embeddings}: ask for fewer"
+            f"the prompt and --max-new-tokens need {needed} positions, but the model has learned "
+            f"{args.max_position_embeddings}: give a smaller --max-new-tokens or a shorter prompt"
         )
 
 
 @contextlib.contextmanager
 def stdout_for_the_result():
-    """Send what Megatron says meanwhile to stderr."""
+    """Send everything that Megatron prints inside this context to stderr."""
     for handler in logging.getLogger().handlers:
-        handler.setStream(sys.stderr)  # Megatron's writes to the stdout it met at import
+        handler.setStream(sys.stderr)  # Megatron's handler keeps the stdout that it found at import
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def load_model() -> torch.nn.Module:
-    """The model of Megatron's args with the weights of --load, ready to evaluate."""
+    """Return the model that Megatron's args describe, with the weights of --load, in evaluation mode."""
     args = get_args()
-    # or Megatron would go on with random weights
+    # without this, Megatron would continue with random weights
     args.exit_on_missing_checkpoint = True
     config = gpt_config_from_args(args)
     models = config.get_builder_cls()(config).build_distributed_models(
@@ -90,10 +96,10 @@ def next_token(logits: torch.Tensor, temperature: float, top_k: int, generator: 
     """Draw one token.
 
     Args:
-        logits: [vocabulary] of the last position; the padding of the vocabulary is cut off.
-        temperature: logits are divided by it; 0 takes the likeliest.
-        top_k: number of candidates, 0 for all.
-        generator: on the CPU, equal on all ranks, so that they agree.
+        logits: [vocabulary], the logits of the last position. The padding of the vocabulary is cut off here.
+        temperature: the logits are divided by it. 0 takes the likeliest token.
+        top_k: number of candidates; 0 takes all tokens.
+        generator: a generator on the CPU. It must be in the same state on all ranks, so that they draw the same token.
     """
     logits = logits[:VOCAB_SIZE].float().cpu()
     if temperature == 0:
@@ -105,12 +111,14 @@ def next_token(logits: torch.Tensor, temperature: float, top_k: int, generator: 
 
 @torch.inference_mode()
 def generate(model: torch.nn.Module, args: argparse.Namespace, new: list[int], context, times: list[float]):
-    """Yield tokens after `new`, until the end of the document or `args.max_new_tokens`.
+    """Yield the tokens that follow `new`, until the document ends or `args.max_new_tokens` are drawn.
 
     Args:
+        model: the model of `load_model`.
+        args: Megatron's args.
         new: the prompt's tokens.
-        context: a StaticInferenceContext for one sequence, which the layers fill.
-        times: takes when it starts, and when each token is drawn.
+        context: a StaticInferenceContext for one sequence. The layers keep their states in it.
+        times: the time of the start, and then of each drawn token, is appended here, in seconds.
     """
     generator = torch.Generator().manual_seed(args.seed)
     times.append(time.perf_counter())
@@ -129,9 +137,9 @@ def generate(model: torch.nn.Module, args: argparse.Namespace, new: list[int], c
 
 
 def report(prompt: int, times: list[float], context: StaticInferenceContext):
-    """Say what was cached, and how fast: the first step takes the prompt, each other one token."""
+    """Print the size of the cache and the speed. The first step reads the prompt, each later step reads one token."""
     bytes_kept = sum(x.nbytes for kept in context.key_value_memory_dict.values() for x in kept)
-    print(f"{bytes_kept:,} bytes of states, keys and values", file=sys.stderr)
+    print(f"{bytes_kept:,} bytes of states, keys and values are cached", file=sys.stderr)
     if len(times) > 2:
         first, rest = times[1] - times[0], times[-1] - times[1]
         speeds = f"prompt {prompt / first:,.1f} tokens/s, then {(len(times) - 2) / rest:,.1f} tokens/s"
@@ -143,13 +151,13 @@ def main():
         use_prebuilt_dataset_helpers()
         load = parse_args(add_generate_arguments).load
         if load is None or not checkpoint_exists(load):
-            raise ValueError(f"--load {load}: no checkpoint there; give the folder that --save named in training")
+            raise ValueError(f"--load {load}: found no checkpoint there; give the folder that --save named in training")
         args = parse_and_validate_args(add_generate_arguments, args_defaults=DEFAULTS)
         check(args)
         initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
         model = load_model()
     speaks = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0
-    # a byte may be part of a character only
+    # a byte may be only a part of a character
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     prompt = list(args.prompt.encode()) or [END_OF_DOCUMENT]
     context = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(prompt) + args.max_new_tokens)

@@ -1,21 +1,22 @@
 #!/bin/sh
-# Train HGRN2 on sequences longer than one GPU holds: context parallelism that hands on states and moves no token.
+# Train HGRN2 on sequences that are too long for one GPU. Each GPU holds a shard of every sequence. Context parallelism
+# passes the recurrent states between the GPUs, and no tokens.
 #
-#   MEGATRON_LM=<checkout> sh examples/long_context.sh [more Megatron flags]      128K tokens a sequence on two GPUs
-#   GPUS=8 SEQ=1048576 ...                                                        1M tokens on the eight of one node
-#   NODES=8 NODE_RANK=<0..7> MASTER_ADDR=<node 0> GPUS=8 SEQ=4194304 ...          4M tokens on 64, once on each node
+#   MEGATRON_LM=<checkout> sh examples/long_context.sh [more Megatron flags]      128K tokens per sequence on two GPUs
+#   GPUS=8 SEQ=1048576 ...                                                        1M tokens on eight GPUs of one node
+#   NODES=8 NODE_RANK=<0..7> MASTER_ADDR=<node 0> GPUS=8 SEQ=4194304 ...          4M tokens on 64 GPUs; start it on each node
 #
-# PATTERN='HHH*' mixes in attention, whose ranks pass keys and values around (--cp-comm-type). DATA=<prefix of a file that
-# examples/prepare_bytes.py or Megatron's preprocess_data.py wrote> takes the place of mock data.
+# PATTERN='HHH*' adds attention layers. Their ranks exchange keys and values (--cp-comm-type). DATA=<prefix> replaces the
+# mock data with a dataset that examples/prepare_bytes.py or Megatron's preprocess_data.py wrote.
 set -eu
 : "${MEGATRON_LM:?set it to a Megatron-LM checkout}"
 GPUS=${GPUS:-2} NODES=${NODES:-1} SEQ=${SEQ:-131072} PATTERN=${PATTERN:-H}
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# tensors of many sizes, each a large part of the memory
+# a long sequence makes tensors of many sizes, and each takes a large part of the memory
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 data="--mock-data"
 [ -z "${DATA:-}" ] || data="--data-path $DATA --split 99,1,0"
-# a word a flag
+# $data is split into words, one for each flag
 # shellcheck disable=SC2086
 exec torchrun --nproc_per_node "$GPUS" --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" \
     --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}" \

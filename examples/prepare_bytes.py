@@ -1,10 +1,11 @@
-"""A folder of text as Megatron datasets of bytes, and the bigram model that any network has to beat.
+"""Turn a folder of text into Megatron datasets of bytes, and compute the loss of a bigram model as a baseline.
 
     python examples/prepare_bytes.py my_folder --glob '*.md' --out data
 
-Writes data/train.{bin,idx} and data/heldout.{bin,idx}, split by file. Tokens are the bytes 0..255 and 256 at
-the end of a document, as Megatron's `--tokenizer-type NullTokenizer --vocab-size 257` takes them. Without a
-folder it takes the sources of Python's standard library.
+The script writes data/train.{bin,idx} and data/heldout.{bin,idx}. Each file of the folder goes into one of the two. The
+tokens are the bytes 0 to 255, and token 256 ends a document. Megatron's flags for such data are
+`--tokenizer-type NullTokenizer --vocab-size 257`. Without a folder, the script reads the sources of Python's standard
+library.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Megatron warns of every GPU library that is missing, and files need none
+# Megatron warns about every missing GPU library, and this script needs none of them
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 from megatron.core.datasets.indexed_dataset import (  # noqa: E402
     IndexedDataset,
@@ -29,13 +30,13 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402
 
 END_OF_DOCUMENT = 256
 VOCAB_SIZE = 257
-# what is installed beside the standard library or tests it
+# folders beside the standard library that do not belong to it, and its tests
 NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test")
 
 
 @dataclass(frozen=True)
 class Split:
-    """One dataset on disk: its path without .bin and .idx, its files and its tokens."""
+    """One dataset on disk: its path without .bin and .idx, its number of files and its number of tokens."""
 
     prefix: Path
     files: int
@@ -43,16 +44,16 @@ class Split:
 
 
 def list_files(folder: Path, glob: str = "*", exclude: Iterable[str] = ()) -> list[Path]:
-    """Files under `folder` that match, in an order that depends on nothing but their relative paths.
+    """Return the matching files under `folder`, in an order that depends only on their relative paths.
 
-    The order is that of a hash, so that its beginning is a fair sample: that is what `max_bytes` keeps, and
-    what is held out. Hidden files and folders are left out.
+    The files are ordered by a hash of their paths, so the first files are a fair sample. `max_bytes` keeps the first
+    files, and the first of these are held out. Hidden files and folders are left out.
 
     Raises:
-        ValueError: no folder, or nothing in it matches.
+        ValueError: `folder` is not a folder, or no file in it matches.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give one with text files in it")
+        raise ValueError(f"{folder} is not a folder: give a folder with text files in it")
     exclude = set(exclude)
     found = {}
     for path in folder.rglob(glob):
@@ -66,7 +67,7 @@ def list_files(folder: Path, glob: str = "*", exclude: Iterable[str] = ()) -> li
 
 
 def read_documents(files: list[Path], max_bytes: int | None = None) -> list[bytes]:
-    """Contents of the files that are UTF-8 text and not empty, cut off where their sum is `max_bytes`."""
+    """Return the contents of the files that are UTF-8 text and not empty, cut off after `max_bytes` bytes in all."""
     documents, left = [], math.inf if max_bytes is None else max_bytes
     for path in files:
         if left <= 0:
@@ -90,21 +91,21 @@ def prepare(
     max_bytes: int | None = None,
     exclude: Iterable[str] = (),
 ) -> tuple[Split, Split]:
-    """Write `out`/train and `out`/heldout; the same files give the same bytes on every machine.
+    """Write the datasets `out`/train and `out`/heldout. The same files give the same bytes on every machine.
 
     Args:
-        folder: where the text is, searched recursively.
-        out: folder to write to, made where missing.
+        folder: folder with the text, searched recursively.
+        out: folder to write to. It is created if it does not exist.
         glob: pattern of file names.
-        heldout_fraction: fraction of the files to hold out, in (0, 1); at least one file is.
-        max_bytes: cap on the bytes of both together, None for no cap.
+        heldout_fraction: fraction of the files to hold out, between 0 and 1. At least one file is held out.
+        max_bytes: largest number of bytes of both datasets together. None sets no limit.
         exclude: names of files and folders to leave out.
 
     Returns:
         The training and the held-out split.
 
     Raises:
-        ValueError: arguments out of range, nothing or too little to read, or a dataset already in `out`.
+        ValueError: an argument is out of range, there is too little text, or `out` already has a dataset.
     """
     if not 0 < heldout_fraction < 1:
         raise ValueError(f"--heldout-fraction must be between 0 and 1, got {heldout_fraction}")
@@ -116,8 +117,8 @@ def prepare(
     documents = read_documents(list_files(folder, glob, exclude), max_bytes)
     if len(documents) < 2:
         raise ValueError(
-            f"{len(documents)} text files in reach in {folder}: at least one to train on and one to hold out "
-            "are needed; give a larger folder or --max-bytes"
+            f"found {len(documents)} text files in {folder}, but at least two are needed, one to train on and one to "
+            "hold out: give a larger folder or a larger --max-bytes"
         )
     out.mkdir(parents=True, exist_ok=True)
     heldout = min(math.ceil(heldout_fraction * len(documents)), len(documents) - 1)
@@ -125,7 +126,7 @@ def prepare(
 
 
 def write(documents: list[bytes], prefix: Path) -> Split:
-    """Write one dataset, each document followed by its end token."""
+    """Write one dataset. An end token follows each document."""
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.uint16)
     for data in documents:
         tokens = np.append(np.frombuffer(data, np.uint8).astype(np.uint16), np.uint16(END_OF_DOCUMENT))
@@ -135,28 +136,30 @@ def write(documents: list[bytes], prefix: Path) -> Split:
 
 
 def megatron_flags(train: Split, heldout: Split) -> list[str]:
-    """Megatron's flags to train and to evaluate on the two."""
+    """Return Megatron's flags to train on `train` and to evaluate on `heldout`."""
     data = ["--train-data-path", str(train.prefix), "--valid-data-path", str(heldout.prefix)]
     return [*data, "--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE)]
 
 
 def read_tokens(prefix: Path) -> np.ndarray:
-    """The token stream of a dataset: [tokens] uint16, documents one after the other."""
-    # documents are views of a file that is mapped while the dataset lives
+    """Return all tokens of a dataset, document after document: [tokens] uint16."""
+    # documents are views of a file that stays mapped while the dataset exists
     dataset = IndexedDataset(str(prefix))
     return np.concatenate(dataset[:])
 
 
 def bigram_bits_per_byte(train: np.ndarray, heldout: np.ndarray, add_k: float = 0.1) -> float:
-    """Held-out loss of the model that knows the previous byte only: counts of pairs, smoothed.
+    """Return the held-out loss of a bigram model, which predicts each token from the token before it.
+
+    The model counts pairs of tokens in `train` and adds `add_k` to each count.
 
     Args:
-        train: [tokens] integers below 257, what is counted.
-        heldout: [tokens] integers below 257, what is predicted, all but its first.
+        train: [tokens] integers below 257, the tokens to count.
+        heldout: [tokens] integers below 257, the tokens to predict. The first one is not predicted.
         add_k: count that every pair starts with.
 
     Returns:
-        Mean of -log2 p(token | previous token), end tokens counted like bytes.
+        The mean of -log2 p(token | previous token) in bits. End tokens count like bytes.
     """
     train, heldout = train.astype(np.int64), heldout.astype(np.int64)
     pairs = np.bincount(train[:-1] * VOCAB_SIZE + train[1:], minlength=VOCAB_SIZE**2)
@@ -166,7 +169,7 @@ def bigram_bits_per_byte(train: np.ndarray, heldout: np.ndarray, add_k: float = 
 
 
 def describe(train: Split, heldout: Split) -> tuple[float, str]:
-    """The bigram model's held-out bits per byte, and lines for people that say it and what was read."""
+    """Return the bigram model's held-out bits per byte, and a summary of the datasets to print."""
     bigram = bigram_bits_per_byte(read_tokens(train.prefix), read_tokens(heldout.prefix))
     lines = [f"{split.prefix}: {split.files} files, {split.tokens:,} tokens" for split in (train, heldout)]
     lines.append(f"bigram model: {bigram:.3f} bits per byte on the held-out files")
@@ -174,17 +177,17 @@ def describe(train: Split, heldout: Split) -> tuple[float, str]:
 
 
 def standard_library() -> dict:
-    """Arguments of `prepare` for the sources of the running Python's standard library."""
+    """Return arguments of `prepare` for the sources of the running Python's standard library."""
     return {"folder": Path(sysconfig.get_path("stdlib")), "glob": "*.py", "exclude": NOT_STDLIB}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="default: Python's standard library, *.py")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder with the text, default Python's standard library")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the two datasets to")
     parser.add_argument("--glob", help="pattern of file names, default * (*.py for the standard library)")
-    parser.add_argument("--heldout-fraction", type=float, default=0.01, help="of the files")
-    parser.add_argument("--max-bytes", type=int, help="stop after that many bytes")
+    parser.add_argument("--heldout-fraction", type=float, default=0.01, help="fraction of the files to hold out")
+    parser.add_argument("--max-bytes", type=int, help="largest number of bytes to read, default no limit")
     args = parser.parse_args()
     source = standard_library() if args.folder is None else {"folder": args.folder}
     if args.glob is not None:

@@ -1,8 +1,9 @@
-"""Pretrain a GPT with nothing but the wheels: Megatron's own training loop, no Megatron-LM checkout.
+"""Pretrain a GPT with Megatron's own training loop, from the installed wheels and without a Megatron-LM checkout.
 
     torchrun --nproc_per_node N -m hgrn2_megatron examples/pretrain_gpt.py --spec hgrn2 <any Megatron flag>
 
-Takes every flag of Megatron-LM's pretrain_gpt.py but those for data other than plain text, which it refuses.
+The script takes every flag of Megatron-LM's pretrain_gpt.py, except flags for data other than plain text. It refuses
+those.
 """
 
 import functools
@@ -28,7 +29,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 try:
     from megatron.training.argument_utils import gpt_config_from_args
 except ImportError:
-    # megatron-core 0.18, whose loop takes a function that builds the model
+    # the training loop of megatron-core 0.18 takes a function that builds the model
     gpt_config_from_args = None
 
 NOT_HERE = (
@@ -41,7 +42,10 @@ NOT_HERE = (
 
 
 def get_batch(data_iterator):
-    """Next micro-batch on every TP rank: tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32."""
+    """Return the next micro-batch on every TP rank.
+
+    It holds tokens, labels and position_ids [b, s] int64, and loss_mask [b, s] fp32.
+    """
     data = next(data_iterator) if data_iterator is not None else None
     batch = broadcast_data(["tokens", "labels", "position_ids"], data, torch.int64)
     batch |= broadcast_data(["loss_mask"], data, torch.float32)
@@ -53,7 +57,7 @@ def get_batch(data_iterator):
 
 
 def loss_func(loss_mask, losses):
-    """Sum of the token losses, tokens counted, and both for the log, as Megatron's schedules expect them."""
+    """Return the sum of the token losses, the number of tokens, and both for the log, in the order Megatron expects."""
     loss = (losses.float().view(-1) * loss_mask.view(-1)).sum()
     num_tokens = loss_mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
@@ -71,7 +75,7 @@ def loss_func(loss_mask, losses):
 
 def forward_step(data_iterator, model):
     batch = get_batch(data_iterator)
-    # no mask: attention layers are causal by their spec, HGRN2 layers by construction
+    # The attention mask is None: attention layers are causal by their spec, HGRN2 layers by construction.
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return losses, functools.partial(loss_func, batch["loss_mask"])
 
@@ -98,7 +102,7 @@ def dataset_config(args) -> GPTDatasetConfig:
 
 
 def datasets_provider(num_samples, vp_stage=None):
-    """Train, validation and test sets, on the first rank of each TP group."""
+    """Build the training, validation and test datasets on the first rank of each TP group."""
     args = get_args()
     dataset = MockGPTDataset if args.mock_data else GPTDataset
 
@@ -109,7 +113,10 @@ def datasets_provider(num_samples, vp_stage=None):
 
 
 def use_prebuilt_dataset_helpers():
-    """The wheel ships its C++ dataset helpers built and no Makefile; `pretrain` would run make and exit."""
+    """Make Megatron use the C++ dataset helpers that its wheel ships.
+
+    The wheel has no Makefile, so without this call `pretrain` would run make, fail and exit.
+    """
     folder = os.path.dirname(dataset_utils.__file__)
     if not os.path.exists(os.path.join(folder, "Makefile")):
         import megatron.core.datasets.helpers_cpp  # noqa: F401
@@ -118,10 +125,13 @@ def use_prebuilt_dataset_helpers():
 
 
 def build_gpt(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
-    """A pipeline stage's chunk of the GPT of Megatron's args, for megatron-core 0.18."""
+    """Build a pipeline stage's chunk of the GPT that Megatron's args describe, for megatron-core 0.18."""
     args = get_args()
     if args.spec is None:
-        raise ValueError("without --spec this needs megatron-core 0.19, or Megatron-LM's own pretrain_gpt.py")
+        raise ValueError(
+            "--spec is missing, and this script needs it with megatron-core 0.18: give --spec hgrn2, install "
+            "megatron-core 0.19, or run Megatron-LM's own pretrain_gpt.py"
+        )
     return GPTModel(
         config=config or core_transformer_config_from_args(args),
         transformer_layer_spec=import_module(args.spec),
@@ -139,19 +149,19 @@ def build_gpt(pre_process=True, post_process=True, vp_stage=None, config=None, p
 
 
 def main(model_config=gpt_config_from_args):
-    """Train the model that `model_config` makes of Megatron's args."""
+    """Train the model whose config `model_config` makes from Megatron's args."""
     use_prebuilt_dataset_helpers()
     datasets_provider.is_distributed = True
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     for name in NOT_HERE:
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: run Megatron-LM's own script through the launcher for that")
+            raise ValueError(f"{flag} is not supported here: run Megatron-LM's own script through the launcher")
     if args.cuda_graph_impl == "full_iteration":
-        # broadcast_data reads sizes from the host
+        # broadcast_data copies sizes to the host, which a CUDA graph cannot capture
         raise ValueError(
-            "--cuda-graph-impl full_iteration: run Megatron-LM's own script through the launcher for that, or give "
-            "--cuda-graph-impl local"
+            "--cuda-graph-impl full_iteration is not supported here: give --cuda-graph-impl local, or run "
+            "Megatron-LM's own script through the launcher"
         )
     if model_config is None:
         config = pretrain_cfg_container_from_args(args)

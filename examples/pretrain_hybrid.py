@@ -1,4 +1,4 @@
-"""Pretrain Megatron's HybridModel with nothing but the wheels, as pretrain_gpt.py does a GPT.
+"""Pretrain Megatron's HybridModel from the installed wheels. pretrain_gpt.py does the same for a GPT.
 
     torchrun --nproc_per_node N -m hgrn2_megatron examples/pretrain_hybrid.py --spec hgrn2_megatron.spec hgrn2_stack \
         --hybrid-layer-pattern 'M-M-M-*-' <any Megatron flag>

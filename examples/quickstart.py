@@ -1,10 +1,11 @@
-"""Pretrain a small HGRN2 on this machine, GPU or not, and check what it learned; minutes on two CPU cores.
+"""Pretrain a small HGRN2 model on this machine and check what it learned. No GPU is needed.
 
     python examples/quickstart.py
 
-Trains on the bytes of Python's standard library, saves checkpoints, resumes from the earlier one and compares
-every loss with the uninterrupted run, evaluates on held-out files beside a bigram model, and writes a sample.
-Everything it makes is in quickstart/: train.log and resume.log, checkpoints, loss.png.
+The script trains on the bytes of Python's standard library and saves two checkpoints. It resumes from the earlier
+checkpoint and compares every loss with the uninterrupted run. It compares the held-out loss with the loss of a bigram
+model, and it writes a sample. All of this takes a few minutes on two CPU cores. The results are in quickstart/:
+train.log, resume.log, generate.log, checkpoints and loss.png.
 """
 
 import shutil
@@ -18,7 +19,7 @@ import prepare_bytes
 from training_log import LAUNCH, TrainingLog, bits, device_flags, environment, first_difference, train
 
 FOLDER = Path("quickstart")
-# what a run makes, and so what the next one deletes
+# what a run writes; the next run deletes it
 OUTPUTS = ("data", "checkpoints", "train.log", "resume.log", "generate.log", "loss.png")
 ITERATIONS, SAVE_INTERVAL, EVAL_INTERVAL = 200, 160, 110
 HELDOUT_FRACTION = 0.01
@@ -31,7 +32,7 @@ TRAINING = (
     f"--micro-batch-size 8 --global-batch-size 8 --train-iters {ITERATIONS} --lr 2e-3 --min-lr 1e-4 "
     "--lr-decay-style cosine --lr-warmup-iters 10 --adam-beta2 0.95"
 )
-# all held-out tokens each time; Megatron 0.19 can take them all only of one set among "multiple"
+# Each evaluation reads all held-out tokens. Megatron 0.19 can do that only with --multiple-validation-sets.
 EVALUATION = f"--full-validation --multiple-validation-sets --eval-interval {EVAL_INTERVAL}"
 
 
@@ -43,8 +44,8 @@ def start_clean():
 
 
 def prepare() -> tuple[list[str], float]:
-    """Build the datasets; returns Megatron's flags for them and the bigram's held-out bits per byte."""
-    print("Python's standard library as bytes", flush=True)
+    """Build the datasets. Returns Megatron's flags for them and the bigram model's held-out bits per byte."""
+    print("Reading Python's standard library as bytes", flush=True)
     source = prepare_bytes.standard_library()
     splits = prepare_bytes.prepare(out=FOLDER / "data", heldout_fraction=HELDOUT_FRACTION, **source)
     bigram, summary = prepare_bytes.describe(*splits)
@@ -72,7 +73,7 @@ def draw(full: TrainingLog, resumed: TrainingLog, bigram: float):
 
 
 def write_sample():
-    """Let the last checkpoint continue a line, in a process of its own, as a user would."""
+    """Let the last checkpoint continue a line. generate.py does it in a process of its own, as a user would run it."""
     script = str(Path(__file__).with_name("generate.py"))
     flags = [
         *f"--load {FOLDER / 'checkpoints'} --use-checkpoint-args --max-new-tokens 200".split(),
@@ -81,7 +82,7 @@ def write_sample():
     command = [sys.executable, *LAUNCH, script, *flags, "def ", *device_flags()]
     with open(FOLDER / "generate.log", "w") as log:
         if subprocess.run(command, stderr=log, env=environment()).returncode:
-            sys.exit(f"generation failed; all that it printed is in {log.name}")
+            sys.exit(f"generation failed; its whole output is in {log.name}")
 
 
 def main():
@@ -91,7 +92,7 @@ def main():
     common = [*MODEL.split(), *TRAINING.split(), *EVALUATION.split(), *data, *device_flags()]
     checkpoints = str(FOLDER / "checkpoints")
 
-    print(f"\nTraining; the whole log is {FOLDER}/train.log", flush=True)
+    print(f"\nTraining. The whole log is in {FOLDER}/train.log", flush=True)
     full = train([*common, "--save", checkpoints, "--save-interval", str(SAVE_INTERVAL)], FOLDER / "train.log")
 
     print(f"\nResuming from the checkpoint of iteration {SAVE_INTERVAL}", flush=True)
@@ -99,20 +100,18 @@ def main():
     resumed = train([*common, *load], FOLDER / "resume.log")
     draw(full, resumed, bigram)
 
-    print("\nA sample", flush=True)
+    print("\nA sample from the trained model", flush=True)
     write_sample()
 
     difference = first_difference(full, resumed)
+    equal = f"all {len(resumed.losses)} training losses and the held-out loss equal those of the first run"
     heldout = bits(full.heldout[ITERATIONS])
     print(f"\nHGRN2, {full.parameters:,} parameters, after {time.monotonic() - start:.0f} s")
     print(f"held-out files: HGRN2 {heldout:.3f}, bigram model {bigram:.3f} bits per byte")
-    print(
-        f"resumed at {SAVE_INTERVAL}: "
-        + (difference or f"all {len(resumed.losses)} training losses and the held-out loss are equal")
-    )
+    print(f"resumed at {SAVE_INTERVAL}: {difference or equal}")
     print(f"loss curve: {FOLDER}/loss.png")
     if difference:
-        sys.exit("the resumed run is not the uninterrupted one")
+        sys.exit("the losses of the resumed run differ from the uninterrupted run")
     if heldout >= bigram:
         sys.exit("HGRN2 is no better than the bigram model")
 

@@ -1,4 +1,4 @@
-"""Start Megatron through the plugin's launcher, follow its log, and read the numbers out of it."""
+"""Start Megatron through the plugin's launcher, and read losses and times from its log."""
 
 import math
 import os
@@ -23,21 +23,22 @@ _PARAMETERS = re.compile(r"number of parameters on .*: (?P<count>\d+)$")
 
 
 def bits(nats: float) -> float:
+    """Convert a loss in nats to bits."""
     return nats / math.log(2)
 
 
 @dataclass
 class TrainingLog:
-    """What a run printed, with `--log-interval 1`.
+    """The numbers in the log of a run with `--log-interval 1`.
 
     Attributes:
         losses: iteration -> training loss in nats per token.
-        milliseconds: iteration -> time it took.
+        milliseconds: iteration -> time that it took.
         heldout: iteration -> validation loss in nats per token.
-        last: the iteration that the run ends at.
+        last: the last iteration of the run.
         batch: sequences per iteration.
-        parameters: of the model.
-        seq_length: tokens of a sequence.
+        parameters: number of parameters of the model.
+        seq_length: number of tokens of a sequence.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class TrainingLog:
     seq_length: int = 0
 
     def read(self, line: str) -> int | None:
-        """Take in one line; returns the iteration if it reports one."""
+        """Read one line of the log. Returns the iteration if the line reports one."""
         if match := _ITERATION.search(line):
             return self._read_iteration(match)
         if match := _HELDOUT.search(line):
@@ -61,7 +62,7 @@ class TrainingLog:
     def _read_iteration(self, match: re.Match) -> int:
         iteration, loss, ms = int(match["iteration"]), float(match["loss"]), float(match["ms"])
         if len(self.losses) == 1:
-            # Megatron does not reset its averages after the first line: the second is a mean of two
+            # Megatron does not reset its averages after the first line, so the second line is a mean of two iterations
             loss = 2 * loss - self.losses[iteration - 1]
             ms = 2 * ms - self.milliseconds[iteration - 1]
         self.losses[iteration], self.milliseconds[iteration] = loss, ms
@@ -69,20 +70,23 @@ class TrainingLog:
         return iteration
 
     def tokens_per_second(self, milliseconds: float | None = None) -> float:
-        """Speed of an iteration that took so long; of the median one of the run, which no warm-up moves."""
+        """Return the speed of an iteration that took `milliseconds`, by default of the run's median iteration.
+
+        Slow first iterations hardly change the median.
+        """
         if milliseconds is None:
             milliseconds = statistics.median(self.milliseconds.values())
         return 1000 * self.batch * self.seq_length / milliseconds
 
 
 def first_difference(full: TrainingLog, resumed: TrainingLog) -> str | None:
-    """Compare a resumed run with the uninterrupted one, as printed: seven digits, which must all be equal.
+    """Compare the losses of a resumed run with the uninterrupted run. All seven printed digits must be equal.
 
     Returns:
-        The first loss that differs, in words, or None.
+        A description of the first loss that differs, or None.
     """
     for position, (iteration, loss) in enumerate(resumed.losses.items()):
-        # the second loss was taken out of a rounded mean, see TrainingLog
+        # the second loss was computed from a rounded mean of two, see TrainingLog
         tolerance = 2e-6 if position == 1 else 0
         if not abs(loss - full.losses[iteration]) <= tolerance:
             return f"training loss of iteration {iteration}: {full.losses[iteration]} before, {loss} resumed"
@@ -95,7 +99,7 @@ def first_difference(full: TrainingLog, resumed: TrainingLog) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run: torchrun would give it one thread, which is right for GPUs only."""
+    """Return the environment of a run. It sets the number of CPU threads, because torchrun's default is one."""
     env = dict(os.environ, PYTHONUNBUFFERED="1")
     if not torch.cuda.is_available():
         env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
@@ -103,9 +107,9 @@ def environment() -> dict[str, str]:
 
 
 def device_flags() -> list[str]:
-    """Flags that the device asks for: bf16 on a GPU, Megatron's own modules where no fused ones are."""
+    """Return flags for this machine: bf16 on a GPU, and Megatron's own modules if Transformer Engine is missing."""
     if not torch.cuda.is_available():
-        return []  # the launcher's CPU mode sets its own
+        return []  # the launcher's CPU mode sets its own flags
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
@@ -115,10 +119,10 @@ def device_flags() -> list[str]:
 
 
 def run_lines(command: list[str], log: Path) -> Iterator[str]:
-    """Run a command and yield its lines as they come, all of them kept in `log`.
+    """Run a command, yield its lines as they come, and write all of them to `log`.
 
     Raises:
-        SystemExit: it failed; its last lines are shown.
+        SystemExit: the command failed. Its last lines are printed.
     """
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -135,26 +139,26 @@ def run_lines(command: list[str], log: Path) -> Iterator[str]:
                 file.flush()
                 yield line.rstrip("\n")
         except BaseException:
-            # an interrupt too: no training goes on in the background
+            # also after an interrupt, so that no training continues in the background
             process.terminate()
             raise
         finally:
             process.wait()
     if process.returncode:
         printed = log.read_text().splitlines()
-        # the ranks' own words: torchrun ends with a report of its own, which does not name the cause
+        # print the lines of the ranks, because torchrun's report at the end does not name the cause
         reasons = [line for line in printed if line.startswith(("[rank", "hgrn2_megatron: error"))]
         print("\n".join((reasons or printed)[-25:]), file=sys.stderr)
-        sys.exit(f"training failed with exit status {process.returncode}; all that it printed is in {log}")
+        sys.exit(f"training failed with exit status {process.returncode}; its whole output is in {log}")
 
 
 def train(flags: Iterable[str], log: Path, every: int = 10) -> TrainingLog:
-    """Run examples/pretrain_gpt.py through the launcher, show its progress, and return its numbers.
+    """Run examples/pretrain_gpt.py through the launcher, print its progress, and return the numbers of its log.
 
     Args:
-        flags: Megatron's.
-        log: file for everything that it prints.
-        every: iterations from one line of progress to the next.
+        flags: flags for Megatron.
+        log: file for the whole output of the run.
+        every: number of iterations between two lines of progress.
     """
     flags = list(flags)
     script = str(Path(__file__).with_name("pretrain_gpt.py"))
