@@ -1,25 +1,31 @@
-# Every target sets up what it needs in .venv, once, then does its job.
+# Each target first sets up the virtual environment .venv if it is missing or out of date.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# the oldest release that is supported, found before the one that is installed
+# the oldest supported megatron-core and the newest Triton that was tried, in folders of their own;
+# PYTHONPATH puts them before the installed releases
 OLDER := $(VENV)/megatron-core-0.18.2
-# a file's tests share what they set up; real runs wait for each other more than for the cores
+NEWER := $(VENV)/triton-3.8.0
+# the kernel tests that also run with the newest Triton
+NEWER_TESTS := tests/kernels/test_launch.py tests/kernels/test_step.py tests/kernels/test_compile.py
+# One process runs all tests of a file, because they share fixtures. There are more processes than cores, because tests
+# that start several ranks mostly wait.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart compare test lint clean
 
-quickstart: $(VENV)/.installed  ## pretrain a small HGRN2 GPT on real text, evaluate, resume, sample
+quickstart: $(VENV)/.installed  ## pretrain a small HGRN2 GPT on text, evaluate it, resume it, and write a sample
 	$(RUN) examples/quickstart.py
 
-compare: $(VENV)/.installed  ## attention, HGRN2 and the hybrid on the same bytes, in one picture
+compare: $(VENV)/.installed  ## train attention, HGRN2 and a hybrid on the same text and draw their losses
 	$(RUN) examples/compare.py
 
-test: $(VENV)/.installed $(OLDER)
+test: $(VENV)/.installed $(OLDER) $(NEWER)  ## run the tests, and parts of them with the other releases
 	$(TEST)
 	PYTHONPATH=$(OLDER) $(TEST) -m releases
+	PYTHONPATH=$(NEWER) $(TEST) $(NEWER_TESTS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed  ## run ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -31,6 +37,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(OLDER): $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $@ megatron-core==0.18.2
+	touch $@
+
+$(NEWER): $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $@ triton==3.8.0
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
-"""`python -m hgrn2_megatron doctor`: what this machine has, what a run will use, and whether it computes HGRN2."""
+"""Report what this machine has and what a run will use, and check the operator: `python -m hgrn2_megatron doctor`."""
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import time
 import warnings
@@ -11,61 +12,94 @@ import torch
 
 from hgrn2_kernels import chunk_hgrn2, implementation, recurrent_hgrn2
 
-# releases that the test suite or a run of the unmodified scripts has seen
-TESTED = ("0.18", "0.19")
-# relative Frobenius error of the output and the gradients that rounding alone explains
+# oldest and newest release of each package that was tried; pyproject.toml allows no older ones
+TRIED = {
+    "torch": ("2.11", "2.14"),
+    "triton": ("3.6", "3.8"),
+    "megatron-core": ("0.18", "0.19"),
+    "transformer-engine": ("2.20", "2.20"),
+}
+# largest relative Frobenius error of the output and of the gradients that rounding can cause
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
 
 
 def main() -> int:
-    """Print the report; returns 0, or 1 where training would not be HGRN2."""
-    # of what is imported to be looked at
+    """Print the report. Returns 0, or 1 if a training on this machine would be wrong."""
+    # importing Megatron and Transformer Engine prints warnings that do not matter here
     warnings.simplefilter("ignore")
     wrong = []
     for name, value, problem in _lines():
         print(f"{name:<20}{value}")
         if problem:
-            wrong.append(f"{name}: {problem}")
-    print("\n".join(["", *(f"WRONG  {problem}" for problem in wrong)]) if wrong else "\nReady to train.")
+            wrong.append(f"WRONG  {name}: {problem}")
+    notes = [f"NOTE   {note}" for package, version in _installed().items() if (note := untried(package, version))]
+    print("\n".join(["", *notes, *(wrong or ["Ready to train."])]))
     return 1 if wrong else 0
 
 
+def untried(package: str, version: str | None) -> str | None:
+    """Return a sentence if a release of a package in `TRIED` is older or newer than all that were tried.
+
+    Args:
+        package: a key of `TRIED`.
+        version: the installed version, such as "2.11.0+cu130", or None if the package is missing.
+    """
+    oldest, newest = TRIED[package]
+    if version is None or _release(oldest) <= _release(version) <= _release(newest):
+        return None
+    tried = newest if oldest == newest else f"{oldest} to {newest}"
+    return f"{package} {version} has not been tried with this plugin, which was tried with {tried}"
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a version: (2, 11) for "2.11.0+cu130"."""
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
+
+
+def _installed() -> dict[str, str | None]:
+    """Return the installed version of each package in `TRIED`."""
+    installed = {package: _version(package) for package in TRIED}
+    # a checkout on PYTHONPATH comes before the installed release
+    megatron = sys.modules.get("megatron.core")
+    return installed | ({"megatron-core": megatron.__version__} if megatron else {})
+
+
 def _lines() -> Iterator[tuple[str, str, str | None]]:
-    """What is looked at, what was seen, and what would make training wrong."""
+    """Yield the lines of the report: a name, what was found, and a problem that would make a training wrong."""
     gpu = torch.cuda.is_available()
     yield "python", sys.version.split()[0], None
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda}", None
     yield (
         "triton",
-        _version("triton") or "missing: needed on a GPU",
-        "install triton" if gpu and not _has("triton") else None,
+        _version("triton") or "missing, and needed on a GPU",
+        "it is missing: install triton" if gpu and not _has("triton") else None,
     )
-    yield "GPU", _gpu() if gpu else "none: Megatron trains on the CPU over gloo, for tests and small runs", None
+    yield "GPU", _gpu() if gpu else "none: Megatron trains on the CPU over gloo, enough for tests and small runs", None
     yield "megatron-core", *_megatron()
     te = _version("transformer-engine")
     yield (
         "Transformer Engine",
-        te or "missing: no FP8, no packed or context parallel attention; --transformer-impl local",
+        te or "missing: use --transformer-impl local; FP8 and packed or context-parallel attention need it",
         None,
     )
     fused = _has("fused_weight_gradient_mlp_cuda") and _has("scaled_masked_softmax_cuda")
-    off = "missing, in part or whole: the launcher turns off gradient accumulation fusion, masked softmax fusion"
-    yield "apex", "fused weight gradients, masked softmax" if fused else off, None
+    off = "missing, or without these kernels: the launcher turns off fusion of gradient accumulation and masked softmax"
+    yield "apex", "has kernels for weight gradients and masked softmax" if fused else off, None
     device = "cuda" if gpu else "cpu"
     form = implementation(device, torch.bfloat16)
-    slow = ": right, and slow" if form == "pytorch" else ""
+    slow = ": correct but slow" if form == "pytorch" else ""
     yield "operator", f"op={form}{slow}", None
-    yield "norms", "Transformer Engine's, fused into the projections" if te else "PyTorch's", None
+    yield "norms", "from Transformer Engine, fused into the projections" if te else "from PyTorch", None
     for dtype, allowed in ALLOWED.items():
         start = time.perf_counter()
         self_check(device, dtype)
         compiled = time.perf_counter()
         error = self_check(device, dtype)
         end = time.perf_counter()
-        seen = (
-            f"error {error:.1e} against the recurrence, {end - compiled:.1f} s, the first time {compiled - start:.1f} s"
-        )
-        yield f"self-check {str(dtype)[6:]}", seen, None if error <= allowed else f"more than {allowed}"
+        seen = f"error {error:.1e} against the recurrence; {end - compiled:.1f} s, first call {compiled - start:.1f} s"
+        wrong = f"the error {error:.1e} is larger than {allowed}: this operator does not compute HGRN2"
+        yield f"self-check {str(dtype)[6:]}", seen, None if error <= allowed else wrong
 
 
 def _has(module: str) -> bool:
@@ -86,9 +120,9 @@ def _gpu() -> str:
 
 
 def _megatron() -> tuple[str, str | None]:
-    """The release, and why it cannot be used."""
+    """Return the release of megatron-core, and the reason if it cannot be used."""
     if not _has("megatron.core"):
-        return "missing", "install megatron-core"
+        return "missing", "it is missing: install megatron-core"
     from hgrn2_megatron import cpu
 
     cpu.install()
@@ -96,20 +130,20 @@ def _megatron() -> tuple[str, str | None]:
 
     release = megatron.core.__version__
     try:
-        # its hooks check their targets
+        # the hooks check Megatron's functions before they wrap them
         import hgrn2_megatron.spec  # noqa: F401
         from hgrn2_megatron import megatron_hooks
 
         megatron_hooks.install_arguments({})
     except (ImportError, RuntimeError) as error:
         return release, str(error)
-    return release if release.startswith(TESTED) else f"{release}: not among the tested {' and '.join(TESTED)}", None
+    return release, None
 
 
 def self_check(device: str, dtype: torch.dtype) -> float:
-    """Largest relative error of the operator's output and gradients against the recurrence in fp64.
+    """Return the largest relative error of the operator's output and gradients against the recurrence in fp64.
 
-    Of a small batch with gates of every strength: ordinary, closed and nearly open ones, half of the bounds 0.
+    The batch is small. Its gates are ordinary, closed and nearly open, and half of the lower bounds are 0.
     """
     generator = torch.Generator().manual_seed(0)
     q, f, v, do = torch.randn(4, 1, 200, 2, 64, generator=generator).to(dtype).double()

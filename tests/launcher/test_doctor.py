@@ -1,6 +1,12 @@
-"""The report on a machine, and that it says when training would be wrong."""
+"""The report on a machine says what a run will use, if training would be wrong, and which releases are untried."""
+
+import re
+import tomllib
 
 import harness
+import pytest
+
+from hgrn2_megatron import doctor
 
 BROKEN = """
 import sys, torch
@@ -16,7 +22,7 @@ def test_says_what_a_run_will_use():
     done = harness.python("-m", "hgrn2_megatron", "doctor")
     assert done.returncode == 0, done.stdout
     seen = {line[:20].strip(): line[20:] for line in done.stdout.splitlines()}
-    assert seen["megatron-core"].startswith("0.19") and "not among" not in seen["megatron-core"]
+    assert seen["megatron-core"].startswith("0.19") and "not been tried" not in done.stdout
     assert seen["operator"].startswith("op=")
     assert "Ready to train." in done.stdout
 
@@ -24,3 +30,54 @@ def test_says_what_a_run_will_use():
 def test_an_operator_that_is_not_hgrn2_is_found():
     done = harness.python("-c", BROKEN)
     assert done.returncode == 1 and "WRONG  self-check float32" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "tried"),
+    [
+        ("torch", "2.11.0+cu130", True),
+        ("torch", "2.9.1", False),
+        ("torch", "3.0.0", False),
+        ("triton", "3.8.2", True),
+        ("triton", "3.10.0", False),
+        ("megatron-core", "0.20.0rc0", False),
+        ("transformer-engine", "2.20.2", True),
+        ("transformer-engine", "2.4.0", False),
+        ("transformer-engine", None, True),
+    ],
+)
+def test_releases_outside_of_those_that_were_tried_are_named(package, version, tried):
+    note = doctor.untried(package, version)
+    assert note is None if tried else note.startswith(f"{package} {version} ") and doctor.TRIED[package][1] in note
+
+
+def test_the_report_names_an_untried_release(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_lines", lambda: iter([("torch", "2.9.1", None)]))
+    monkeypatch.setattr(doctor, "_installed", lambda: {"torch": "2.9.1", "triton": "3.6.0"})
+    assert doctor.main() == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "been tried" in line]
+    assert len(notes) == 1 and notes[0].startswith("NOTE   torch 2.9.1")
+
+
+def read(name: str) -> str:
+    return (harness.ROOT / name).read_text()
+
+
+def test_limits_and_makefile_agree_with_the_releases_that_were_tried():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    allowed = [*project["dependencies"], *project["optional-dependencies"]["te"]]
+    # megatron-core[training]>=0.18,<0.21
+    lowest = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", "\n".join(allowed), re.M))
+    assert {package: lowest.get(package) for package in doctor.TRIED} == {
+        package: oldest for package, (oldest, _) in doctor.TRIED.items()
+    }
+    # the tests run on the oldest megatron-core and on the newest Triton too
+    beside = dict(re.findall(r"\$\(VENV\)/([a-z-]+)-(\d+\.\d+)\.\d+$", read("Makefile"), re.M))
+    assert beside == {"megatron-core": doctor.TRIED["megatron-core"][0], "triton": doctor.TRIED["triton"][1]}
+
+
+def test_pages_agree_with_the_releases_that_were_tried():
+    names = {"torch": "torch", "Triton": "triton", "megatron-core": "megatron-core"}
+    for page in (harness.ROOT / "README.md", *harness.ROOT.glob("docs/**/*.md")):
+        for name, *releases in re.findall(rf"({'|'.join(names)}) (\d+\.\d+) to (\d+\.\d+)", page.read_text()):
+            assert tuple(releases) == doctor.TRIED[names[name]], page
