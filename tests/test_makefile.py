@@ -1,4 +1,4 @@
-"""`make` on a machine whose Python is too old, or that has none: it says what to install."""
+"""`make` says what to install on a machine with no Python, or with one that is too old."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import harness
 
 
 def old_python(folder) -> str:
-    """A stand-in for an interpreter that fails the version check."""
+    """Write a program that answers like an old Python, and return its path."""
     path = folder / "python3"
     path.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.2 && exit 0\nexit 1\n')
     path.chmod(0o755)
