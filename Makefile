@@ -6,10 +6,10 @@ RUN := $(VENV)/bin/python
 # PYTHONPATH puts them before the installed releases
 OLDER := $(VENV)/megatron-core-0.18.2
 NEWER := $(VENV)/triton-3.8.0
-# the kernel tests that also run with the newest Triton
-NEWER_TESTS := tests/kernels/test_launch.py tests/kernels/test_step.py tests/kernels/test_compile.py
-# One process runs all tests of a file, because they share fixtures. There are more processes than cores, because tests
-# that start several ranks mostly wait.
+# the kernel tests that also run with the newest Triton, in at most three minutes on two cores
+FITS := tests/kernels/test_compile.py::test_kernels_compile_and_fit
+NEWER_TESTS := '$(FITS)[90-fp32-128]' '$(FITS)[90-bf16-128]' tests/kernels/test_launch.py tests/kernels/test_step.py
+# one process runs all tests of a file, because they share fixtures; at most four such processes run at once
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart compare test lint clean
@@ -23,7 +23,7 @@ compare: $(VENV)/.installed  ## train attention, HGRN2 and a hybrid on the same 
 test: $(VENV)/.installed $(OLDER) $(NEWER)  ## run the tests, and parts of them with the other releases
 	$(TEST)
 	PYTHONPATH=$(OLDER) $(TEST) -m releases
-	PYTHONPATH=$(NEWER) $(TEST) $(NEWER_TESTS)
+	PYTHONPATH=$(NEWER) $(TEST) --dist load $(NEWER_TESTS)
 
 lint: $(VENV)/.installed  ## run ruff and mypy
 	$(VENV)/bin/ruff check .
