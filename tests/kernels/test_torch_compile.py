@@ -77,21 +77,25 @@ def check(function, inputs, backend, breaks=False):
         assert want.any() and relative_error(x, want) <= 1e-6
 
 
+def backends(*cases):
+    """Return every case with a backend that also traces the backward, and the last case with one that does not."""
+    return [(*case, "aot_eager") for case in cases] + [(*cases[-1], "eager")]
+
+
 def both(o, final_state):
     """Graphs have something before and behind the operator."""
     return o.sin(), final_state.sin()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("B", "T", "H"), SHAPES)
+@pytest.mark.parametrize(("B", "T", "H", "backend"), backends(*SHAPES))
 def test_chunk(B, T, H, backend, place):
     *inputs, _ = make_inputs(B, T, H, place)
     check(lambda *x: [chunk_hgrn2(*x)[0].sin()], inputs, backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("save_states", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "save_states", "backend"), backends((False, False), (False, True), (True, False), (True, True))
+)
 def test_chunk_with_all_there_is(packed, save_states, backend, place):
     inputs = make_inputs(1, 40, 1, place, N=2 if packed else 1)
     cu_seqlens = torch.tensor([0, 7, 39], dtype=torch.int32, device=place["device"]) if packed else None
@@ -107,15 +111,15 @@ def test_by_name_in_pytorch(backend, place):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("B", "T", "H"), SHAPES)
+@pytest.mark.parametrize(("B", "T", "H", "backend"), backends(*SHAPES))
 def test_fused(B, T, H, backend, place):
     q, f, v, b, _ = make_inputs(B, T, H, place)
     check(lambda qfv, b: [chunk_hgrn2_fused(qfv, b)[0].sin()], (torch.stack((q, f, v), 3), b), backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("B", "T", "H", "packed"), [(1, 16, 1, False), (2, 40, 2, False), (1, 40, 1, True)])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "packed", "backend"), backends((1, 16, 1, False), (2, 40, 2, False), (1, 40, 1, True))
+)
 def test_segments(B, T, H, packed, backend, place):
     _, f, v, b, _ = make_inputs(B, T, H, place)
     cu_seqlens = torch.tensor([0, 7, 39], dtype=torch.int32, device=place["device"]) if packed else None
@@ -128,8 +132,7 @@ def test_segments(B, T, H, packed, backend, place):
     check(function, (f, v, b), backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "backend"), backends((False,), (True,)))
 def test_sharded(packed, backend, place):
     q, f, v, b, _ = make_inputs(1 if packed else 2, 40, 1, place)
     pieces = None
@@ -143,9 +146,7 @@ def test_sharded(packed, backend, place):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("slots", [None, [0, -1, 3]])
-@pytest.mark.parametrize("H", [1, 2])
+@pytest.mark.parametrize(("H", "slots", "backend"), backends((1, None), (2, None), (1, [0, -1, 3]), (2, [0, -1, 3])))
 def test_step(H, slots, backend, place):
     q, f, v, b, state = make_inputs(3 if slots else 1, 2, H, place, N=4 if slots else 1)
     slots = slots and torch.tensor(slots, device=place["device"])
