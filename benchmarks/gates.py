@@ -23,6 +23,7 @@ import torch
 
 from hgrn2_kernels import op
 from hgrn2_kernels.chunk_triton import chunk_forward
+from hgrn2_kernels.inputs import Inputs
 from hgrn2_megatron import mixer
 from hgrn2_megatron.__main__ import main
 
@@ -46,7 +47,7 @@ def statistics(qfv: torch.Tensor, bound: torch.Tensor | None) -> list[str]:
     low, high = some.quantile(torch.tensor([1e-3, 1 - 1e-3], device=x.device)).tolist()
     forget = b + (1 - b) * torch.sigmoid(x)
     chunk = forget.log2()[:, : x.shape[1] // 64 * 64].unflatten(1, (-1, 64)).sum(2).amin().item()
-    _, _, (_, bands) = chunk_forward(q, f, v, bound, None, None, 1.0, save_states=True)
+    _, _, (_, bands) = chunk_forward(Inputs(q, f, v, bound, None, None, 1.0), save_states=True)
     shares = " ".join(f"{(bands == n).float().mean():.1%}" for n in (2, 3, 4, 5))
     return [
         f"{x.mean():.2f} +- {x.std():.2f}",

@@ -2,11 +2,11 @@
 
     TRITON_CACHE_DIR=cache python scripts/compile_for_gpu.py [--arch 90] [-m] PROGRAM [ARGUMENT ...]
 
-The program (with -m a module, such as pytest) runs with tensors that have shapes and no numbers, a driver that answers
-for the GPU, and launches that compile and go no further. A number that it asks of a tensor is 0, and whatever it asks
-whether is so; what it prints, or the tests it runs pass, means nothing. The cache serves a machine that has the GPU and
-the same triton, in a folder of the same name: triton writes whole paths into it. There the program starts without
-compiling; autotuned kernels are there in every configuration, and are still to be timed.
+The program (with -m a module, such as pytest) runs with tensors that have shapes but no numbers, with a driver that
+answers for the GPU, and with launches that only compile. A number that the program reads from a tensor is 0, and a
+condition on a tensor is true. So its output, and the results of its tests, mean nothing. Copy the cache to a machine
+that has the GPU and the same triton, into a folder with the same path, because triton writes whole paths into it. There
+the program starts without compiling. Autotuned kernels are in the cache in every configuration, and are still timed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Driver:
-    """What triton asks of a GPU when it compiles and tunes."""
+    """The answers that triton needs from a GPU driver when it compiles and tunes."""
 
     def __init__(self, arch: int):
         self.target = GPUTarget("cuda", arch, 32)
@@ -66,7 +66,7 @@ ANSWERS = {
 
 
 class Shapes(TorchFunctionMode):
-    """Whatever is meant for a GPU has no numbers."""
+    """A mode in which tensors for a GPU are made on the meta device, without numbers."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -86,7 +86,7 @@ def _meta(x):
 
 
 class Nothing:
-    """Stands for a compiled kernel, and for whatever else of a GPU a program holds and calls."""
+    """A stand-in for a compiled kernel and for other objects of a GPU. Every method does nothing."""
 
     function = packed_metadata = None
 
@@ -109,7 +109,7 @@ def _call_once(call, **options):
 
 
 def pretend(arch: int):
-    """Make torch and triton believe in a GPU of this compute capability (90 for 9.0)."""
+    """Make torch and triton behave as if there were a GPU of this compute capability (90 for 9.0)."""
     triton.runtime.driver.set_active(Driver(arch))
     original = JITFunction.run
 
@@ -134,14 +134,14 @@ def pretend(arch: int):
     triton.testing.do_bench = _call_once
 
     def tune(self, tuning_key, configs, bench_fn):
-        # what was not timed must not be kept beside the kernels
+        # a choice that was not timed must not be written to the cache
         bench_fn()
         return False
 
     Autotuner.check_disk_cache = tune
     autocast = torch.autocast
     torch.autocast = lambda device, **options: autocast("cpu", **options)
-    # an index by a mask
+    # for indexing with a mask
     torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     torch.Tensor.is_cuda = property(lambda x: x.device.type == "meta")
@@ -155,7 +155,7 @@ def main():
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     pretend(args.arch)
-    from hgrn2_kernels import op, segments
+    from hgrn2_kernels import op
 
     def implementation(device, dtype):
         return "triton" if torch.device(device).type == "meta" and dtype != torch.float64 else "pytorch"
@@ -164,7 +164,6 @@ def main():
     with (
         Shapes(),
         patch.object(op, "implementation", implementation),
-        patch.object(segments, "implementation", implementation),
     ):
         if args.module:
             runpy.run_module(args.program, run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
 """Compile every form of the kernels for Hopper without a GPU, exactly as they would be launched.
 
-python tests/compile_hopper.py      prints one JSON line a kernel and form: registers, spilled bytes, shared memory
+python tests/compile_hopper.py      prints one JSON line per kernel and form: registers, spilled bytes, shared memory
 """
 
 import json
@@ -17,8 +17,10 @@ import torch  # noqa: E402
 from compile_kernels import CUOBJDUMP, FORM  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from hgrn2_kernels.inputs import Inputs  # noqa: E402
+
 FORMS = {
-    # batch, length, heads, packed sequences, a state in and out, a bound
+    # batch, length, heads, number of packed sequences, whether there is a state in and out, whether there is a bound
     "whole": (8, 4096, 16, None, False, True),
     "with a state": (8, 4096, 16, None, True, True),
     "odd": (8, 4095, 16, None, True, True),
@@ -35,8 +37,9 @@ def run_all(hopper):
         bound = torch.empty(H, 128, device="cuda") if bounded else None
         cu_seqlens = None if N is None else torch.empty(N + 1, dtype=torch.int32, device="cuda")
         state = torch.empty(N or B, H, 128, 128, device="cuda") if has_state else None
-        o, _, saved = hopper.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0, has_state, True)
-        hopper.chunk_backward(torch.empty_like(o), state, q, f, v, bound, state, cu_seqlens, 1.0, saved)
+        inputs = Inputs(q, f, v, bound, state, cu_seqlens, 1.0)
+        o, _, saved = hopper.chunk_forward(inputs, has_state, True)
+        hopper.chunk_backward(torch.empty_like(o), state, inputs, saved)
 
 
 def usage(compiled) -> dict:
@@ -69,7 +72,7 @@ def main():
     with (
         compile_for_gpu.Shapes(),
         patch.object(chunk_plan, "capability", lambda device: (9, 0)),
-        # chunk_triton's kernels have a test of their own
+        # compile_kernels.py compiles the kernels of chunk_triton.py
         patch.object(Launch, "__call__", lambda self, *tensors: None),
     ):
         run_all(hopper)

@@ -1,6 +1,6 @@
 """Compile every kernel for an architecture without a GPU, exactly as it would be launched.
 
-python tests/compile_kernels.py ARCH DTYPE K        prints one JSON line a kernel: registers, stack, shared memory
+python tests/compile_kernels.py ARCH DTYPE K        prints one JSON line per kernel: registers, stack, shared memory
 """
 
 import json
@@ -17,19 +17,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hgrn2_kernels import chunk_plan, chunk_triton
+from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.launch import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int8: "*i8", torch.int32: "*i32", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# what tells the forms of one kernel apart
-FORM = ("REVERSE", "STATES", "LAST", "DECAYS", "HAS_FIRST", "PACKED", "TABLED", "STAGES")
+# the arguments that distinguish the variants of one kernel
+FORM = ("REVERSE", "STATES", "FINAL", "DECAYS", "HAS_INITIAL", "PACKED", "TABLED", "STAGES")
 
 
 def recorded_launches(
     dtype: torch.dtype, K: int, T: int, H: int, arch: int, packed: bool = False
 ) -> list[tuple[Launch, dict]]:
-    """Launches of a forward and backward with all their arguments, but for the launching."""
+    """Return the launches of a forward and a backward with all their arguments, without launching them."""
     launches = []
 
     def record(launch, *tensors):
@@ -39,17 +40,18 @@ def recorded_launches(
     q, f, v = torch.empty(1, T, H, 3, K, dtype=dtype).unbind(3)
     bound, state = torch.empty(H, K), torch.empty(1, H, K, K)
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    inputs = Inputs(q, f, v, bound, state, cu_seqlens, 1.0)
     with (
         patch.object(Launch, "__call__", record),
         patch.object(chunk_plan, "capability", lambda device: divmod(arch, 10)),
     ):
-        o, *_ = chunk_triton.chunk_forward(q, f, v, bound, state, cu_seqlens, 1.0)
-        chunk_triton.chunk_backward(o, state, q, f, v, bound, state, cu_seqlens, 1.0)
+        o, *_ = chunk_triton.chunk_forward(inputs)
+        chunk_triton.chunk_backward(o, state, inputs)
     return launches
 
 
 def compile_kernel(launch: Launch, arguments: dict, arch: int):
-    """The compiled form, and what its machine code uses."""
+    """Return the compiled kernel, and the registers, stack and shared memory that its machine code uses."""
     signature, constants, attributes = {}, {}, {}
     for n, (name, parameter) in enumerate(zip(launch.jitted.arg_names, launch.jitted.params, strict=True)):
         value = arguments[name]
@@ -74,7 +76,7 @@ def compile_kernel(launch: Launch, arguments: dict, arch: int):
 
 def main(arch: int, dtype: str, K: int):
     seen = set()
-    # a length that is cut into segments, and heads enough that it is not
+    # one length that is cut into segments, and one with enough heads that it is not
     for T, H, packed in ((8192, 1, False), (64, 256, False), (8192, 1, True)):
         for launch, arguments in recorded_launches(DTYPES[dtype], K, T, H, arch, packed):
             form = {name: arguments[name] for name in FORM if name in arguments}

@@ -1,4 +1,4 @@
-"""Inputs that try the operator, gates of every strength among them, and its comparison with the recurrence."""
+"""Test inputs for the operator, with gates of many strengths, and the comparison with the recurrence."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ NAMES = ("o", "final_state", "dq", "df", "dv", "dlower_bound", "dinitial_state")
 
 
 def relative_error(got, want):
-    """Relative Frobenius error, against float64."""
+    """Return the relative Frobenius error of got, with want in float64."""
     want = want.double()
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
 
 
 def slower(x, n):
-    """The raw gate whose log gate is that of x over n: logit(sigmoid(x) ** (1 / n)) without cancellation."""
+    """Return the raw gate whose log gate is 1/n of that of x: logit(sigmoid(x) ** (1 / n)) without cancellation."""
     g = F.logsigmoid(x) / n
     return g - torch.log(-torch.expm1(g))
 
@@ -40,7 +40,7 @@ GATES = {
     "open": lambda x: x + 6,
     "mixed": one_scale_a_channel,
 }
-# for the kernels alone, which cut a chunk into as many bands as its gates need: a trained model's, and stronger
+# for the kernels only, which cut a chunk into bands: gates as in a trained model, and stronger ones
 ALL_GATES = GATES | {
     "times-4": lambda x: 4 * x,
     "half-closed": lambda x: x - 3,
@@ -57,7 +57,7 @@ def bounds(kind, H, K):
 
 
 def make_inputs(shape, gate="plain", bound="learned", N=None, dtype=torch.float64):
-    """q, f, v, lower_bound, initial_state in dtype: numbers that fp32 holds exactly if dtype is fp32."""
+    """Return q, f, v, lower_bound and initial_state in dtype."""
     B, T, H, K, V = shape
     torch.manual_seed(0)
     q, x = torch.randn(2, B, T, H, K, dtype=torch.float64)
@@ -68,7 +68,7 @@ def make_inputs(shape, gate="plain", bound="learned", N=None, dtype=torch.float6
 
 
 def run(op, inputs, cu_seqlens=None, dtype=None):
-    """Outputs and gradients of op by NAME, for output gradients that do not depend on op or dtype."""
+    """Return the outputs and gradients of op, keyed by NAMES. The output gradients do not depend on op or dtype."""
     leaves = [x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
     q, f, v, lower_bound, h0 = leaves
     o, ht = op(q, f, v, lower_bound, initial_state=h0, output_final_state=True, cu_seqlens=cu_seqlens)
@@ -80,14 +80,14 @@ def run(op, inputs, cu_seqlens=None, dtype=None):
 
 
 def assert_equal(got, want, ceiling, lower_bound=None):
-    """Every tensor of two runs agrees to a relative error of ceiling."""
+    """Assert that every tensor of two runs agrees up to a relative error of ceiling."""
     for name in NAMES:
         if want[name] is None:
             assert got[name] is None, name
             continue
         a, b = got[name], want[name]
         if name == "dlower_bound" and lower_bound is not None:
-            # below this the gradient of the bound is ill-conditioned, and at 0 it is defined as zero
+            # below this value the gradient of the bound is ill-conditioned, and at 0 it is defined as 0
             keep = lower_bound >= 1e-3
             a, b = a[keep], b[keep]
         assert a.isfinite().all(), name
@@ -95,7 +95,7 @@ def assert_equal(got, want, ceiling, lower_bound=None):
 
 
 def hand_on(chain: int):
-    """The pieces of a sequence follow each other here, `chain` of them."""
+    """Return a hand_on function for sequences of `chain` consecutive pieces that are all in this process."""
 
     def start(state, log_decay, reverse):
         assert state.shape[:3] == log_decay.shape[:3]

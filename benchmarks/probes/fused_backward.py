@@ -38,6 +38,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hgrn2_kernels import chunk_hgrn2
 from hgrn2_kernels.chunk_triton import Launches, chunk_backward, chunk_forward
+from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.reference import recurrent_hgrn2
 from hgrn2_kernels.triton_math import (
     LOG2E,
@@ -358,8 +359,9 @@ class Bench:
             today["dbound"] = run.gradients(v, do, states, dstates, today["dq"], today["df"])
 
             def everything(kept=True):
-                saved = chunk_forward(q, f, v, bound, None, None, D**-0.5, False, kept)[2]
-                chunk_backward(do, None, q, f, v, bound, None, None, D**-0.5, saved)
+                inputs = Inputs(q, f, v, bound, None, None, D**-0.5)
+                saved = chunk_forward(inputs, False, kept)[2]
+                chunk_backward(do, None, inputs, saved)
 
             measured = dict(
                 forward=milliseconds(lambda: chunk_hgrn2(q, f, v, bound, save_states=True)),

@@ -17,6 +17,7 @@ import torch
 from fused_forward import D, error, milliseconds, run_chosen, supervise, tell
 
 from hgrn2_kernels import chunk_triton, hopper
+from hgrn2_kernels.inputs import Inputs
 
 # relative Frobenius error beside today's kernels, both rounded to bf16
 CEILING = 5e-3
@@ -92,12 +93,12 @@ def measure(case: Case):
         borders = torch.arange(case.documents + 1, dtype=torch.int32, device="cuda")
         cu_seqlens = (borders * (case.T // case.documents) - borders % 7).contiguous()
         cu_seqlens[-1] = case.T
-    inputs = (q, f, v, bound, None, cu_seqlens, D**-0.5)
+    inputs = Inputs(q, f, v, bound, None, cu_seqlens, D**-0.5)
     row = dict(name=case.name, shape=case.shape, predicted=case.predicted)
 
     def both(forward, backward, save_states=True):
-        o, _, saved = forward(*inputs, False, save_states)
-        dq, df, dv, dbound, _ = backward(do, None, *inputs, saved)
+        o, _, saved = forward(inputs, False, save_states)
+        dq, df, dv, dbound, _ = backward(do, None, inputs, saved)
         return dict(o=o, dq=dq, df=df, dv=dv, dbound=dbound)
 
     new, old = (hopper.chunk_forward, hopper.chunk_backward), (chunk_triton.chunk_forward, chunk_triton.chunk_backward)

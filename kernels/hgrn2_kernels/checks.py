@@ -1,4 +1,4 @@
-"""What a caller of the operator can get wrong, said with what to do instead."""
+"""Checks of the arguments of the operators. Each error says what is wrong and what to do instead."""
 
 import functools
 
@@ -8,10 +8,12 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
-    """Shapes, dtypes and devices of `chunk_hgrn2`'s arguments; no values, which would wait for the device.
+    """Check the shapes, dtypes and devices of the arguments of `chunk_hgrn2`.
+
+    Values are not checked, because that would wait for the device.
 
     Raises:
-        ValueError: the first thing that is wrong.
+        ValueError: an argument is wrong. The message names the first one.
     """
     check_inputs(q, f, v)
     B, _, H, K = q.shape
@@ -25,10 +27,10 @@ def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
 
 
 def split_fused(qfv):
-    """q, f and v, [B, T, H, K] each, of one projection [B, T, H, 3, K].
+    """Split one projection [B, T, H, 3, K] into views q, f and v, [B, T, H, K] each.
 
     Raises:
-        ValueError: another shape.
+        ValueError: qfv has another shape.
     """
     if qfv.dim() != 5 or qfv.shape[3] != 3:
         raise ValueError(f"qfv must be [B, T, H, 3, K], got {shape_of(qfv)}: split it with unflatten(-1, (H, 3, K))")
@@ -36,34 +38,36 @@ def split_fused(qfv):
 
 
 def check_kernels(q, v, scale=1.0):
-    """What the Triton kernels ask beyond `check_chunk`.
+    """Check what the Triton kernels require in addition to `check_chunk`.
 
     Raises:
-        ValueError: wide heads, a scale of 0, or a GPU that is too old; it names the way out.
+        ValueError: a head has more than 256 channels, the scale is 0, or the GPU is too old.
     """
     K, V = q.shape[-1], v.shape[-1]
     if scale == 0:
-        raise ValueError("the kernels divide by the scale, got 0: use chunk_hgrn2_pytorch")
+        raise ValueError("the Triton kernels divide by the scale, and it is 0: use chunk_hgrn2_pytorch")
     if max(K, V) > 256:
-        raise ValueError(f"the kernels take heads of up to 256, got K = {K}, V = {V}: use chunk_hgrn2_pytorch")
+        raise ValueError(
+            f"the kernels take at most 256 channels per head, got K = {K}, V = {V}: use chunk_hgrn2_pytorch"
+        )
     if capability(q.device) < (8, 0):
         raise ValueError(
-            f"the kernels need a GPU of compute capability 8.0 or more, and {q.device} has "
+            f"the Triton kernels need a GPU of compute capability 8.0 or higher, and {q.device} has "
             f"{'.'.join(map(str, capability(q.device)))}: use chunk_hgrn2_pytorch"
         )
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU; that of a Hopper where there is none, as under the interpreter."""
+    """Return the compute capability of a GPU, or (9, 0) if there is no GPU, as in the interpreter."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 def borders_on_host(cu_seqlens, T: int) -> list[int]:
-    """The values of cu_seqlens, checked.
+    """Return the values of cu_seqlens after checking them.
 
     Raises:
-        ValueError: they do not go from 0 to at most T without decreasing.
+        ValueError: they do not start at 0, they decrease, or they end behind T.
     """
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] > T or borders != sorted(borders):
@@ -74,14 +78,15 @@ def borders_on_host(cu_seqlens, T: int) -> list[int]:
 
 
 def check_inputs(q, f, v):
+    """Check that q, f and v fit each other."""
     if q.dim() != 4 or f.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q and f must be [B, T, H, K] and v [B, T, H, V], got {shape_of(q)}, {shape_of(f)} and {shape_of(v)}: "
-            "put batch before time and split the heads off with unflatten(-1, (H, -1))"
+            "put the batch dimension first and split off the heads with unflatten(-1, (H, -1))"
         )
     if 0 in q.shape or 0 in v.shape:
         raise ValueError(
-            f"no dimension may be 0, got q {shape_of(q)} and v {shape_of(v)}: without tokens, skip the call"
+            f"no dimension may be 0, got q {shape_of(q)} and v {shape_of(v)}: skip the call if there are no tokens"
         )
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be float64, float32, bfloat16 or float16, got {q.dtype}: cast q, f and v")
@@ -92,6 +97,7 @@ def check_inputs(q, f, v):
 
 
 def check_cu_seqlens(cu_seqlens, q):
+    """Check the shape and the dtype of cu_seqlens, and that q has one row."""
     if q.shape[0] != 1:
         raise ValueError(
             f"cu_seqlens needs B = 1, got B = {q.shape[0]}: pack the sequences along T, "
@@ -100,19 +106,20 @@ def check_cu_seqlens(cu_seqlens, q):
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}: convert it with .int()")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens must be [N + 1], got {shape_of(cu_seqlens)}: 0 and the end of each sequence")
+        raise ValueError(f"cu_seqlens must be [N + 1], got {shape_of(cu_seqlens)}: pass 0 and the end of each sequence")
 
 
 def check_like_state(name, x, shape, q):
-    """Check a tensor that is kept in the accumulation dtype."""
+    """Check a tensor in the dtype of the states: fp64 if q is fp64, else fp32."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if x.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)} to go with q, got {shape_of(x)}: reshape or slice it")
+        raise ValueError(f"{name} must be {list(shape)} to match q, got {shape_of(x)}: reshape or slice it")
     if x.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype} for {q.dtype} inputs, got {x.dtype}: keep it in that")
+        raise ValueError(f"{name} must be {dtype} for {q.dtype} inputs, got {x.dtype}: convert it")
     if x.device != q.device:
         raise ValueError(f"{name} must be on {q.device} like q, got {x.device}: move it")
 
 
 def shape_of(x):
+    """Return the shape of x as a list, for messages."""
     return list(x.shape)

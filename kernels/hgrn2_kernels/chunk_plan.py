@@ -1,6 +1,6 @@
-"""What the launches over one shape need to know: tiles, chunks, segments, and every argument that is not a tensor.
+"""What the launches for one shape need to know: tiles, chunks, segments, and all arguments that are not tensors.
 
-All of it is a pure function of shapes, dtype and compute capability, found once for each.
+It all follows from the shapes, the dtype and the compute capability, and is computed once for each combination.
 """
 
 import dataclasses
@@ -13,29 +13,30 @@ from torch import Tensor
 
 from hgrn2_kernels.checks import capability
 
-# programs of chunk_state that fill the largest GPU it is tuned for, two on each of 132 multiprocessors
+# the number of programs of chunk_state that fill the largest GPU it is tuned for: two on each of 132 multiprocessors
 FILL = 256
-# bytes that the backward may ask to keep beyond the inputs, as a share of theirs
-KEPT = 0.1
+# the states that enter the segments are kept for the backward if they take at most this share of the inputs' bytes
+ENTERING_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tiles of the kernels, a pure function of dtype, head dimensions and compute capability.
+    """The tiles of the kernels. They follow from the dtype, the head dimensions and the compute capability.
 
     Attributes:
-        C: tokens a chunk.
-        BK: channels of K that share a tile and a flag, the rows of a tensor core's product.
-        gradient: (channels of K, warps) of chunk_gradient, which has the most to keep in registers.
+        C: tokens per chunk.
+        BK: channels of K that share a tile and a count of bands: the rows of a tensor core's product.
+        gradient: (channels of K, warps) of chunk_gradient, which needs the most registers.
         BV: channels of V, all of them.
-        state_BV: channels of V in chunk_state.
-        dtype: of the operands of matrix products and of the states between chunks.
-        state_stages, reverse_stages, output_stages: of the pipelines of chunk_state, forward and in reverse, and of
-            chunk_output.
-        alone_stages: of chunk_state in reverse where its programs have a multiprocessor each, and its shared memory.
-        output_warps, state_warps: of chunk_output and chunk_state.
-        gradient_ahead: programs of chunk_gradient that a GPU runs at a time, whose successors' tiles they prefetch; 0
-            where that was not tried.
+        state_BV: channels of V in a program of chunk_state.
+        dtype: dtype of the operands of matrix products, and of the states between chunks.
+        state_stages, reverse_stages, output_stages: stages of the pipelines of chunk_state forward, of chunk_state in
+            reverse, and of chunk_output.
+        alone_stages: stages of chunk_state in reverse where each of its programs has a multiprocessor, with all of its
+            shared memory, to itself.
+        output_warps, state_warps: warps of chunk_output and of chunk_state.
+        gradient_ahead: how many programs of chunk_gradient the GPU runs at a time. Each of them prefetches the tiles of
+            the program that is so many programs ahead. It is 0 where that was not tried.
     """
 
     C: int
@@ -62,14 +63,14 @@ class Config:
         # Hopper and the large Blackwells multiply out of shared memory, the others out of registers
         wide = capability[0] in (9, 10)
         gradient, output_warps = (64, 4) if wide else (32, 8), 4 if wide and BV <= 128 else 8
-        # the fast path's operands need the exponents of bf16, which fp16 lacks
-        # two on each multiprocessor of an H100
+        # two programs on each multiprocessor of an H100
         ahead = 264 if capability == (9, 0) else 0
         state_BV = min(BV, 128)
+        # products are in bf16 for fp16 inputs too: the operands of the fast form need exponents that fp16 does not have
         return cls(64, 64, gradient, BV, state_BV, torch.bfloat16, 3, 2, 3, 2, output_warps, gradient_ahead=ahead)
 
     def blocks(self, K: int) -> int:
-        """Blocks of channels that K has."""
+        """Return how many blocks of BK channels K has."""
         return -(-K // self.BK)
 
     @property
@@ -79,13 +80,13 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """How many chunks there are.
+    """The number of chunks.
 
     Attributes:
         N: sequences.
-        NC: chunks, an upper bound where sequences are packed.
-        T: tokens of a row.
-        per_row: chunks of a row of a dense batch; 0 for packed sequences.
+        NC: chunks; an upper bound where sequences are packed.
+        T: tokens per row.
+        per_row: chunks per row of a dense batch; 0 for packed sequences.
     """
 
     N: int
@@ -95,21 +96,24 @@ class Chunks:
 
     @classmethod
     def of(cls, B: int, T: int, N: int | None, C: int) -> "Chunks":
-        """Chunks of C tokens of B rows, or of N sequences packed in one."""
+        """Count the chunks of C tokens in B rows, or in N sequences packed in one row."""
         if N is None:
             return cls(B, B * -(-T // C), T, -(-T // C))
-        # what lies behind the last sequence takes chunks like one more; a part is cut short by C - 1 tokens at most
+        # The tokens behind the last sequence take chunks like one more sequence. A sequence leaves at most C - 1 tokens
+        # of its last chunk unused.
         return cls(N, N + 1 + (T - N - 1) // C, T, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """How chunk_state cuts sequences so that its programs fill a GPU: 8 chunks a segment at least.
+    """The segments into which chunk_state cuts sequences, so that its programs fill a GPU.
+
+    A segment is the stretch of chunks that one walk of a kernel covers. If sequences are cut, it has 8 chunks or more.
 
     Attributes:
-        count: segments of all sequences, an upper bound where sequences are packed.
-        length: chunks a segment.
-        per_sequence: segments of a sequence of a dense batch, 1 where sequences are whole; 0 where packed ones are cut.
+        count: segments of all sequences; an upper bound where sequences are packed.
+        length: chunks per segment.
+        per_sequence: segments per sequence. It is 1 where sequences are whole, and 0 where packed sequences are cut.
     """
 
     count: int
@@ -118,11 +122,11 @@ class Segments:
 
     @classmethod
     def of(cls, chunks: Chunks, C: int, programs: int, fill: int) -> "Segments":
-        """Args: chunks of C tokens; programs a segment, and those that fill a GPU."""
+        """Cut chunks of C tokens, for `programs` programs per segment and `fill` programs on a GPU."""
         wanted = triton.cdiv(fill, chunks.N * programs)
         if chunks.per_row:
             wanted = min(wanted, chunks.per_row // 8)
-        # the pass over the segments that comes first costs as much as two segments gain
+        # the additional pass over the segments costs as much as two segments gain
         if wanted < 3:
             return cls(chunks.N, chunks.NC)
         if chunks.per_row:
@@ -134,17 +138,23 @@ class Segments:
 
     @property
     def cut(self) -> bool:
+        """Whether sequences may consist of several segments."""
         return self.per_sequence != 1
 
     @property
     def tabled(self) -> bool:
+        """Whether a table says which sequence a segment belongs to."""
         return self.per_sequence == 0
 
 
 def table(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """For pieces of `size` tokens: the sequence of each piece [count], and the first piece of each sequence [N + 1].
+    """Return which parts of packed sequences belong to which sequence, if each is cut into parts of `size` tokens.
 
-    int32, made on the device; pieces beyond the last sequence's belong to number N, and start where it would.
+    Returns:
+        sequence: [count] int32, the sequence of each part. Parts beyond the last sequence belong to number N.
+        first: [N + 1] int32, the first part of each sequence, and of number N.
+
+    Both are made on the device.
     """
     counts = (cu_seqlens.diff() + size - 1) // size
     first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
@@ -155,15 +165,18 @@ def table(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Attributes:
-    config, chunks, segments: of the shape.
-    blocks: of channels that share a flag.
-    state_programs, output_programs, gradient_programs: of chunk_state a segment, and of the other two in all.
-    state_stages, reverse_stages: of the pipelines of chunk_state, forward and in reverse.
-    keeps_entering: whether the states that enter the segments are small enough to be kept for the backward.
-    H, K, V: heads and their dimensions.
-    bounded, packed: whether there is a bound, and whether sequences are packed.
-    numbers: arguments of all kernels.
+    """Everything that the launches for one shape have in common.
+
+    Attributes:
+        config, chunks, segments: the tiles, the chunks and the segments.
+        blocks: blocks of channels of K that share a count of bands.
+        state_programs: programs of chunk_state per segment.
+        output_programs, gradient_programs: programs of chunk_output and chunk_gradient, in all.
+        state_stages, reverse_stages: stages of the pipelines of chunk_state, forward and in reverse.
+        keeps_entering: whether the states that enter the segments are small enough to be kept for the backward.
+        H, K, V: heads and their dimensions.
+        bounded, packed: whether there is a bound, and whether sequences are packed.
+        numbers: arguments of all kernels.
     """
 
     config: Config
@@ -185,7 +198,7 @@ class Plan:
 
     @classmethod
     def of(cls, q: Tensor, f: Tensor, v: Tensor, bounded: bool, scale: float, N: int | None) -> "Plan":
-        """Args: the inputs; whether there is a bound; N packed sequences, or None."""
+        """Return the plan for these inputs. N is the number of packed sequences, or None for a dense batch."""
         return _plan(q.device, q.dtype, q.shape, v.shape[3], q.stride(), f.stride(), bounded, scale, N, FILL)
 
 
@@ -197,6 +210,7 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
     blocks = config.blocks(K)
     state_programs = H * blocks * triton.cdiv(V, config.state_BV)
     segments = Segments.of(chunks, config.C, state_programs, fill)
+    entering = segments.count * K * V * 4
     alone = segments.count * state_programs <= fill // 2
     numbers = dict(
         **strides("q", stride_q),
@@ -225,7 +239,7 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
         gradient_programs=chunks.NC * H * triton.cdiv(K, config.gradient[0]),
         state_stages=config.state_stages,
         reverse_stages=config.alone_stages if alone else config.reverse_stages,
-        keeps_entering=segments.cut and segments.count * K * V * 4 <= KEPT * B * T * (2 * K + V) * dtype.itemsize,
+        keeps_entering=segments.cut and entering <= ENTERING_SHARE * B * T * (2 * K + V) * dtype.itemsize,
         H=H,
         K=K,
         V=V,
@@ -236,9 +250,9 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
 
 
 def strides(name: str, stride: tuple[int, ...]) -> dict[str, int]:
-    """The arguments of a kernel for a tensor [B, T, H, D] of that name whose last stride is 1."""
+    """Return the stride arguments of a kernel for the tensor [B, T, H, D] with that name, whose last stride is 1."""
     b, t, h = _STRIDES[name]
     return {b: stride[0], t: stride[1], h: stride[2]}
 
 
-_STRIDES = {x: tuple(f"stride_{x}{axis}" for axis in "bth") for x in ("q", "f", "v", "y", "o", "dq", "df")}
+_STRIDES = {x: tuple(f"stride_{x}{axis}" for axis in "bth") for x in ("q", "f", "v", "y", "o", "do", "dq", "df")}

@@ -1,8 +1,8 @@
-"""The operator on a GPU: launches of the chunk kernels.
+"""The operator on a GPU: the launches of the chunk kernels.
 
-Forward: chunk_state, chunk_output. Backward: chunk_state again unless states are kept, chunk_state
-in reverse, chunk_output in reverse for dv, chunk_gradient. Nothing waits for the device: which chunks take the exact
-path is a flag that chunk_state leaves in memory.
+The forward launches chunk_state and chunk_output. The backward launches chunk_state again unless the states were saved,
+then chunk_state in reverse, chunk_output in reverse for dv, and chunk_gradient. Nothing waits for the device:
+chunk_state leaves a count of bands for each chunk in device memory, and the other kernels choose their form by it.
 """
 
 import functools
@@ -15,32 +15,34 @@ from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
 from hgrn2_kernels.chunk_plan import Plan, strides, table
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
+from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.matrices import matrices
 from hgrn2_kernels.strides import dense_like, unit_stride
 
-# launches kept of each kernel: a program whose shapes change all the time makes new ones
-KEPT = 4096
+# the number of launches that are cached for each kernel; a program whose shapes change all the time adds new ones
+CACHED_LAUNCHES = 4096
 
 
-def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state=True, save_states=False):
-    """Output of the chunk kernels and what a backward may want to keep.
+def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
+    """Return the output of the chunk kernels, the final state, and what the backward may use again.
 
     Args:
-        q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states: as in `chunk_hgrn2`, on
-            one device.
+        inputs: the inputs, on one CUDA device.
+        output_final_state, save_states: as in `chunk_hgrn2`.
 
     Returns:
         o: [B, T, H, V] dtype of v.
-        final_state: [N, H, K, V] fp32; None unless asked for.
-        saved: what spares the backward some work. With save_states, the states [chunks, H, K, V] of `Config.dtype`
-            that enter the chunks, decayed towards their middle, and [chunks, H, blocks of K] int8, how many bands
-            of decay a chunk has. Without, the states [segments, H, K, V] fp32 that enter the segments, or nothing.
+        final_state: [N, H, K, V] fp32; None without output_final_state.
+        saved: a tuple that saves the backward some work. With save_states it holds the states [chunks, H, K, V] of
+            `Config.dtype` that enter the chunks, decayed towards their middle, and the counts of bands
+            [chunks, H, blocks of K] int8. Without save_states it holds the states [segments, H, K, V] fp32 that enter
+            the segments, or nothing.
     """
-    q, f, v = (unit_stride(x) for x in (q, f, v))
+    q, f, v = (unit_stride(x) for x in inputs[:3])
     with torch.cuda.device_of(q):
-        run = Launches(q, f, v, lower_bound, scale, cu_seqlens)
-        states, final_state, entering = run.states(v, initial_state, wants_last=output_final_state)
+        run = Launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
+        states, final_state, entering = run.states(v, inputs.initial_state, wants_final=output_final_state)
         o = dense_like(v)
         run.output(v, states, o)
     final_state = final_state if output_final_state else None
@@ -49,46 +51,48 @@ def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output
     return o, final_state, (entering,) if run.plan.keeps_entering else ()
 
 
-def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=(), into=None):
-    """Gradients of q, f, v, lower_bound and the initial state, None for what is not there.
+def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
+    """Return the gradients of q, f, v, lower_bound and the initial state, or None for an input that is None.
 
     Args:
         do: [B, T, H, V] dtype of v, gradient of o.
         dfinal_state: [N, H, K, V] fp32, or None.
-        q, f, v, lower_bound, initial_state, cu_seqlens, scale: of the forward.
-        saved: of the forward; what is not there is computed again.
-        into: tensors that take the gradients of q, f and v, the last dimension contiguous; new ones when None.
+        inputs: the inputs of the forward.
+        saved: the tuple that the forward returned. What it does not hold is computed again.
+        into: tensors to write the gradients of q, f and v to, with a contiguous last dimension. None means new ones.
     """
-    dq, df, dv = (dense_like(x) for x in (q, f, v)) if into is None else into
-    q, f, v, do = (unit_stride(x) for x in (q, f, v, do))
+    dq, df, dv = (dense_like(x) for x in inputs[:3]) if into is None else into
+    q, f, v, do = (unit_stride(x) for x in (*inputs[:3], do))
+    initial = inputs.initial_state
     states, bands = saved if len(saved) == 2 else (None, None)
     with torch.cuda.device_of(q):
-        run = Launches(q, f, v, lower_bound, scale, cu_seqlens, bands)
+        run = Launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens, bands)
         if states is None:
-            states, *_ = run.states(v, initial_state, wants_last=False, entering=saved[0] if saved else None)
-        wants_last = initial_state is not None
-        dstates, dinitial, _ = run.states(do, dfinal_state, reverse=True, wants_last=wants_last)
+            states, *_ = run.states(v, initial, wants_final=False, entering=saved[0] if saved else None)
+        wants_final = initial is not None
+        dstates, dinitial, _ = run.states(do, dfinal_state, reverse=True, wants_final=wants_final)
         run.output(do, dstates, dv, reverse=True)
         dbound = run.gradients(v, do, states, dstates, dq, df)
-    return dq, df, dv, dbound, dinitial if wants_last else None
+    return dq, df, dv, dbound, dinitial if wants_final else None
 
 
 class Launches:
-    """The launches over one set of inputs, with the flags of the chunks where an earlier pass has set them."""
+    """The launches over one set of inputs. `bands` are the counts of an earlier pass, if there was one."""
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
         packed = cu_seqlens is not None
         N = cu_seqlens.shape[0] - 1 if packed else None
         self.plan = plan = Plan.of(q, f, v, lower_bound is not None, scale, N)
         if bands is None:
-            # packed sequences may leave chunks over, whose flags nobody writes: there, the others write zeros
-            flags = q.new_zeros if packed else q.new_empty
-            bands = flags((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
+            # Packed sequences may leave chunks over. chunk_state does not write their counts, and where a count is 0
+            # the other kernels write zeros.
+            empty = q.new_zeros if packed else q.new_empty
+            bands = empty((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
         self.bands = bands
         self.bound = bands if lower_bound is None else lower_bound.contiguous()
         self.q, self.f = q, f
         self.sums, self.ones = matrices(q.device, plan.config.C, plan.config.dtype)
-        # pointers that a kernel does not read or write still need a tensor
+        # a kernel needs a tensor for each pointer, also for one that it does not read or write
         self.none = bands
         self.cu_seqlens = self.chunk_sequence = self.chunk_first = self.none
         self.segment_sequence = self.segment_first = self.none
@@ -99,95 +103,102 @@ class Launches:
             self._number_segments(cu_seqlens)
 
     def _number_segments(self, cu_seqlens: Tensor) -> None:
-        """Say which segments of packed sequences belong to which sequence."""
+        """Find the sequence of each segment, for packed sequences."""
         plan = self.plan
         size = plan.config.C * plan.segments.length
         sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
-        # a segment beyond the last is one of the last sequence, and starts after its end
+        # a segment beyond the last is counted to the last sequence, and starts behind its end
         self.segment_sequence = sequence.clamp_(max=plan.chunks.N - 1)
 
     def states(
         self,
         y: Tensor,
-        first: Tensor | None,
+        initial: Tensor | None,
         reverse: bool = False,
-        wants_last: bool = True,
+        wants_final: bool = True,
         entering: Tensor | None = None,
         rows: Tensor | None = None,
-        parts: tuple[Tensor, Tensor] | None = None,
+        totals: tuple[Tensor, Tensor] | None = None,
     ):
-        """The states of one direction.
+        """Compute the states of one direction.
 
         Args:
             y: [B, T, H, V], v or do.
-            first: [N, H, K, V] fp32, states at the sequences' beginnings (ends where reverse); zeros when None.
-            entering: of an earlier call, which spares a pass over the segments.
-            rows: [N] int32, the row of first that each sequence takes, -1 for zeros; None for its own.
-            parts: of `totals`, which spare that pass too; overwritten.
+            initial: [N, H, K, V] fp32, states at the beginnings of the sequences (at the ends where reverse). None
+                means zeros.
+            entering: the result of an earlier call, which saves a pass over the segments.
+            rows: [N] int32, the row of initial that each sequence takes, -1 for zeros. None means its own row.
+            totals: the third result of `totals`, which also saves that pass. It is overwritten.
 
         Returns:
-            states: [NC, H, K, V], at the chunks' borders.
-            last: [N, H, K, V] fp32, at the other ends of the sequences; None where entering is given, and perhaps where
-                it is not wanted.
-            entering: [segments, H, K, V] fp32, at the segments' beginnings; None where sequences are whole.
+            states: [NC, H, K, V], at the borders of the chunks.
+            final: [N, H, K, V] fp32, at the other ends of the sequences. It is None where entering is given, and may be
+                None without wants_final.
+            entering: [segments, H, K, V] fp32, at the beginnings of the segments. None where sequences are whole.
         """
         plan = self.plan
-        first = None if first is None else first.contiguous()
-        last = None
+        initial = None if initial is None else initial.contiguous()
+        final = None
         states = y.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V), dtype=plan.config.dtype)
         if not plan.segments.cut:
-            last = self._per_segment(y, plan.V) if wants_last else None
-            self._walk(y, reverse, first, rows, states=states, last=last)
+            final = self._per_segment(y, plan.V) if wants_final else None
+            self._walk(y, reverse, initial, rows, states=states, final=final)
         else:
             if entering is None:
-                added, decays = parts or self._segment_totals(y, reverse)
-                entering, last, _ = self._scan(added, decays, first, rows, reverse)
+                added, decays = totals or self._segment_totals(y, reverse)
+                entering, final, _ = self._scan(added, decays, initial, rows, reverse)
             self._walk(y, reverse, entering, None, states=states)
-        return states, last, entering
+        return states, final, entering
 
     def totals(self, y: Tensor, reverse: bool = False):
-        """What each sequence does to a state that passes it.
+        """Sum up the effect of each sequence on a state that passes it.
 
         Returns:
-            state: [N, H, K, V] fp32, after the sequence from zeros before it (before it where reverse).
+            state: [N, H, K, V] fp32, after the sequence if it is 0 before it (before and after swap where reverse).
             log_decay: [N, H, K] fp32, nats.
-            parts: state and log2 decay of each segment; None where sequences are whole.
+            segments: the same two for each segment, with the decay in log2. None where sequences are whole.
         """
-        added, decays = parts = self._segment_totals(y, reverse)
+        added, decays = segments = self._segment_totals(y, reverse)
         if not self.plan.segments.cut:
             return added, decays * math.log(2), None
         _, state, decay = self._scan(added.clone(), decays, None, None, reverse)
-        return state, decay * math.log(2), parts
+        return state, decay * math.log(2), segments
 
     def _per_segment(self, like, *more):
         return like.new_empty((self.plan.segments.count, self.plan.H, self.plan.K, *more), dtype=torch.float32)
 
     def _segment_totals(self, y, reverse):
-        """What each segment adds to a state that passes it, and the log2 decay of that state."""
+        """Return what each segment adds to a state that passes it, and the log2 decay of that state."""
         added, decays = self._per_segment(y, self.plan.V), self._per_segment(y)
-        self._walk(y, reverse, None, None, last=added, decays=decays)
+        self._walk(y, reverse, None, None, final=added, decays=decays)
         return added, decays
 
-    def _scan(self, added, decays, first, rows, reverse):
-        """States that enter the segments, in the place of added; of each sequence, state at the end and log2 decay."""
-        last, total = (x.new_empty((self.plan.chunks.N, *x.shape[1:])) for x in (added, decays))
-        launch = _segment_scan(self.plan, reverse, first is not None, rows is not None)
-        first, rows = (self.none if x is None else x for x in (first, rows))
-        launch(first, rows, added, decays, last, total, self.segment_first)
-        return added, last, total
+    def _scan(self, added, decays, initial, rows, reverse):
+        """Step the states over the segments.
 
-    def _walk(self, y, reverse, first, rows, states=None, last=None, decays=None):
-        """One pass of chunk_state over all segments, for what is given to fill."""
-        given = [x is not None for x in (first, rows, states, last, decays)]
-        first, rows, states, last, decays = (self.none if x is None else x for x in (first, rows, states, last, decays))
+        Returns the states that enter the segments, which overwrite added, and for each sequence the final state and the
+        log2 decay.
+        """
+        final, total = (x.new_empty((self.plan.chunks.N, *x.shape[1:])) for x in (added, decays))
+        launch = _segment_scan(self.plan, reverse, initial is not None, rows is not None)
+        initial, rows = (self.none if x is None else x for x in (initial, rows))
+        launch(initial, rows, added, decays, final, total, self.segment_first)
+        return added, final, total
+
+    def _walk(self, y, reverse, initial, rows, states=None, final=None, decays=None):
+        """Launch chunk_state over all segments. It fills those of states, final and decays that are given."""
+        given = [x is not None for x in (initial, rows, states, final, decays)]
+        initial, rows, states, final, decays = (
+            self.none if x is None else x for x in (initial, rows, states, final, decays)
+        )
         launch = _chunk_state(self.plan, y.stride(), reverse, *given)
         launch(
-            *(self.q, self.f, y, self.bound, first, rows, states, self.bands, last, decays, self.sums, self.ones),
+            *(self.q, self.f, y, self.bound, initial, rows, states, self.bands, final, decays, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first),
         )
 
     def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
-        """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the gradients of the leaving."""
+        """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the leaving states' gradients."""
         launch = _chunk_output(self.plan, y.stride(), out.stride(), reverse)
         launch(
             *(self.q, self.f, y, self.bound, states, self.bands, out, self.sums, self.ones),
@@ -195,11 +206,11 @@ class Launches:
         )
 
     def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor, dq: Tensor, df: Tensor):
-        """Fill dq and df [B, T, H, K]; returns the bound's gradient [H, K], None without a bound."""
+        """Fill dq and df [B, T, H, K], and return the gradient of the bound [H, K], or None without a bound."""
         plan = self.plan
         dbound = self.none
         if plan.bounded:
-            # packed sequences may leave chunks over, which add nothing
+            # packed sequences may leave chunks over, whose parts stay 0
             parts = self.bound.new_zeros if plan.packed else self.bound.new_empty
             dbound = parts((plan.H, plan.K, plan.chunks.NC))
         launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
@@ -210,8 +221,8 @@ class Launches:
         return dbound.sum(-1) if plan.bounded else None
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _chunk_state(plan, stride_y, reverse, has_first, rows, states, last, decays):
+@functools.lru_cache(maxsize=CACHED_LAUNCHES)
+def _chunk_state(plan, stride_y, reverse, has_initial, rows, states, final, decays):
     config, segments = plan.config, plan.segments
     return Launch(
         chunk_state_kernel,
@@ -225,17 +236,17 @@ def _chunk_state(plan, stride_y, reverse, has_first, rows, states, last, decays)
         BK=config.BK,
         BV=config.state_BV,
         REVERSE=reverse,
-        HAS_FIRST=has_first,
+        HAS_INITIAL=has_initial,
         ROWS=rows,
         STATES=states,
-        LAST=last,
+        FINAL=final,
         DECAYS=decays,
         STAGES=plan.reverse_stages if reverse else plan.state_stages,
     )
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _segment_scan(plan, reverse, has_first, rows):
+@functools.lru_cache(maxsize=CACHED_LAUNCHES)
+def _segment_scan(plan, reverse, has_initial, rows):
     return Launch(
         segment_scan_kernel,
         (plan.chunks.N * plan.H, -(-plan.K // 16)),
@@ -246,12 +257,12 @@ def _segment_scan(plan, reverse, has_first, rows):
         BK=16,
         BV=plan.config.BV,
         REVERSE=reverse,
-        HAS_FIRST=has_first,
+        HAS_INITIAL=has_initial,
         ROWS=rows,
     )
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=CACHED_LAUNCHES)
 def _chunk_output(plan, stride_y, stride_o, reverse):
     config = plan.config
     return Launch(
@@ -268,7 +279,7 @@ def _chunk_output(plan, stride_y, stride_o, reverse):
     )
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=CACHED_LAUNCHES)
 def _chunk_gradient(plan, stride_v, stride_do, stride_dq, stride_df):
     BK, warps = plan.config.gradient
     return Launch(
@@ -277,7 +288,7 @@ def _chunk_gradient(plan, stride_v, stride_do, stride_dq, stride_df):
         warps,
         **plan.numbers,
         **strides("v", stride_v),
-        **strides("o", stride_do),
+        **strides("do", stride_do),
         **strides("dq", stride_dq),
         **strides("df", stride_df),
         BK=BK,

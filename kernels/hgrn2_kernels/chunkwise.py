@@ -1,22 +1,24 @@
-"""The chunkwise form of HGRN2 in plain PyTorch: matrix products within a chunk, one state a chunk.
+"""The chunkwise form of HGRN2 in plain PyTorch: matrix products within a chunk, and one state per chunk.
 
-Dimension key:
+Dimensions:
     B batch   T time   H heads   K key and gate dim   V value dim   N sequences
-    NC chunks of all sequences   C tokens a chunk   M = NC * H   s tokens a block   P = C / 2s pairs of blocks
+    NC chunks of all sequences   C tokens per chunk   M = NC * H   s tokens per span   P = C / 2s pairs of spans
 
-No gate is too strong. Query i meets key j through the product of the forget gates of tokens j+1 .. i, which a
-matrix product needs as one factor for i and one for j; split anywhere but between the two, one factor
-overflows. So there are levels s = 1, 2, 4 .. C/2. At each, the chunk is cut into pairs of blocks of s tokens:
+The form is exact for gates of any strength. Query i meets key j through the product of the forget gates of tokens
+j+1 .. i. A matrix product needs this as one factor for i and one for j, and one of the two factors overflows unless the
+product is split at a token between j and i. So the scores are computed at levels s = 1, 2, 4 .. C/2. At each level the
+chunk is cut into pairs of spans of s tokens:
 
-    queries of the second block carry the gates from its start through i,
-    keys of the first block carry the gates from j+1 through its end,
+    queries of the second span carry the gates from its start through i,
+    keys of the first span carry the gates from j+1 through its end,
 
-and each i > j meets at exactly one level. Doubling s multiplies the rows of one block by the total of the
-other, so a level costs one multiplication an element and no exponential. After the last level queries carry
-the gates since the chunk's start and keys those to its end: what reading and writing the state need.
+and each pair i > j meets at exactly one level. When s doubles, the rows of one span are multiplied by the total of the
+other span, so a level costs one multiplication per element and no exponential. After the last level, queries carry the
+gates since the start of the chunk, and keys carry those to its end. These are the factors with which queries read the
+state and keys are written to it.
 
-All factors lie in [0, 1], and a gate's gradient sums exactly the terms that hold it: nothing overflows or
-cancels, nothing is divided by, and a gate that closes completely is an ordinary zero.
+All factors lie in [0, 1], and the gradient of a gate is a sum of exactly the terms that contain it. So nothing
+overflows or cancels, there is no division, and a gate that closes completely is an ordinary zero.
 """
 
 import itertools
@@ -27,14 +29,16 @@ from torch import Tensor
 
 from hgrn2_kernels.checks import borders_on_host
 from hgrn2_kernels.gate import forget_gate, forget_gate_backward
+from hgrn2_kernels.inputs import Inputs
 
-# a power of two; on two CPU cores 32 and 64 take the same time and 16 and 128 more, and the larger of the two
-# has half the sequential steps
+# Tokens per chunk, a power of two. On two CPU cores, 32 and 64 take the same time, and 16 and 128 take more. With 64
+# there are half as many sequential steps as with 32.
 CHUNK_SIZE = 64
 
 
-def forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
-    """o and the final state. Arguments as in `chunk_hgrn2`."""
+def forward(inputs: Inputs):
+    """Return o and the final state."""
+    q, f, v, lower_bound, initial_state, cu_seqlens, scale = inputs
     with torch.autocast(q.device.type, enabled=False):
         chunks, K, V = ChunkLayout(q, cu_seqlens), q.shape[-1], v.shape[-1]
         qc, kc, forget = _activate(chunks, q, f, lower_bound, scale)
@@ -48,16 +52,17 @@ def forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
         return chunks.join(o, v.dtype), chunks.join_states(h)
 
 
-def backward(do, dht, q, f, v, lower_bound, initial_state, cu_seqlens, scale):
-    """Gradients of q, f, v, lower_bound and the initial state, None for what is not there.
+def backward(do, dht, inputs: Inputs):
+    """Return the gradients of q, f, v, lower_bound and the initial state, or None for an input that is None.
 
-    Of the forward its inputs are enough; the rest is computed again.
+    Everything that the forward computed is computed again from its inputs.
 
     Args:
         do: [B, T, H, V] dtype of v, gradient of o.
-        dht: [N, H, K, V], of the final state.
-        q, f, v, lower_bound, initial_state, cu_seqlens, scale: of the forward.
+        dht: [N, H, K, V], gradient of the final state.
+        inputs: the inputs of the forward.
     """
+    q, f, v, lower_bound, initial_state, cu_seqlens, scale = inputs
     with torch.autocast(q.device.type, enabled=False):
         chunks, K, V = ChunkLayout(q, cu_seqlens), q.shape[-1], v.shape[-1]
         # q and k before the gates of other tokens are multiplied in
@@ -83,7 +88,7 @@ def backward(do, dht, q, f, v, lower_bound, initial_state, cu_seqlens, scale):
             dv[rows].baddbmm_(kc[rows], dh[:active])
             h_in[rows] *= dh[:active]
             dh[:active].mul_(total[rows]).baddbmm_(qc[rows].mT, do[rows])
-        # h_in has become h_in * dh: the total of a chunk scales the state that enters it
+        # h_in has become h_in * dh, because the total of a chunk scales the state that enters it
         dtotal = h_in.sum(-1)
 
         dforget = _scores_backward(levels, dscores, dq, dk, dtotal)
@@ -97,15 +102,15 @@ def backward(do, dht, q, f, v, lower_bound, initial_state, cu_seqlens, scale):
 
 
 def _activate(chunks, q, f, lower_bound, scale):
-    """Raw projections to scaled queries, keys and forget gates, each [M, C, K] in the accumulation dtype."""
+    """Return scaled queries, keys and forget gates, each [M, C, K] in the accumulation dtype, from raw projections."""
     q = chunks.split(q)
-    # an open gate and a zero query make a padding row: it leaves the state alone
+    # a padding row has an open gate and a zero query, so it does not change the state
     forget, k = forget_gate(chunks.split(f, padding=torch.inf), chunks.broadcast(lower_bound))
     return F.silu(q).mul_(scale), k, forget
 
 
 def _activate_backward(chunks, q, f, lower_bound, scale, dq, dk, dforget):
-    """Gradients of `_activate` with respect to raw q and f, in chunks, and to the bound, [H, K]."""
+    """Return the gradients of `_activate` with respect to raw q and f, in chunks, and to the bound [H, K]."""
     q = chunks.split(q)
     s = q.sigmoid()
     # silu'(q) = s (1 + q (1 - s)) = s + silu(q) (1 - s)
@@ -117,24 +122,24 @@ def _activate_backward(chunks, q, f, lower_bound, scale, dq, dk, dforget):
 
 
 def _scores(q, k, forget, levels=None):
-    """Decayed scores within each chunk, q_i * (gates of j+1 .. i) * k_j, level by level.
+    """Compute the decayed scores within each chunk, q_i * (gates of j+1 .. i) * k_j, level by level.
 
     Args:
-        q: [M, C, K] scaled queries; take on, in place, the gates from the chunk's start through their token.
-        k: [M, C, K] keys; take on, in place, the gates from the next token through the chunk's end.
+        q: [M, C, K] scaled queries; multiplied in place by the gates from the start of the chunk through their token.
+        k: [M, C, K] keys; multiplied in place by the gates from the next token through the end of the chunk.
         forget: [M, C, K] forget gates.
-        levels: a list that receives what `_scores_backward` needs of each level; None to keep nothing.
+        levels: a list that receives what `_scores_backward` needs from each level; None to keep nothing.
 
     Returns:
         scores: [M, C, C], zero above the diagonal.
-        total: [M, K, 1], product of the chunk's gates.
+        total: [M, K, 1], product of the gates of the chunk.
     """
     M, C, K = q.shape
     scores = q.new_zeros(M, C, C)
     scores.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k))
     q *= forget
     total, spent = forget, k
-    for s in _block_sizes(C):
+    for s in _span_sizes(C):
         q2, k1 = _second(q, s), _first(k, s)
         if levels is not None:
             levels.append((s, q2.clone(), k1.clone(), total))
@@ -145,25 +150,26 @@ def _scores(q, k, forget, levels=None):
         q2 *= first
         k1 *= second
         total = first * second
-    # gates near 1 are rounded, and a channel whose gate hardly changes is rounded the same way at each token:
-    # the bias grows with the length of its memory. What the gates take away is a sum of positive terms, which
-    # keeps its digits until this one rounding a chunk. Once most is gone, the product is the one with digits.
+    # Gates near 1 are rounded. If the gate of a channel hardly changes, it is rounded in the same direction at each
+    # token, and the error grows with the length of the memory. `spent`, the part that the gates take away, is a sum of
+    # positive terms, which stays accurate until it is rounded here, once per chunk. Where most of the state is taken
+    # away, the product of the gates is the more accurate one.
     total = torch.where(spent < 0.5, 1 - spent, total)
     return scores, total.view(M, K, 1)
 
 
 def _scores_backward(levels, dscores, dq, dk, dtotal):
-    """Undo the levels of `_scores`, last first.
+    """Return the gradients of the gates from the levels of `_scores`, last level first.
 
     Args:
-        levels: what `_scores` kept.
+        levels: the list that `_scores` filled.
         dscores: [M, C, C], gradient of the scores; only entries below the diagonal are read.
-        dq: [M, C, K], gradient of the decayed queries; becomes, in place, that of queries times own gates.
-        dk: [M, C, K], gradient of the decayed keys; becomes, in place, that of keys, but for the diagonal.
-        dtotal: [M, K], gradient of the chunk's product of gates.
+        dq: [M, C, K], gradient of the decayed queries; overwritten with that of the queries times their own gates.
+        dk: [M, C, K], gradient of the decayed keys; overwritten with that of the keys, without the diagonal.
+        dtotal: [M, K], gradient of the product of the gates of the chunk.
 
     Returns:
-        dforget: [M, C, K], the part of each gate's gradient that does not pass through its own query.
+        dforget: [M, C, K], the part of the gradient of each gate that does not pass through its own query.
     """
     M, C, K = dq.shape
     dtotal = dtotal.view(M, 1, 1, K)
@@ -178,36 +184,38 @@ def _scores_backward(levels, dscores, dq, dk, dtotal):
     return dtotal.view(M, C, K)
 
 
-def _block_sizes(C):
+def _span_sizes(C):
     return [1 << i for i in range(C.bit_length() - 1)]
 
 
 def _first(x, s):
-    """View of the first block of every pair: [M, C, K] -> [M, P, s, K]."""
+    """Return a view of the first span of every pair: [M, C, K] -> [M, P, s, K]."""
     return x.view(x.shape[0], -1, 2, s, x.shape[-1])[:, :, 0]
 
 
 def _second(x, s):
-    """View of the second block of every pair: [M, C, K] -> [M, P, s, K]."""
+    """Return a view of the second span of every pair: [M, C, K] -> [M, P, s, K]."""
     return x.view(x.shape[0], -1, 2, s, x.shape[-1])[:, :, 1]
 
 
 def _second_by_first(x, s):
-    """View of the scores of second-block queries and first-block keys: [M, C, C] -> [M, P, s, s]."""
+    """Return a view of the scores of queries in second spans and keys in first spans: [M, C, C] -> [M, P, s, s]."""
     P = x.shape[-1] // (2 * s)
     return x.view(-1, P, 2, s, P, 2, s)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 class ChunkLayout:
-    """How the tokens of all sequences map to one list of chunks, and back.
+    """The mapping between the tokens of all sequences and one list of chunks.
 
-    Chunk n of every sequence that has one comes before chunk n + 1 of any, longest sequence first. So the
-    sequences still running at step n are a prefix of the states, and their chunks are consecutive.
+    The list holds chunk 0 of every sequence, then chunk 1 of every sequence that has one, and so on. Longer sequences
+    come first. So the sequences that still have a chunk at step n are a prefix of the states, and their chunks are
+    consecutive.
 
     Attributes:
         H: heads.
-        end: tokens of a row that are in a sequence. Those behind it go into no chunk, and come back as zeros.
-        steps: per n, how many (sequence, head) states take part, and the slice of their rows among the M.
+        end: number of tokens of a row that belong to a sequence. Tokens behind them are in no chunk, and `join`
+            returns zeros for them.
+        steps: for each n, the number of (sequence, head) states that take part, and the slice of their rows among M.
     """
 
     def __init__(self, x: Tensor, cu_seqlens: Tensor | None):
@@ -242,7 +250,7 @@ class ChunkLayout:
             self.chunk, self.row = chunk.to(x.device), (position % self.C).to(x.device)
 
     def split(self, x: Tensor, padding: float = 0.0) -> Tensor:
-        """Copy x: [B, T, H, D] to chunks [M, C, D] in the accumulation dtype; other rows are padding."""
+        """Copy x [B, T, H, D] to chunks [M, C, D] in the accumulation dtype. Rows without a token hold `padding`."""
         D = x.shape[-1]
         if self.chunk is not None:
             out = x.new_full((self.NC, self.H, self.C, D), padding, dtype=self.dtype)
@@ -255,7 +263,7 @@ class ChunkLayout:
         return out.flatten(0, 1)
 
     def join(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copy chunks x: [M, C, D] back to tokens [B, T, H, D]."""
+        """Copy chunks x [M, C, D] back to tokens [B, T, H, D]."""
         x = x.unflatten(0, (self.NC, self.H))
         if self.chunk is not None:
             x = x.transpose(1, 2)[self.chunk, self.row].to(dtype)[None]
@@ -265,22 +273,22 @@ class ChunkLayout:
         return out.flatten(1, 2)[:, : self.T].contiguous()
 
     def _by_sequence(self, x: Tensor) -> Tensor:
-        """View of dense chunks: [NC, H, C, D] -> [B, NC / B, C, H, D]."""
+        """Return a view of dense chunks: [NC, H, C, D] -> [B, NC / B, C, H, D]."""
         return x.unflatten(0, (-1, self.B)).permute(1, 0, 3, 2, 4)
 
     def split_states(self, state: Tensor | None, K: int, V: int) -> Tensor:
         """Copy states [N, H, K, V], or zeros for None, to [N * H, K, V] in the order of the steps."""
         if state is None:
             return torch.zeros(self.N * self.H, K, V, dtype=self.dtype, device=self.device)
-        # a copy either way: the steps update states in place
+        # both branches copy, because the steps update the states in place
         copy = state.clone(memory_format=torch.contiguous_format) if self.order is None else state[self.order]
         return copy.flatten(0, 1)
 
     def join_states(self, state: Tensor) -> Tensor:
-        """Undo `split_states`."""
+        """Return states in the order of the steps to [N, H, K, V]; it undoes `split_states`."""
         state = state.unflatten(0, (self.N, self.H))
         return state if self.order is None else state[self.rank]
 
     def broadcast(self, lower_bound: Tensor | None) -> Tensor | None:
-        """The bound of every chunk: [H, K] -> [M, 1, K]."""
+        """Return the bound of every chunk: [H, K] -> [M, 1, K]."""
         return None if lower_bound is None else lower_bound.repeat(self.NC, 1)[:, None]

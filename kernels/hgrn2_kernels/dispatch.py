@@ -1,19 +1,20 @@
-"""The choice between the kernels for Hopper and those of chunk_triton, which run on every GPU."""
+"""The choice between the kernels for Hopper and those of chunk_triton.py, which run on every supported GPU."""
 
 import torch
 from torch import Tensor
 
 from hgrn2_kernels import chunk_triton
 from hgrn2_kernels.checks import capability
+from hgrn2_kernels.inputs import Inputs
 
 
 def kernels(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tuple[int, int]) -> str:
-    """ "hopper" or "triton", a pure function of its arguments.
+    """Return "hopper" or "triton": the kernels for inputs of this shape and dtype on a device of this capability.
 
     Args:
         shape: [B, T, H, K] of q.
         V: head dimension of v.
-        dtype: of q, f and v.
+        dtype: dtype of q, f and v.
         capability: compute capability of the device.
     """
     hopper = capability == (9, 0) and dtype == torch.bfloat16 and shape[3] == V == 128 and min(shape) > 0
@@ -21,8 +22,8 @@ def kernels(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tupl
 
 
 def module(q: Tensor, v: Tensor):
-    """The module whose `chunk_forward` and `chunk_backward` serve these inputs."""
-    # under the interpreter there is no GPU, and Gluon has no interpreter
+    """Return the module whose `chunk_forward` and `chunk_backward` compute these inputs."""
+    # in the interpreter there is no GPU, and Gluon has no interpreter
     if q.is_cuda and kernels(tuple(q.shape), v.shape[3], q.dtype, capability(q.device)) == "hopper":
         from hgrn2_kernels import hopper
 
@@ -30,11 +31,11 @@ def module(q: Tensor, v: Tensor):
     return chunk_triton
 
 
-def chunk_forward(q, f, v, *others, **options):
-    """As chunk_triton.chunk_forward, by the kernels that serve the inputs."""
-    return module(q, v).chunk_forward(q, f, v, *others, **options)
+def chunk_forward(inputs: Inputs, *options, **named):
+    """Run chunk_forward of the kernels for these inputs; see chunk_triton.py."""
+    return module(inputs.q, inputs.v).chunk_forward(inputs, *options, **named)
 
 
-def chunk_backward(do, dfinal_state, q, f, v, *others, **options):
-    """As chunk_triton.chunk_backward, by the kernels that ran the forward."""
-    return module(q, v).chunk_backward(do, dfinal_state, q, f, v, *others, **options)
+def chunk_backward(do, dfinal_state, inputs: Inputs, *options, **named):
+    """Run chunk_backward of the kernels that ran the forward; see chunk_triton.py."""
+    return module(inputs.q, inputs.v).chunk_backward(do, dfinal_state, inputs, *options, **named)

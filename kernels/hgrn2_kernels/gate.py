@@ -1,8 +1,8 @@
 """The forget gate over its lower bound, and its gradient.
 
-The chunkwise form in PyTorch multiplies forget gates and never takes their logarithm, so a gate that closes
-completely is an ordinary zero, and the gradient of the gate needs no division. What shards of a sequence hand each
-other is a logarithm: a product over so many tokens would underflow.
+The chunkwise form in PyTorch multiplies forget gates and never takes their logarithm. So a gate that closes completely
+is an ordinary zero, and the gradient of the gate needs no division. The shards of a sequence exchange a logarithm,
+because a product over all of their tokens would underflow.
 """
 
 import torch
@@ -14,12 +14,13 @@ def forget_gate(f: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute forget = b + (1 - b) sigmoid(f) and the key it leaves room for, k = 1 - forget.
 
     Args:
-        f: [..., K] fp32 or fp64, raw forget gate; infinities are allowed and mean exactly open or closed.
-        lower_bound: broadcastable to f, dtype of f, in [0, 1); None for no bound.
+        f: [..., K] fp32 or fp64, raw forget gate. Infinities are allowed, and mean exactly open or closed.
+        lower_bound: broadcastable to f, dtype of f, in [0, 1). None means no bound.
 
     Returns:
-        forget, in [b, 1], and k = (1 - b) sigmoid(-f), in [0, 1 - b], both to relative precision:
-        subtracting one from 1 would leave nothing of a k below 1e-7.
+        forget: [..., K], in [b, 1].
+        k: [..., K], (1 - b) sigmoid(-f), in [0, 1 - b]. It has a small relative error. Computed as 1 - forget, a k
+            below 1e-7 would be lost.
     """
     forget, k = f.sigmoid(), f.neg().sigmoid_()
     if lower_bound is None:
@@ -31,7 +32,7 @@ def forget_gate(f: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
 def forget_gate_backward(
     f: Tensor, lower_bound: Tensor | None, dforget: Tensor, dk: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `forget_gate` with respect to f, and to lower_bound before any sum over tokens.
+    """Return the gradients of `forget_gate` with respect to f, and to lower_bound before any sum over tokens.
 
     Args:
         f: [..., K], as in `forget_gate`.
@@ -41,7 +42,7 @@ def forget_gate_backward(
 
     Returns:
         df: [..., K].
-        db: [..., K], zero on the channels where the bound is 0; None without a bound.
+        db: [..., K], 0 on channels where the bound is 0; None without a bound.
     """
     s, s_neg = f.sigmoid(), f.neg().sigmoid_()
     t = dforget.sub_(dk)
@@ -53,11 +54,14 @@ def forget_gate_backward(
 
 
 def log_forget(f: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log of the forget gate, nats, and the key, for f and bound as in `forget_gate`; finite where f is."""
+    """Return the log of the forget gate, in nats, and the key. f and bound are as in `forget_gate`.
+
+    The log is finite where f is.
+    """
     forget, k = forget_gate(f, bound)
     if bound is None:
         return F.logsigmoid(f), k
-    # of a gate near 1 only its distance from 1 has digits, of a gate near 0 without a bound only f has
+    # near 1 the distance of the gate from 1 is the accurate number, and near 0 without a bound f itself is
     g = torch.where(k < 0.5, torch.log1p(-k), forget.log())
     return torch.where(bound > 0, g, F.logsigmoid(f)), k
 
@@ -65,16 +69,16 @@ def log_forget(f: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
 def log_forget_backward(
     f: Tensor, bound: Tensor | None, dg: Tensor, dk: Tensor | float
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `log_forget` with respect to f, and to bound before any sum over tokens.
+    """Return the gradients of `log_forget` with respect to f, and to bound before any sum over tokens.
 
-    With s = sigmoid(f): d log forget = (1 - b) (1 - s) (s / forget) df. The ratio lies in (0, 1] and is the sigmoid
-    of f - log b, which divides by nothing and is 1 without a bound.
+    With s = sigmoid(f): d log forget = (1 - b) (1 - s) (s / forget) df. The ratio lies in (0, 1]. It is the
+    sigmoid of f - log b, which needs no division and is 1 without a bound.
     """
     s, s_neg = f.sigmoid(), f.neg().sigmoid_()
     if bound is None:
         return s_neg * (dg - s * dk), None
     df = s_neg * (1 - bound) * ((f - bound.log()).sigmoid_() * dg - s * dk)
     forget, _ = forget_gate(f, bound)
-    # chosen, not multiplied: without a bound the gate may be 0
+    # selected and not multiplied by 0, because without a bound the gate may be 0
     db = torch.where(bound > 0, s_neg * (dg / forget - dk), 0.0)
     return df, db

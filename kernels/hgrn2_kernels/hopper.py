@@ -1,12 +1,12 @@
-"""The operator on Hopper: a forward and a backward in one pass each over the chunks.
+"""The operator on Hopper: a forward and a backward with one pass each over the chunks.
 
-Forward: hopper_forward_kernel, then chunk_output for the chunks beyond the fast limit. Backward:
-hopper_backward_kernel, then chunk_output in reverse and chunk_gradient for those chunks. Where sequences are cut into
-segments, chunk_state finds before each what enters them. Which chunks are beyond the limit stays on the device: a
-chunk within it has 0 bands, with which the kernels of the other chunks do nothing.
+The forward launches hopper_forward_kernel, then chunk_output for the chunks beyond the fast limit. The backward
+launches hopper_backward_kernel, then chunk_output in reverse and chunk_gradient for those chunks. Where sequences are
+cut into segments, chunk_state runs first and finds the states that enter the segments. The device alone knows which
+chunks are beyond the limit: a chunk within it has 0 bands, and then the kernels for the other chunks do nothing.
 
-`chunk_forward` and `chunk_backward` take the arguments of chunk_triton's, and return what those return. dispatch.py
-says which of them run.
+`chunk_forward` and `chunk_backward` have the arguments and results of those in chunk_triton.py. dispatch.py chooses
+between the two modules.
 """
 
 import dataclasses
@@ -18,69 +18,72 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hgrn2_kernels.chunk_plan import KEPT, Chunks, Plan, Segments
-from hgrn2_kernels.chunk_triton import Launches, _chunk_gradient, dense_like
+from hgrn2_kernels.chunk_plan import ENTERING_SHARE, Chunks, Plan, Segments
+from hgrn2_kernels.chunk_triton import Launches, _chunk_gradient
 from hgrn2_kernels.hopper_backward import hopper_backward_kernel
 from hgrn2_kernels.hopper_forward import hopper_forward_kernel
 from hgrn2_kernels.hopper_math import BORDER
+from hgrn2_kernels.inputs import Inputs
+from hgrn2_kernels.strides import dense_like
 
-# head dimension, the only one there is
+# the only head dimension that these kernels support
 D = 128
-# programs that an H100 runs at a time, one on each multiprocessor
+# the number of programs that an H100 runs at a time, one on each multiprocessor
 PROGRAMS = 132
-# registers of a thread that makes operands, forward and backward: what is left goes to the products
+# registers of a thread that makes operands, forward and backward; the warps of the products get the rest
 FORWARD_REGS, BACKWARD_REGS = 104, 104
 
 
-def chunk_forward(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state=True, save_states=False):
-    """As chunk_triton.chunk_forward, for what dispatch.py sends here; saved bands are int32, 0 within the limit."""
-    q, f, v = (by_tma(x) for x in (q, f, v))
+def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
+    """Run the forward; see chunk_triton.chunk_forward. Saved counts of bands are int32, and 0 within the limit."""
+    q, f, v = (by_tma(x) for x in inputs[:3])
     with torch.cuda.device_of(q):
-        run = HopperLaunches(q, f, v, lower_bound, scale, cu_seqlens)
-        first = None if initial_state is None else initial_state.contiguous()
-        entering = last = None
+        run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
+        initial = None if inputs.initial_state is None else inputs.initial_state.contiguous()
+        entering = final = None
         if run.plan.segments.cut:
             added, decays = run._segment_totals(v, False)
-            entering, last, _ = run._scan(added, decays, first, None, False)
-            first = entering
+            entering, final, _ = run._scan(added, decays, initial, None, False)
+            initial = entering
         elif output_final_state:
-            last = run._per_segment(v, D)
+            final = run._per_segment(v, D)
         o = dense_like(v)
-        states = run.forward(v, first, o, None if run.plan.segments.cut else last)
+        states = run.forward(v, initial, o, None if run.plan.segments.cut else final)
         run.output(v, states, o)
-    last = last if output_final_state else None
+    final = final if output_final_state else None
     if save_states:
-        return o, last, (states, run.bands)
-    return o, last, (entering,) if run.plan.keeps_entering else ()
+        return o, final, (states, run.bands)
+    return o, final, (entering,) if run.plan.keeps_entering else ()
 
 
-def chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, scale, saved=(), into=None):
-    """As chunk_triton.chunk_backward, for what dispatch.py sends here."""
-    wanted = [dense_like(x) for x in (q, f, v)] if into is None else into
-    # of what TMA cannot write, a copy that it can
+def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
+    """Run the backward; see chunk_triton.chunk_backward."""
+    wanted = [dense_like(x) for x in inputs[:3]] if into is None else into
+    # TMA writes a copy of an output whose layout it cannot write
     dq, df, dv = (x if movable(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
-    q, f, v, do = (by_tma(x) for x in (q, f, v, do))
+    q, f, v, do = (by_tma(x) for x in (*inputs[:3], do))
     states, bands = saved if len(saved) == 2 else (None, None)
-    wants_last = initial_state is not None
+    wants_final = inputs.initial_state is not None
     with torch.cuda.device_of(q):
-        run = HopperLaunches(q, f, v, lower_bound, scale, cu_seqlens, bands)
+        run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens, bands)
         if states is None:
-            states, *_ = run.states(v, initial_state, wants_last=False, entering=saved[0] if saved else None)
+            entering = saved[0] if saved else None
+            states, *_ = run.states(v, inputs.initial_state, wants_final=False, entering=entering)
             # chunk_state counts one band within the limit
             run.bands.mul_(run.bands > 1)
-        first = None if dfinal_state is None else dfinal_state.contiguous()
+        initial = None if dfinal_state is None else dfinal_state.contiguous()
         dinitial = None
         if run.plan.segments.cut:
             added, decays = run._segment_totals(do, True)
-            first, dinitial, _ = run._scan(added, decays, first, None, True)
-        elif wants_last:
+            initial, dinitial, _ = run._scan(added, decays, initial, None, True)
+        elif wants_final:
             dinitial = run._per_segment(do, D)
-        last = None if run.plan.segments.cut else dinitial
-        dbound = run.backward(v, do, states, first, dq, df, dv, last)
+        final = None if run.plan.segments.cut else dinitial
+        dbound = run.backward(v, do, states, initial, dq, df, dv, final)
     for x, y in zip(wanted, (dq, df, dv), strict=True):
         if x is not y:
             x.copy_(y)
-    return dq, df, dv, dbound, dinitial if wants_last else None
+    return dq, df, dv, dbound, dinitial if wants_final else None
 
 
 def movable(x: Tensor) -> bool:
@@ -91,14 +94,15 @@ def movable(x: Tensor) -> bool:
 
 
 def by_tma(x: Tensor) -> Tensor:
+    """Return x, or a contiguous copy if TMA cannot read x."""
     return x if movable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def segments(chunks: Chunks, C: int, H: int) -> Segments:
-    """The cut of sequences that leaves the fewest multiprocessors idle: 8 chunks a segment at least.
+def cut(chunks: Chunks, C: int, H: int) -> Segments:
+    """Cut sequences into segments of at least 8 chunks, such that the fewest multiprocessors are idle.
 
-    A kernel here takes as long as its longest multiprocessor. Two segments of a sequence gain half of that, which is
-    more than the pass over the segments that comes first costs.
+    A kernel here takes as long as its slowest multiprocessor. Two segments per sequence save half of that time, which
+    is more than the additional pass over the segments costs.
     """
     wanted = PROGRAMS // (chunks.N * H)
     if chunks.per_row:
@@ -115,29 +119,29 @@ def segments(chunks: Chunks, C: int, H: int) -> Segments:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(plan: Plan, tokens: int) -> Plan:
-    """The plan of the kernels here, from chunk_triton's of `tokens` tokens: the launches of each are its own."""
-    cut = segments(plan.chunks, plan.config.C, plan.H)
-    state = cut.count * plan.K * plan.V * 4
+    """Return the plan of the kernels here, made from the plan of chunk_triton.py for `tokens` tokens."""
+    segments = cut(plan.chunks, plan.config.C, plan.H)
+    entering = segments.count * plan.K * plan.V * 4
     return dataclasses.replace(
         plan,
-        segments=cut,
-        keeps_entering=cut.cut and state <= KEPT * tokens * (2 * plan.K + plan.V) * 2,
-        # parts of the bound's gradient, see _bound_parts
-        numbers=plan.numbers | {"NC": plan.chunks.NC + cut.count},
+        segments=segments,
+        keeps_entering=segments.cut and entering <= ENTERING_SHARE * tokens * (2 * plan.K + plan.V) * 2,
+        # the gradient of the bound has more parts here, see _bound_parts
+        numbers=plan.numbers | {"NC": plan.chunks.NC + segments.count},
     )
 
 
 def descriptor(x: Tensor, C: int, packed: bool) -> TensorDescriptor:
-    """Tiles [C, D] of one head of x [B, T, H, D], cut off at the end of a sequence.
+    """Describe tiles [C, D] of one head of x [B, T, H, D] to TMA, cut off at the end of a sequence.
 
-    TMA fills what lies outside of a tensor with zeros and does not write there. In a dense batch the end is that of a
-    row. For packed sequences two more dimensions put the end of any sequence at number BORDER of a third: their
-    coordinates (BORDER, end, BORDER - end + t) lead to token t, because addresses wrap around at 2^64 bytes. It is the
-    way of triton.tools.ragged_tma.
+    TMA reads zeros outside of a tensor and does not write there. In a dense batch, the end of a sequence is that of its
+    row. For packed sequences, two more dimensions place the end of any sequence at number BORDER of a third dimension:
+    the coordinates (BORDER, end, BORDER - end + t) lead to token t, because addresses wrap around at 2^64 bytes.
+    triton.tools.ragged_tma does the same.
     """
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5 if packed else 4)
     B, T, H, _ = x.shape
-    # where there is one of something, torch leaves the stride open
+    # torch may set any stride for a dimension of size 1
     b, t, h = (D if size == 1 else stride for size, stride in zip((B, T, H), x.stride()[:3], strict=True))
     if packed:
         many, around = 0x7FFF0000, 2**34
@@ -147,12 +151,13 @@ def descriptor(x: Tensor, C: int, packed: bool) -> TensorDescriptor:
 
 
 def state_descriptor(states: Tensor) -> TensorDescriptor:
+    """Describe the states [.., D, D] to TMA, one tile per state."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(states, [states.numel() // D, D], [D, 1], [D, D], layout)
 
 
 class HopperLaunches(Launches):
-    """The launches over one set of inputs; those of chunk_state, chunk_output and chunk_gradient are inherited."""
+    """The launches over one set of inputs. It inherits those of chunk_state, chunk_output and chunk_gradient."""
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
         packed = cu_seqlens is not None
@@ -166,37 +171,37 @@ class HopperLaunches(Launches):
             self._number_segments(cu_seqlens)
 
     def _shared(self) -> tuple[tuple, dict]:
-        """Arguments that the two kernels here share."""
+        """Return the arguments that the two kernels here share, by position and by name."""
         plan = self.plan
         tables = self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first
         numbers = {name: plan.numbers[name] for name in ("inverse_scale", "T", "NT")}
         constants = {name: plan.numbers[name] for name in ("H", "K", "V", "C", "BOUNDED", "PACKED", "FULL")}
-        cut = plan.segments
-        tabled = dict(SEGMENTS=cut.per_sequence, LENGTH=cut.length, TABLED=cut.tabled)
+        segments = plan.segments
+        tabled = dict(SEGMENTS=segments.per_sequence, LENGTH=segments.length, TABLED=segments.tabled)
         return (self.sums, self.ones, *tables), numbers | constants | tabled
 
     def _tiles(self, x: Tensor) -> TensorDescriptor:
         return descriptor(x, self.plan.config.C, self.plan.packed)
 
-    def forward(self, v: Tensor, first: Tensor | None, o: Tensor, last: Tensor | None) -> Tensor:
-        """Fill o [B, T, H, V] and, where given, last; returns the states [NC, H, K, V]. Counts the bands.
+    def forward(self, v: Tensor, initial: Tensor | None, o: Tensor, final: Tensor | None) -> Tensor:
+        """Fill o [B, T, H, V] and final, and return the states [NC, H, K, V]. It also counts the bands.
 
         Args:
             v: [B, T, H, V].
-            first: [segments, H, K, V] fp32, states before the segments; zeros when None.
-            o: right but for chunks beyond the limit.
-            last: [segments, H, K, V] fp32, takes the states after the segments.
+            initial: [segments, H, K, V] fp32, states before the segments. None means zeros.
+            o: output. It is correct except in chunks beyond the limit.
+            final: [segments, H, K, V] fp32, output: the states after the segments, unless None.
         """
         plan = self.plan
         states = v.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V))
         tensors, others = self._shared()
         hopper_forward_kernel[(plan.segments.count * plan.H,)](
             *(self._tiles(self.q), self._tiles(self.f), self._tiles(v), state_descriptor(states), self._tiles(o)),
-            *(self.bound, *(self.none if x is None else x for x in (first, last)), self.bands),
+            *(self.bound, *(self.none if x is None else x for x in (initial, final)), self.bands),
             *tensors,
             **others,
-            HAS_FIRST=first is not None,
-            LAST=last is not None,
+            HAS_INITIAL=initial is not None,
+            FINAL=final is not None,
             REGS=FORWARD_REGS,
             num_warps=8,
         )
@@ -207,22 +212,22 @@ class HopperLaunches(Launches):
         v: Tensor,
         do: Tensor,
         states: Tensor,
-        first: Tensor | None,
+        initial: Tensor | None,
         dq: Tensor,
         df: Tensor,
         dv: Tensor,
-        last: Tensor | None,
+        final: Tensor | None,
     ) -> Tensor | None:
-        """Fill dq, df, dv and, where given, last; returns the bound's gradient [H, K], None without a bound.
+        """Fill dq, df, dv and final, and return the gradient of the bound [H, K], or None without a bound.
 
         Args:
             v, do: [B, T, H, V].
-            states: of the forward.
-            first: [segments, H, K, V] fp32, gradients of the states after the segments; zeros when None.
-            last: [segments, H, K, V] fp32, takes the gradients of the states before the segments.
+            states: the states of the forward.
+            initial: [segments, H, K, V] fp32, gradients of the states after the segments. None means zeros.
+            final: [segments, H, K, V] fp32, output: the gradients of the states before the segments, unless None.
         """
         plan = self.plan
-        # of chunks beyond the limit alone; the others' memory is not touched
+        # written for chunks beyond the limit only; the memory of the others is not touched
         dstates = torch.empty_like(states)
         parts = self._bound_parts()
         tensors, others = self._shared()
@@ -230,13 +235,13 @@ class HopperLaunches(Launches):
             *(self._tiles(x) for x in (self.q, self.f, v, do)),
             *(state_descriptor(states), state_descriptor(dstates)),
             *(self._tiles(x) for x in (dv, dq, df)),
-            *(self.bound, *(self.none if x is None else x for x in (first, last)), self.bands, parts),
+            *(self.bound, *(self.none if x is None else x for x in (initial, final)), self.bands, parts),
             *tensors,
             **others,
             NC=plan.numbers["NC"],
             parts=plan.chunks.NC,
-            HAS_FIRST=first is not None,
-            LAST=last is not None,
+            HAS_INITIAL=initial is not None,
+            FINAL=final is not None,
             REGS=BACKWARD_REGS,
             num_warps=8,
         )
@@ -244,12 +249,12 @@ class HopperLaunches(Launches):
         return self.gradients(v, do, states, dstates, dq, df, parts)
 
     def _bound_parts(self) -> Tensor:
-        """Zeros [H, K, chunks + segments] fp32: parts of the bound's gradient, of chunks beyond the limit first."""
+        """Return zeros [H, K, chunks + segments] fp32 for the parts of the bound's gradient, those of chunks first."""
         plan = self.plan
         return self.bound.new_zeros((plan.H, plan.K, plan.numbers["NC"])) if plan.bounded else self.none
 
     def gradients(self, v, do, states, dstates, dq, df, parts: Tensor | None = None) -> Tensor | None:
-        """As of Launches, of the chunks beyond the limit; parts is what there is of the bound's gradient."""
+        """Fill dq and df of the chunks beyond the limit. `parts` holds the parts of the bound's gradient so far."""
         plan = self.plan
         parts = self._bound_parts() if parts is None else parts
         launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())

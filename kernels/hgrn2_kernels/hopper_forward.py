@@ -1,12 +1,13 @@
-"""The forward in one pass over the chunks, for Hopper: states, outputs and how many bands a chunk needs.
+"""The forward in one pass over the chunks, for Hopper: states, outputs and counts of bands.
 
-One program a (segment, head) has two groups of warps with a role each. One makes the operands of a chunk (gates,
-queries, keys) a chunk ahead, from tiles that TMA brings. The other holds the state [K, V] in registers and does the
-products. What they hand each other lies in shared memory; barriers tell when a slot is full or empty.
+One program computes one (segment, head). It has two groups of warps with different roles. One group makes the operands
+of a chunk (gates, queries and keys) one chunk ahead, from tiles that TMA fetches. The other group holds the state
+[K, V] in registers and computes the products. They exchange tiles through shared memory, and barriers signal when a
+slot is full or empty.
 
-Every chunk is taken in the frame of its middle, which is right within the fast limit. What a chunk writes to the state
-is taken relative to its end as far as it lies beyond the limit, so that states are right for every gate. The output of
-a chunk beyond the limit is not; `bands` says which these are, and chunk_output writes them again.
+Every chunk is computed in the frame of its middle, which is correct within the fast limit. The part of the decay beyond
+the limit is counted from the end of the chunk, so states are correct for all gates. The output of a chunk beyond the
+limit is not correct. `bands` tells which chunks these are, and chunk_output computes their outputs again.
 """
 
 from triton.experimental import gluon
@@ -19,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hgrn2_kernels.hopper_math import BANDS, LIMIT, UNIT, bound_of, exp2, fetch, gate, segment_of, silu, store
+from hgrn2_kernels.hopper_math import BANDS, LIMIT, UNIT, exp2, fetch, gate, load_bound, segment_of, silu, store
 
 
 @gluon.jit
@@ -40,11 +41,11 @@ def make_operands(
     op_empty,
     inverse_scale,
     i_h,
-    row,
+    i_b,
     t,
     end,
-    chunk,
-    steps,
+    i_first,
+    n_chunks,
     H: gl.constexpr,
     K: gl.constexpr,
     C: gl.constexpr,
@@ -52,33 +53,33 @@ def make_operands(
     PACKED: gl.constexpr,
     FULL: gl.constexpr,
 ):
-    """Make each chunk's qd and kd [K, C], bf16 in the frame of its middle, and the state's factors half_s [2, K]."""
+    """Make qd and kd [K, C] of each chunk, in bf16 in the frame of its middle, and the factors of the state, half_s."""
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, tile)
     o_k = gl.arange(0, K, layout=by_row)
-    o_c = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
-    last = (o_c == C - 1)[None, :]
-    b = bound_of(bound, i_h * K + o_k, BOUNDED, by_row)
+    o_t = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
+    m_last = (o_t == C - 1)[None, :]
+    b_bound = load_bound(bound, i_h * K + o_k, BOUNDED, by_row)
     zero = gl.zeros([K, C], gl.float32, tile)
-    for n in range(steps):
+    for n in range(n_chunks):
         slot = n % 2
         phase = (n // 2) & 1
         mbarrier.wait(fq_full.index(slot), phase)
         x = warpgroup_mma(f_s.index(slot).permute((1, 0)), eye_s, zero, use_acc=False)
-        g, k = gate(x, b[:, None])
+        g, k = gate(x, b_bound[:, None])
         if not FULL:
-            # tokens that are not there decay nothing; their values are zeros, and so is what they write
-            g = gl.where((o_c < end - t - n * C)[None, :], g, 0.0)
-        units = gl.convert_layout((g * UNIT).to(gl.float16), left)
+            # tokens that do not exist decay nothing, and they write nothing because their values are zeros
+            g = gl.where((o_t < end - t - n * C)[None, :], g, 0.0)
+        units = gl.convert_layout((g * UNIT).to(gl.float16), operand)
         e = warpgroup_mma(units, sums_s, zero, use_acc=False)
-        middle = gl.sum(gl.where(last, e, 0.0), 1)
+        middle = gl.sum(gl.where(m_last, e, 0.0), 1)
         framed = gl.maximum(middle, -LIMIT)
         beyond = middle - framed
-        # as triton_math.bands_of, of each channel: an integer's maximum is the same in any order
+        # as in triton_math.bands_of, for each channel; the maximum of integers is the same in any order
         needed = ((1.5 - 2.0 * middle) * (0.5 / LIMIT)).to(gl.int32) + 1
-        at_bands = bands + ((chunk + n) * H + i_h) * (K // 64) + o_k // 64
-        gl.atomic_max(at_bands, gl.minimum(needed, BANDS + 1), mask=needed > 1, sem="relaxed")
+        p_bands = bands + ((i_first + n) * H + i_h) * (K // 64) + o_k // 64
+        gl.atomic_max(p_bands, gl.minimum(needed, BANDS + 1), mask=needed > 1, sem="relaxed")
         kd = (k * exp2(beyond[:, None] - e)).to(gl.bfloat16)
         mbarrier.wait(op_empty.index(slot), phase ^ 1)
         half_s.index(2 * slot).store(exp2(framed))
@@ -89,10 +90,10 @@ def make_operands(
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(op_full.index(slot), count=1)
-        # all warps are done with q and f
+        # all warps have read q and f
         later = t + (n + 2) * C
-        fetch(f, row, later, end, i_h, f_s.index(slot), fq_full.index(slot), 4 * C * K, PACKED, n + 2 < steps)
-        fetch(q, row, later, end, i_h, q_s.index(slot), fq_full.index(slot), 0, PACKED, n + 2 < steps)
+        fetch(f, i_b, later, end, i_h, f_s.index(slot), fq_full.index(slot), 4 * C * K, PACKED, n + 2 < n_chunks)
+        fetch(q, i_b, later, end, i_h, q_s.index(slot), fq_full.index(slot), 0, PACKED, n + 2 < n_chunks)
 
 
 @gluon.jit
@@ -100,7 +101,7 @@ def walk(
     v,
     states,
     o,
-    first,
+    initial,
     final,
     v_s,
     h_s,
@@ -113,34 +114,34 @@ def walk(
     op_empty,
     i_s,
     i_h,
-    row,
+    i_b,
     t,
     end,
-    chunk,
-    steps,
+    i_first,
+    n_chunks,
     H: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
     C: gl.constexpr,
-    HAS_FIRST: gl.constexpr,
-    LAST: gl.constexpr,
+    HAS_INITIAL: gl.constexpr,
+    FINAL: gl.constexpr,
     PACKED: gl.constexpr,
 ):
-    """Products of a chunk after the other: state stored, o stored, state stepped."""
+    """Compute the products of one chunk after the other: store the state, store o, and step the state."""
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, V, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, whole)
-    i = gl.arange(0, C, layout=gl.SliceLayout(1, square))[:, None]
-    j = gl.arange(0, C, layout=gl.SliceLayout(0, square))[None, :]
+    o_i = gl.arange(0, C, layout=gl.SliceLayout(1, square))[:, None]
+    o_j = gl.arange(0, C, layout=gl.SliceLayout(0, square))[None, :]
     out_zero = gl.zeros([C, V], gl.float32, wide)
     scores_zero = gl.zeros([C, C], gl.float32, square)
     state = gl.zeros([K, V], gl.float32, whole)
-    if HAS_FIRST:
+    if HAS_INITIAL:
         o_k = gl.arange(0, K, layout=by_row)
         o_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
-        state = gl.load(first + (i_s.to(gl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :])
-    for n in range(steps):
+        state = gl.load(initial + (i_s.to(gl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :])
+    for n in range(n_chunks):
         slot = n % 2
         phase = (n // 2) & 1
         mbarrier.wait(op_full.index(slot), phase)
@@ -149,55 +150,55 @@ def walk(
         scores = warpgroup_mma(qd.permute((1, 0)), kd, scores_zero, use_acc=False, is_async=True)
         half = half_s.index(2 * slot).load(by_row)
         state = state * half[:, None]
-        # the store of the state before has read it; that of o may be on its way
+        # the previous store of a state has read h_s; the store of o may still be running
         tma.store_wait(1)
         gl.thread_barrier()
         h_s.store(state.to(gl.bfloat16))
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(states, [((chunk + n) * H + i_h) * K, 0], h_s)
+        tma.async_copy_shared_to_global(states, [((i_first + n) * H + i_h) * K, 0], h_s)
         out = warpgroup_mma(qd.permute((1, 0)), h_s, out_zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
-        # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
-        p_s.store(gl.where(i >= j, scores, 0.0).to(gl.bfloat16))
+        # entries on the other side of the diagonal may be infinite; they are replaced, and never multiplied by 0
+        p_s.store(gl.where(o_i >= o_j, scores, 0.0).to(gl.bfloat16))
         beyond = half_s.index(2 * slot + 1).load(by_row)
         state = state * beyond[:, None]
         fence_async_shared()
-        # the store of the o before has read its slot, which takes the next v
+        # the previous store of o has read its slot, which receives the next v
         tma.store_wait(1)
         gl.thread_barrier()
         other = v_s.index(1 - slot)
-        fetch(v, row, t + (n + 1) * C, end, i_h, other, v_full.index(1 - slot), 2 * C * V, PACKED, n + 1 < steps)
+        fetch(v, i_b, t + (n + 1) * C, end, i_h, other, v_full.index(1 - slot), 2 * C * V, PACKED, n + 1 < n_chunks)
         mbarrier.wait(v_full.index(slot), phase)
         out = warpgroup_mma(p_s, v_s.index(slot), out, is_async=True)
         state = warpgroup_mma(kd, v_s.index(slot), state, is_async=True)
         out, state = warpgroup_mma_wait(num_outstanding=0, deps=[out, state])
-        # all warps are done with the operands and with v, whose slot takes o
+        # all warps have read the operands and v, whose slot receives o
         gl.thread_barrier()
         mbarrier.arrive(op_empty.index(slot), count=1)
         v_s.index(slot).store(out.to(gl.bfloat16))
         state = state * half[:, None]
         fence_async_shared()
         gl.thread_barrier()
-        store(o, row, t + n * C, end, i_h, v_s.index(slot), PACKED)
-    if LAST:
-        l_k = gl.arange(0, K, layout=by_row)
-        l_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
-        gl.store(final + (i_s.to(gl.int64) * H + i_h) * K * V + l_k[:, None] * V + l_v[None, :], state)
+        store(o, i_b, t + n * C, end, i_h, v_s.index(slot), PACKED)
+    if FINAL:
+        o_k = gl.arange(0, K, layout=by_row)
+        o_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
+        gl.store(final + (i_s.to(gl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :], state)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["T", "NT", "SEGMENTS", "LENGTH"])
 def hopper_forward_kernel(
-    q,  # [B, T, H, K] bf16 raw: a descriptor, see hopper.py, as f, v and o
-    f,  # raw gate
+    q,  # [B, T, H, K] bf16 raw queries: a descriptor, see hopper.py, as are f, v and o
+    f,  # raw gates
     v,
-    states,  # [chunks H K, V] bf16: a descriptor, out: the state entering each chunk, framed
+    states,  # [chunks H K, V] bf16: a descriptor, out: the state entering each chunk, see frame
     o,  # out
     bound,  # [H, K] fp32, read where BOUNDED
-    first,  # [segments, H, K, V] fp32: state before the segment, read where HAS_FIRST
-    final,  # [segments, H, K, V] fp32, out where LAST: state after the segment
-    bands,  # [chunks, H, K / 64] int32 of zeros, out: how many bands a chunk beyond the limit needs, at least 2
+    initial,  # [segments, H, K, V] fp32: state before the segment, read where HAS_INITIAL
+    final,  # [segments, H, K, V] fp32, out where FINAL: state after the segment
+    bands,  # [chunks, H, K / 64] int32 of zeros, out: the count of bands of each chunk beyond the limit, at least 2
     sums,
     ones,
     cu_seqlens,
@@ -207,24 +208,24 @@ def hopper_forward_kernel(
     inverse_scale,
     T,
     NT,
-    SEGMENTS,  # of a sequence, where not TABLED
-    LENGTH,  # chunks of a segment
+    SEGMENTS,  # segments per sequence, where not TABLED
+    LENGTH,  # chunks per segment
     H: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
     C: gl.constexpr,
     BOUNDED: gl.constexpr,
-    HAS_FIRST: gl.constexpr,
-    LAST: gl.constexpr,
+    HAS_INITIAL: gl.constexpr,
+    FINAL: gl.constexpr,
     PACKED: gl.constexpr,
     TABLED: gl.constexpr,
-    FULL: gl.constexpr,  # no chunk is cut short
+    FULL: gl.constexpr,  # every chunk has C tokens
     REGS: gl.constexpr,  # registers of a thread that makes operands
 ):
-    """One program a (segment, head): 8 warps of products and 8 of gates."""
+    """Run the forward of one (segment, head) with 8 warps for products and 8 for gates."""
     i_h = gl.program_id(0) % H
     i_s = gl.program_id(0) // H
-    row, t, end, chunk, steps = segment_of(
+    i_b, t, end, i_first, n_chunks = segment_of(
         i_s, cu_seqlens, chunk_first, segment_sequence, segment_first, T, NT, SEGMENTS, LENGTH, C, PACKED, TABLED
     )
     DT: gl.constexpr = gl.bfloat16
@@ -239,11 +240,11 @@ def hopper_forward_kernel(
     p_s = gl.allocate_shared_memory(DT, [C, C], swizzled)
     half_s = gl.allocate_shared_memory(gl.float32, [4, K], plain)
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    i = gl.arange(0, C, layout=gl.SliceLayout(1, rows))
-    j = gl.arange(0, C, layout=gl.SliceLayout(0, rows))
-    at = i[:, None] * C + j[None, :]
-    eye_s = gl.allocate_shared_memory(DT, [C, C], swizzled, gl.load(ones + at))
-    sums_s = gl.allocate_shared_memory(gl.float16, [C, C], swizzled, gl.load(sums + at))
+    o_i = gl.arange(0, C, layout=gl.SliceLayout(1, rows))
+    o_j = gl.arange(0, C, layout=gl.SliceLayout(0, rows))
+    o_ij = o_i[:, None] * C + o_j[None, :]
+    eye_s = gl.allocate_shared_memory(DT, [C, C], swizzled, gl.load(ones + o_ij))
+    sums_s = gl.allocate_shared_memory(gl.float16, [C, C], swizzled, gl.load(sums + o_ij))
     fence_async_shared()
     fq_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -256,19 +257,19 @@ def hopper_forward_kernel(
         mbarrier.init(op_empty.index(n), count=1)
     gl.thread_barrier()
     for n in gl.static_range(2):
-        fetch(f, row, t + n * C, end, i_h, f_s.index(n), fq_full.index(n), 4 * C * K, PACKED, n < steps)
-        fetch(q, row, t + n * C, end, i_h, q_s.index(n), fq_full.index(n), 0, PACKED, n < steps)
-    fetch(v, row, t, end, i_h, v_s.index(0), v_full.index(0), 2 * C * V, PACKED, steps > 0)
+        fetch(f, i_b, t + n * C, end, i_h, f_s.index(n), fq_full.index(n), 4 * C * K, PACKED, n < n_chunks)
+        fetch(q, i_b, t + n * C, end, i_h, q_s.index(n), fq_full.index(n), 0, PACKED, n < n_chunks)
+    fetch(v, i_b, t, end, i_h, v_s.index(0), v_full.index(0), 2 * C * V, PACKED, n_chunks > 0)
     # fmt: off
     gl.warp_specialize(
         [
             (walk, (
-                v, states, o, first, final, v_s, h_s, p_s, qd_s, kd_s, half_s, v_full, op_full, op_empty,
-                i_s, i_h, row, t, end, chunk, steps, H, K, V, C, HAS_FIRST, LAST, PACKED,
+                v, states, o, initial, final, v_s, h_s, p_s, qd_s, kd_s, half_s, v_full, op_full, op_empty,
+                i_s, i_h, i_b, t, end, i_first, n_chunks, H, K, V, C, HAS_INITIAL, FINAL, PACKED,
             )),
             (make_operands, (
                 q, f, bound, bands, q_s, f_s, qd_s, kd_s, half_s, eye_s, sums_s, fq_full, op_full, op_empty,
-                inverse_scale, i_h, row, t, end, chunk, steps, H, K, C, BOUNDED, PACKED, FULL,
+                inverse_scale, i_h, i_b, t, end, i_first, n_chunks, H, K, C, BOUNDED, PACKED, FULL,
             )),
         ],
         [8],

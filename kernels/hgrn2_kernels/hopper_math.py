@@ -1,7 +1,8 @@
-"""Pieces that the kernels for Hopper share: gates, where a segment lies, and the copies of tiles by TMA.
+"""The functions that the kernels for Hopper share: gates, the place of a segment, and copies of tiles by TMA.
 
-These kernels are in Gluon, because plain Triton gives no two roles to the warps of a program. Gluon has no interpreter:
-they run on a GPU only. Formulas, roundings and names are those of triton_math.py.
+These kernels are written in Gluon, because in plain Triton all warps of a program have the same role. Gluon has no
+interpreter, so they run on a GPU only. Formulas, roundings and names of variables follow triton_math.py. In addition,
+a name that ends in _s is a tile in shared memory, and one that ends in _full or _empty is a barrier.
 """
 
 from triton.experimental import gluon
@@ -14,7 +15,7 @@ LOG2E = gl.constexpr(triton_math.LOG2E.value)
 LIMIT = gl.constexpr(triton_math.LIMIT.value)
 BANDS = gl.constexpr(triton_math.BANDS.value)
 UNIT = gl.constexpr(triton_math.UNIT.value)
-# the end of a sequence lies here in the descriptor of packed sequences, see `descriptor` in hopper.py
+# the index at which a sequence ends in the descriptor of packed sequences, see `descriptor` in hopper.py
 BORDER = gl.constexpr(2**30)
 
 
@@ -34,28 +35,28 @@ def reciprocal(x):
 
 
 @gluon.jit
-def gate(x, b):
-    """Raw gate x and bound b to (g, k), as triton_math.gate for 16-bit operands."""
+def gate(x, b_bound):
+    """Turn raw gates x and lower bounds into (g, k), as triton_math.gate does for 16-bit operands."""
     e = exp2(gl.maximum(x * LOG2E, -125.0))
     r = reciprocal(1.0 + e)
-    k = (1.0 - b) * r
+    k = (1.0 - b_bound) * r
     series = k * (-LOG2E - k * (0.5 * LOG2E))
-    return gl.where(k < 0.0078125, series, log2((b + e) * r)), k
+    return gl.where(k < 0.0078125, series, log2((b_bound + e) * r)), k
 
 
 @gluon.jit
 def silu(x, inverse_scale):
-    """silu(x) / inverse_scale."""
+    """Return silu(x) / inverse_scale."""
     return x * reciprocal(inverse_scale + inverse_scale * exp2(-x * LOG2E))
 
 
 @gluon.jit
-def bound_of(bound, at, BOUNDED: gl.constexpr, layout: gl.constexpr):
-    """Lower bounds at `at`, zeros where there are none."""
+def load_bound(bound, o_hk, BOUNDED: gl.constexpr, layout: gl.constexpr):
+    """Load the lower bounds at o_hk, or return zeros without a bound."""
     if BOUNDED:
-        return gl.load(bound + at)
+        return gl.load(bound + o_hk)
     else:
-        return gl.zeros([at.shape[0]], gl.float32, layout)
+        return gl.zeros([o_hk.shape[0]], gl.float32, layout)
 
 
 @gluon.jit
@@ -73,50 +74,50 @@ def segment_of(
     PACKED: gl.constexpr,
     TABLED: gl.constexpr,
 ):
-    """Where segment i_s lies: (row of the batch, first token, end of its sequence's tokens, first chunk, chunks).
+    """Return where segment i_s lies: batch row, first token, end of its sequence's tokens, first chunk, n_chunks.
 
-    Arguments as those of chunk_state_kernel. A segment that packed sequences leave over has no chunks.
+    The arguments are those of chunk_state_kernel. A segment that packed sequences leave over has no chunks.
     """
     if TABLED:
         i_n = gl.load(segment_sequence + i_s)
-        skipped = (i_s - gl.load(segment_first + i_n)) * LENGTH
+        n_before = (i_s - gl.load(segment_first + i_n)) * LENGTH
     else:
         i_n = i_s // SEGMENTS
-        skipped = (i_s % SEGMENTS) * LENGTH
+        n_before = (i_s % SEGMENTS) * LENGTH
     if PACKED:
-        row = i_n * 0
+        i_b = i_n * 0
         start = gl.load(cu_seqlens + i_n)
         end = gl.load(cu_seqlens + i_n + 1)
-        chunk = gl.load(chunk_first + i_n)
-        steps = (end - start + C - 1) // C
+        i_first = gl.load(chunk_first + i_n)
+        n_chunks = (end - start + C - 1) // C
     else:
-        row = i_n
+        i_b = i_n
         start = i_n * 0
         end = T
-        chunk = i_n * NT
-        steps = NT
-    steps = gl.maximum(gl.minimum(steps - skipped, LENGTH), 0)
-    return row, start + skipped * C, end, chunk + skipped, steps
+        i_first = i_n * NT
+        n_chunks = NT
+    n_chunks = gl.maximum(gl.minimum(n_chunks - n_before, LENGTH), 0)
+    return i_b, start + n_before * C, end, i_first + n_before, n_chunks
 
 
 @gluon.jit
-def fetch(x, row, t, end, i_h, x_s, full, BYTES: gl.constexpr, PACKED: gl.constexpr, pred=True):
-    """Fetch the tile of head i_h from token t on, zeros from token `end` on.
+def fetch(x, i_b, t, end, i_h, x_s, full, BYTES: gl.constexpr, PACKED: gl.constexpr, pred=True):
+    """Fetch the tile of head i_h from token t on into x_s, with zeros from token `end` on.
 
-    BYTES is what this fetch and those after it on the same barrier bring, 0 for those after it.
+    BYTES counts what this fetch and the following ones on the same barrier bring. It is 0 for the following ones.
     """
     if BYTES > 0:
         mbarrier.expect(full, BYTES, pred=pred)
     if PACKED:
         tma.async_copy_global_to_shared(x, [BORDER, end, BORDER - end + t, i_h, 0], full, x_s, pred=pred)
     else:
-        tma.async_copy_global_to_shared(x, [row, t, i_h, 0], full, x_s, pred=pred)
+        tma.async_copy_global_to_shared(x, [i_b, t, i_h, 0], full, x_s, pred=pred)
 
 
 @gluon.jit
-def store(x, row, t, end, i_h, x_s, PACKED: gl.constexpr):
-    """Store the tile of head i_h from token t on, and nothing from token `end` on."""
+def store(x, i_b, t, end, i_h, x_s, PACKED: gl.constexpr):
+    """Store the tile x_s of head i_h from token t on, and nothing from token `end` on."""
     if PACKED:
         tma.async_copy_shared_to_global(x, [BORDER, end, BORDER - end + t, i_h, 0], x_s)
     else:
-        tma.async_copy_shared_to_global(x, [row, t, i_h, 0], x_s)
+        tma.async_copy_shared_to_global(x, [i_b, t, i_h, 0], x_s)

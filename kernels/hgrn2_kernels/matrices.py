@@ -1,7 +1,7 @@
-"""The constant matrices that the chunk kernels multiply by, made once a device: to load them is cheaper than to make
-them in every program.
+"""The constant matrices that the chunk kernels multiply by. They are made once per device and chunk size.
 
-With x [D, C] a tile of channels and tokens, x matrix is a sum over tokens.
+A program loads them faster than it could make them. If x [D, C] is a tile of channels and tokens, then x matrix is a
+sum over tokens.
 """
 
 import functools
@@ -14,17 +14,18 @@ from hgrn2_kernels.triton_math import UNIT
 
 @functools.cache
 def matrices(device: torch.device, C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Matrices for chunks of C tokens, a power of two.
+    """Return the matrices for chunks of C tokens, a power of two.
 
     Args:
-        dtype: of the operands of the kernels' products, bf16 or fp32.
+        dtype: dtype of the operands of the kernels' products, bf16 or fp32.
 
     Returns:
-        sums: [log2(C) + 3, C, C] fp16 (fp32) for log gates, one unit for 1. Number 0 gives the decay from the middle of
-            the chunk to token j, the middle being where half of the decay is behind, positive before it. Number n, for
-            blocks of 2^n tokens, gives the decay between token j and the last token of the first half of its block,
-            either way negative. The next is what comes up to token j, with it, and the last what comes after it.
-        ones: [5, C, C] dtype: the identity twice, what comes from token j on, what comes before it, and all.
+        sums: [log2(C) + 3, C, C] fp16 (fp32 if dtype is fp32), for log gates. An entry is 0 or plus or minus one unit.
+            Matrix 0 gives the decay between the middle of the chunk and token j, positive before the middle. The
+            middle is where half of the decay has passed. Matrix n, for blocks of 2^n tokens, gives the decay between
+            token j and the last token of the first half of its block, negative on both sides. The last but one gives
+            the decay through token j, and the last one the decay after it.
+        ones: [5, C, C] dtype: the identity twice, the sum from token j on, the sum before it, and the sum of all.
     """
     token = torch.arange(C, device=device)
     i, j = token[:, None], token[None, :]

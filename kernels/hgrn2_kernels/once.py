@@ -1,8 +1,8 @@
-"""Backward passes that can be run but not differentiated: a second derivative through one raises an error.
+"""Backward passes that run once: a second derivative through one of them raises an error.
 
-Such a backward computes without a graph, so that autograd takes its gradients for constants: whatever is made of them,
-a gradient penalty for one, is silently wrong. PyTorch's own `once_differentiable` notices only where the gradient that
-comes in requires one, which that of a plain sum does not.
+Such a backward computes without a graph, so autograd would treat its gradients as constants. A gradient penalty, for
+example, would be wrong without any message. PyTorch's own `once_differentiable` notices that only if the incoming
+gradient requires a gradient, and the gradient of a plain sum does not.
 """
 
 import functools
@@ -11,31 +11,31 @@ from collections.abc import Callable
 import torch
 
 OPERATORS = (
-    "the HGRN2 operators have no second derivatives: leave create_graph out, or differentiate recurrent_hgrn2, the "
-    "recurrence token by token, as often as you like"
+    "the HGRN2 operators have no second derivatives: leave create_graph out, or use recurrent_hgrn2, the recurrence "
+    "token by token, which can be differentiated any number of times"
 )
 
 
 def once_differentiable(instead: str) -> Callable:
     """Decorate the backward of an autograd.Function, backward(ctx, saved, *gradients), that runs without a graph.
 
-    Where create_graph asks for one, its results raise as soon as they are differentiated, by whatever the forward has
-    saved or by the gradients that came in.
+    With create_graph, its results raise an error as soon as they are differentiated, whether with respect to a tensor
+    that the forward saved or to an incoming gradient.
 
     Args:
-        instead: the message: what is not there, and what to do.
+        instead: the error message. It says what does not exist and what to do instead.
     """
 
     def decorate(backward):
         @functools.wraps(backward)
         def once(ctx, *gradients):
-            # read once: activation checkpointing recomputes at the first reading and refuses a second
+            # read once: activation checkpointing recomputes the tensors at the first read, and refuses a second one
             saved = ctx.saved_tensors
             with torch.no_grad():
                 results = backward(ctx, saved, *gradients)
             if not torch.is_grad_enabled():
                 return results
-            # what is to be differentiated has to lead there, or autograd would take it for unused
+            # the results must depend on all that they may be differentiated by, or autograd would call it unused
             sources = [x for x in (*saved, *gradients) if x is not None]
             made = [x for x in results if x is not None]
             refusing = iter(_Refusal.apply(instead, len(made), *made, *sources))
@@ -47,7 +47,7 @@ def once_differentiable(instead: str) -> Callable:
 
 
 class _Refusal(torch.autograd.Function):
-    """Its first tensors as they are, with a graph that raises a NotImplementedError."""
+    """The identity on its first `count` tensors. Its backward raises a NotImplementedError."""
 
     @staticmethod
     def forward(ctx, instead, count, *tensors):

@@ -1,6 +1,6 @@
-"""The HGRN2 recurrence, one token at a time: the definition that everything faster is compared with.
+"""The HGRN2 recurrence, one token at a time. It is the definition that all faster forms are compared with.
 
-Shares no code with the chunkwise form, so that an error in one cannot hide in the other.
+It shares no code with the chunkwise form, so an error in one cannot hide in the other.
 """
 
 import torch
@@ -19,11 +19,25 @@ def recurrent_hgrn2(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Step the state over the tokens in the dtype of the inputs, under ordinary autograd.
+    """Step the state over the tokens in the dtype of the inputs, with ordinary autograd.
 
-    Slow and memory hungry by design: give it float64 for a gold result. Arguments and results are those of
-    `chunk_hgrn2`, which also says what they mean, with two differences: nothing is upcast or checked, and
-    the bound's gradient is the true one everywhere, a bound of exactly 0 included.
+    It is slow and takes much memory. Call it with float64 inputs for a reference result. It can be differentiated any
+    number of times. It differs from `chunk_hgrn2` in two ways: it computes in the dtype of its inputs and checks
+    nothing, and the gradient of the bound is the true one also where the bound is exactly 0.
+
+    Args:
+        q: [B, T, H, K], raw query projection.
+        f: [B, T, H, K] dtype of q, raw forget-gate projection.
+        v: [B, T, H, V] dtype of q, values.
+        lower_bound: [H, K], in [0, 1). None means a bound of 0.
+        scale: factor on the output. None means K**-0.5.
+        initial_state: [N, H, K, V], state before the first token of each of the N sequences. None means zeros.
+        output_final_state: whether to return the state after the last token of each sequence.
+        cu_seqlens: [N + 1] int32, borders of sequences packed along T, as in `chunk_hgrn2`.
+
+    Returns:
+        o: [B, T, H, V] dtype of v.
+        final_state: [N, H, K, V] dtype of v, or None without output_final_state.
 
     Source:
         Qin et al., HGRN2, arXiv 2404.07904, section 3.2 (state expansion by outer products).
@@ -48,10 +62,10 @@ def recurrent_hgrn2(
 
 
 def _one_sequence(q, f, v, lower_bound, scale, h):
-    """The recurrence over q, f [T, H, K] and v [T, H, V] from state h [H, K, V]; returns (o, h)."""
+    """Run the recurrence over q, f [T, H, K] and v [T, H, V] from state h [H, K, V], and return (o, h)."""
     b = f.new_zeros(f.shape[1:]) if lower_bound is None else lower_bound.to(f.dtype)
-    # not torch.sigmoid: autograd multiplies by 1 - sigmoid, and with every gate at f = -30 the cancellation
-    # leaves df four right digits in float64
+    # This is not torch.sigmoid, because its autograd multiplies by 1 - sigmoid. With every gate at f = -30, that
+    # cancellation leaves df four correct digits in float64.
     forget = b + (1 - b) * F.logsigmoid(f).exp()
     k = (1 - b) * F.logsigmoid(-f).exp()
     q = F.silu(q) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,10 +1,10 @@
-"""Decoding: a few new tokens a sequence against a cache of states, `step_hgrn2`. Updates the cache in place."""
+"""The decoding step `step_hgrn2`: it runs a few new tokens per sequence and updates a cache of states in place."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgrn2_kernels import library
+from hgrn2_kernels import torch_ops
 from hgrn2_kernels.checks import check_inputs, check_like_state, shape_of
 from hgrn2_kernels.gate import forget_gate
 
@@ -19,35 +19,35 @@ def step_hgrn2(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Advance each sequence by its new tokens, as `chunk_hgrn2` would from its state, without gradients.
+    """Advance each sequence by its new tokens, as `chunk_hgrn2` would from its state. There is no gradient.
 
-    On CUDA this is one launch that reads and writes each state once. It never waits for the device, and nothing
-    about the launch depends on values, so that it can be captured in a CUDA graph; only fp64 runs in plain PyTorch
-    there, as on a CPU, and then waits for slots.
+    On a CUDA device this is one launch that reads and writes each state once. It never waits for the device, and the
+    launch does not depend on any values, so it can be captured in a CUDA graph. On a CPU, and for fp64 inputs on any
+    device, it runs in PyTorch, which waits for slots.
 
     Args:
-        q: [N, T, H, K] fp64, fp32, bf16 or fp16, raw query projection of the T new tokens (one, or a few, as they
-            are taken one after the other). It, f and v may be strided views, such as the parts of one fused
-            projection, with the last dimension contiguous.
+        q: [N, T, H, K] fp64, fp32, bf16 or fp16, raw query projection of the T new tokens. T should be small, because
+            the tokens are computed one after the other. q, f and v may be strided views, such as the parts of one fused
+            projection, if the last dimension is contiguous.
         f: [N, T, H, K] dtype of q, raw forget-gate projection, any finite value.
         v: [N, T, H, V] dtype of q, values.
-        lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1); None for a bound of 0.
-        state: [S, H, K, V] fp32 (fp64 with fp64 inputs), cached states, each contiguous; those of the sequences
-            are replaced by the states after their last new token.
-        slots: [N] int32 or int64, where in the cache each sequence has its state, in [-1, S). A sequence with
-            slot -1 is padding: it leaves the cache alone and its output is 0. Two sequences must not share any
-            other slot. Values are not checked, as that would wait for the device. None means that sequence n has
-            state n, with S = N.
-        scale: factor on the output; K**-0.5 when None.
+        lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1). None means a bound of 0.
+        state: [S, H, K, V] fp32 (fp64 with fp64 inputs), cached states, each contiguous. The states of the N sequences
+            are overwritten with the states after their last new tokens.
+        slots: [N] int32 or int64, in [-1, S): the row of the cache that holds the state of each sequence. A sequence
+            with slot -1 is padding: it does not change the cache, and its output is 0. Two sequences must not share
+            any other slot. The values are not checked, because that would wait for the device. None means that the
+            state of sequence n is row n, and S = N.
+        scale: factor on the output. None means K**-0.5.
 
     Returns:
         o: [N, T, H, V] dtype of v.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or strides other than these, or where a gradient is asked for.
+        ValueError: a shape, dtype, device or stride is not as described, or an input requires a gradient.
 
     Source:
-        Qin et al., HGRN2, arXiv 2404.07904, section 3.2; raw projections and scale as in `chunk_hgrn2`.
+        Qin et al., HGRN2, arXiv 2404.07904, section 3.2; raw projections and the scale are as in `chunk_hgrn2`.
     """
     check_inputs(q, f, v)
     _check_state(state, slots, q, v)
@@ -56,11 +56,11 @@ def step_hgrn2(
     _check_strides(q, f, v, state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, f, v, lower_bound, state)):
         raise ValueError(
-            "step_hgrn2 has no gradient, and an input requires one: decode under torch.no_grad() or "
+            "step_hgrn2 has no gradient, but an input requires one: decode under torch.no_grad() or "
             "torch.inference_mode(), and train with chunk_hgrn2"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    advance = _advance if library.is_eager(q) else torch.ops.hgrn2.step
+    advance = _advance if torch_ops.is_eager(q) else torch.ops.hgrn2.step
     return advance(q, f, v, lower_bound, state, slots, scale)
 
 
@@ -74,7 +74,7 @@ def _advance(q, f, v, lower_bound, state, slots, scale):
         return _step(q, f, v, lower_bound, state, slots, scale)
 
 
-library.define(
+torch_ops.define(
     "step(Tensor q, Tensor f, Tensor v, Tensor? lower_bound, Tensor(a!) state, Tensor? slots, float scale) -> Tensor",
     _advance,
     lambda q, f, v, lower_bound, state, slots, scale: v.new_empty(v.shape),
@@ -82,10 +82,10 @@ library.define(
 
 
 def _step(q, f, v, lower_bound, state, slots, scale):
-    """What the kernel computes, in plain PyTorch. Arguments as in `step_hgrn2`."""
+    """Compute in plain PyTorch what the kernel computes. The arguments are those of `step_hgrn2`."""
     N, T, H, _ = q.shape
     o = v.new_zeros(N, T, H, v.shape[-1])
-    # where each sequence has its state, and which sequences have one
+    # the row of the state of each sequence, and which sequences have one
     rows, active = slice(None), slice(None)
     if slots is not None:
         active = slots >= 0
@@ -96,7 +96,8 @@ def _step(q, f, v, lower_bound, state, slots, scale):
     h = state[rows]
     for t in range(T):
         k_t, v_t = k[:, t], v[:, t, :, None]
-        # a forget gate near 1 is rounded, and the same way at each token if it hardly changes
+        # A forget gate near 1 is rounded. If it hardly changes, it is rounded in the same direction at each token, and
+        # the errors add up.
         h = torch.where(k_t < 0.5, h + k_t * (v_t - h), forget[:, t] * h + k_t * v_t)
         o[active, t] = (q[:, t, :, :, None] * h).sum(-2).to(o.dtype)
     state[rows] = h
@@ -117,7 +118,7 @@ def _check_state(state, slots, q, v):
         raise ValueError(f"slots must be int32 or int64, got {slots.dtype}: convert it with .int()")
     if slots.shape != (N,):
         raise ValueError(
-            f"slots must be [{N}] to go with q, got {shape_of(slots)}: one slot a sequence, -1 for padding"
+            f"slots must be [{N}] to match q, got {shape_of(slots)}: pass one slot per sequence, -1 for padding"
         )
     if slots.device != q.device:
         raise ValueError(f"slots must be on {q.device} like q, got {slots.device}: move it")
@@ -128,12 +129,12 @@ def _check_strides(q, f, v, state):
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(
                 f"{name} must be contiguous in its last dimension, got strides {list(x.stride())}: "
-                "pass a view of the projection that keeps a head's channels together, or .contiguous()"
+                f"pass a view of the projection that keeps a head's channels together, or {name}.contiguous()"
             )
-    # rows may lie apart, as those of one layer in a cache of all layers, but not on top of each other
+    # rows may lie apart, as in a view of one layer of a cache of all layers, but they must not overlap
     S, row = state.shape[0], state.shape[1:].numel()
     if not state[:1].is_contiguous() or (S > 1 and state.stride(0) < row):
         raise ValueError(
-            f"each row of state must be contiguous and apart from the others, got strides {list(state.stride())}: "
-            "keep the cache as [S, H, K, V]; a copy would not be updated"
+            f"each row of state must be contiguous and must not overlap another, got strides {list(state.stride())}: "
+            "keep the cache as [S, H, K, V] and pass it without a copy, which would be updated instead of the cache"
         )

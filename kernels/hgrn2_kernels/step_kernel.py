@@ -1,4 +1,7 @@
-"""The decoding step in one launch. One program a (sequence, head, block of value channels), state in registers."""
+"""The decoding step in one launch. One program holds a tile of the state of one (sequence, head) in registers.
+
+The names of variables follow triton_math.py.
+"""
 
 import functools
 
@@ -12,7 +15,7 @@ from hgrn2_kernels.launch import Launch
 
 @triton.jit
 def sigmoids(x):
-    """Sigmoid of x and of -x, both to relative precision and without overflow."""
+    """Return the sigmoids of x and of -x, both with a small relative error and without overflow."""
     e = tl.exp(-tl.abs(x))
     r = 1.0 / (1.0 + e)
     return tl.where(x >= 0, 1.0, e) * r, tl.where(x >= 0, e, 1.0) * r
@@ -20,11 +23,11 @@ def sigmoids(x):
 
 @triton.jit
 def step_kernel(
-    q,  # [N, T, H, K] raw
-    f,  # [N, T, H, K] raw gate
+    q,  # [N, T, H, K] raw queries
+    f,  # [N, T, H, K] raw gates
     v,  # [N, T, H, V]
     bound,  # [H, K] fp32, read where BOUNDED
-    state,  # [S, H, K, V] fp32, in and out; rows stride_s apart
+    state,  # [S, H, K, V] fp32, in and out; rows are stride_s apart
     slots,  # [N] int32 or int64, read where SLOTTED; negative for padding
     o,  # [N, T, H, V] contiguous, out
     stride_qn,
@@ -52,22 +55,22 @@ def step_kernel(
     i_v = pid % NV
     i_h = ((pid // NV) % H).to(tl.int64)
     i_n = (pid // (NV * H)).to(tl.int64)
-    slot = i_n
+    i_slot = i_n
     if SLOTTED:
-        slot = tl.load(slots + i_n).to(tl.int64)
-    active = slot >= 0
+        i_slot = tl.load(slots + i_n).to(tl.int64)
+    m_active = i_slot >= 0
 
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
     m_v = o_v < V
-    m_kv = m_k[:, None] & m_v[None, :] & active
-    p_h = state + slot * stride_s + i_h * (K * V) + o_k[:, None] * V + o_v[None, :]
-    # first of all loads: everything else is small and arrives in its shadow
+    m_kv = m_k[:, None] & m_v[None, :] & m_active
+    p_h = state + i_slot * stride_s + i_h * (K * V) + o_k[:, None] * V + o_v[None, :]
+    # loaded first: everything else is small, and arrives while this load is on its way
     b_h = tl.load(p_h, mask=m_kv, other=0.0)
-    b = tl.zeros([BK], tl.float32)
+    b_bound = tl.zeros([BK], tl.float32)
     if BOUNDED:
-        b = tl.load(bound + i_h * K + o_k, mask=m_k, other=0.0)
+        b_bound = tl.load(bound + i_h * K + o_k, mask=m_k, other=0.0)
 
     p_q = q + i_n * stride_qn + i_h * stride_qh + o_k
     p_f = f + i_n * stride_fn + i_h * stride_fh + o_k
@@ -78,17 +81,18 @@ def step_kernel(
         b_q = tl.load(p_q, mask=m_k, other=0.0).to(tl.float32)
         b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
         s, s_neg = sigmoids(b_f)
-        forget = b + (1.0 - b) * s
-        k = (1.0 - b) * s_neg
-        # a forget gate near 1 is rounded, and the same way at each token if it hardly changes: there, h - k h
-        is_open = k < 0.5
-        factor = tl.where(is_open, -k, forget)
-        kept = tl.where(is_open[:, None], b_h, 0.0)
+        forget = b_bound + (1.0 - b_bound) * s
+        k = (1.0 - b_bound) * s_neg
+        # A forget gate near 1 is rounded. If it hardly changes, it is rounded in the same direction at each token, and
+        # the errors add up. So h - k h takes the place of forget h there.
+        m_open = k < 0.5
+        factor = tl.where(m_open, -k, forget)
+        kept = tl.where(m_open[:, None], b_h, 0.0)
         b_h = kept + (factor[:, None] * b_h + k[:, None] * b_v[None, :])
         s, _ = sigmoids(b_q)
         b_o = tl.sum(b_h * (b_q * s * scale)[:, None], 0)
-        # what padding computed is of no meaning, and may be NaN
-        b_o = tl.where(active, b_o, 0.0)
+        # the result for padding has no meaning and may be NaN
+        b_o = tl.where(m_active, b_o, 0.0)
         tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_v)
         p_q += stride_qt
         p_f += stride_ft
@@ -99,9 +103,10 @@ def step_kernel(
 
 
 def tile(K: int, V: int) -> tuple[int, int, int]:
-    """Rows and columns of the state that one program holds, and its warps: (BK, BV, num_warps).
+    """Return (BK, BV, num_warps): the rows and columns of the state that one program holds, and its warps.
 
-    32 numbers a thread are eight 16-byte loads in flight, and at least 32 columns make a row whole cache lines.
+    With 32 numbers per thread, eight 16-byte loads are in flight. With at least 32 columns, a row consists of whole
+    cache lines.
     """
     BK = triton.next_power_of_2(K)
     BV = min(triton.next_power_of_2(V), max(32, 4096 // BK))
@@ -111,9 +116,9 @@ def tile(K: int, V: int) -> tuple[int, int, int]:
 def launch_step(
     q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
-    """Launch `step_kernel` on arguments that `step_hgrn2` has checked; updates state in place and returns o."""
+    """Launch `step_kernel` on arguments that `step_hgrn2` has checked. It updates state in place and returns o."""
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    # a pointer that the kernel does not read still needs a tensor
+    # the kernel needs a tensor for each pointer, also for one that it does not read
     bound = state if lower_bound is None else lower_bound.contiguous()
     slot_dtype = None if slots is None else slots.dtype
     slots = state if slots is None else slots.contiguous()
@@ -126,7 +131,7 @@ def launch_step(
 
 @functools.lru_cache(maxsize=1024)
 def _step(device, dtype, slot_dtype, shape, V, strides, bounded, scale) -> Launch:
-    """The launch for tensors of these dtypes and strides on a device."""
+    """Return the launch for tensors of these shapes, dtypes and strides on a device."""
     N, T, H, K = shape
     BK, BV, num_warps = tile(K, V)
     names = [f"stride_{x}{axis}" for x in "qfv" for axis in "nth"]

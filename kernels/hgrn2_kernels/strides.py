@@ -1,22 +1,25 @@
-"""How tensors lie in memory, as far as the kernels care: the last dimension innermost, a chunk's tokens within reach.
+"""The memory layouts that the kernels take: the last dimension is contiguous, and the tokens of a chunk are in reach.
 
-Kernels count in 64 bits up to a head and the first token of a chunk, and from there to the other tokens in 32.
+Kernels compute the address of a head and of the first token of a chunk with 64 bits, and of the other tokens with 32.
 """
 
 import torch
 from torch import Tensor
 
-# a stride along time with which 64 tokens, the longest chunk, are within 2^31 numbers of each other
+# with a stride along time below this, the 64 tokens of the longest chunk are within 2^31 numbers of each other
 REACH = 2**31 // 64
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x [B, T, ..] itself or, where kernels cannot take it so, a contiguous copy."""
+    """Return x [B, T, ..], or a contiguous copy if its strides do not suit the kernels."""
     return x if _suits(x) else x.contiguous()
 
 
 def dense_like(x: Tensor) -> Tensor:
-    """A new tensor of x's shape, dense, with batch inside time where x has it so, and the last dimension innermost."""
+    """Return a new dense tensor of the shape of x, with a contiguous last dimension.
+
+    Batch lies inside time if that is so in x.
+    """
     if x.stride(-1) == 1:
         like = torch.empty_like(x)
         if _suits(like):

@@ -1,8 +1,22 @@
-"""What every Triton kernel of the chunkwise form shares: gates, decays, and the loads that keep padding harmless.
+"""The functions that all Triton kernels of the chunkwise form share: gates, decays, and loads that mask padding.
 
-Logarithms are base 2 inside the kernels, because the hardware's exponential and logarithm are. Tiles hold channels
-in rows and tokens in columns: sums over the tokens of a chunk are then products whose left operand stays in the
-registers that the gates were computed in, and per-channel factors scale rows of the state.
+Logarithms are base 2 inside the kernels, because the GPU computes exponentials and logarithms in base 2. Tiles hold
+channels in rows and tokens in columns. A sum over the tokens of a chunk is then a product whose left operand stays in
+the registers where the gates were computed, and a factor per channel scales a row of the state.
+
+All kernels, here and in the other files, name their variables in the same way:
+
+    i_   one index: i_h is a head, i_c a chunk, i_k a block of channels of K, i_ch a chunk and a head together.
+    n_   a count: n_tokens are the tokens of the chunk that exist, n_bands the bands of the chunk.
+    o_   a tile of offsets: o_k are channels of K, o_v channels of V, o_t tokens of the chunk, o_kv places in a state.
+         Of a tile [C, C] of scores, o_i are the tokens of its rows and o_j those of its columns.
+    m_   a mask: a tile (or one value) that is true where the offsets exist or where a rule holds.
+    p_   a pointer, or a tile of pointers.
+    b_   a tile as it was loaded from an input, or as it will be stored in an output.
+
+Tiles that a kernel computes on the way have plain names. The same ones come back everywhere: g is the log gate, k the
+key, a the activated query, qd and kd are the query and the key with their decay. Names in capitals are known when the
+kernel is compiled. `sums` and `ones` are the constant matrices of matrices.py.
 """
 
 import os
@@ -10,30 +24,33 @@ import os
 import triton
 import triton.language as tl
 
-# the interpreter knows no inline assembly; triton decides at decoration, so this is read at import as well
+# The interpreter cannot run inline assembly. Triton chooses the interpreter when it decorates a kernel, so this is
+# read when the module is imported.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
-# raw gate of a padding token: so open that the state passes unchanged (forget 1, key 0)
+# The raw gate of a padding token. It is so open that the state passes unchanged: forget is 1 and the key is 0.
 OPEN = tl.constexpr(1.0e4)
-# largest decay, in powers of two, between the middle of a chunk, or of a band of it, and its ends: operands carry the
-# decay and its inverse, and have to stay inside the exponents of bf16 with room for their product
+# The largest decay, in powers of two, between the middle of a chunk (or of a band) and its ends. One operand carries
+# the decay and the other its inverse. Both have to stay within the exponents of bf16, with room for their product.
 LIMIT = tl.constexpr(96.0)
-# the same for fp32, where the roundings of larger decays would show
+# The same limit for fp32, where rounding errors of larger decays would be visible.
 LIMIT_FP32 = tl.constexpr(20.0)
 LARGEST, LARGEST_FP32 = tl.constexpr(2.0**LIMIT.value), tl.constexpr(2.0**LIMIT_FP32.value)
-# the most bands that a chunk is cut into: with more, what each token reads of its own write would drown what closed
-# gates leave of the others', and the exact form is hardly slower. In fp32 it would do so from the second band on
+# The most bands that a chunk is cut into. With more bands, the rounding of a token's read of its own write would be
+# larger than what closed gates leave of the other tokens, and the exact form is hardly slower. In fp32 that happens
+# from the second band on.
 BANDS = tl.constexpr(4)
 BANDS_FP32 = tl.constexpr(1)
-# the forms of a chunk: one product, a product a band, or exact
+# The three forms in which a chunk is computed: one product, one product per band, or exact.
 FAST, BANDED, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# log gates lie in [-125, 0]: in fp16, this many to a power of two, they keep 11 bits down to 2^-23
+# Units per power of two of a log gate in fp16. Log gates lie in [-125, 0], and in these units they keep 11 bits down to
+# 2^-23.
 UNIT = tl.constexpr(512.0)
 
 
 @triton.jit
 def log2(x):
-    """Base-2 logarithm; tl.log2 calls a library routine several times slower."""
+    """Return the base-2 logarithm. tl.log2 calls a library routine that is several times slower."""
     if INTERPRET:
         return tl.log2(x)
     else:
@@ -44,7 +61,7 @@ def log2(x):
 
 @triton.jit
 def exp2(x):
-    """Base-2 exponential, 0 below 2^-126; tl.exp2 spends three more instructions on what lies there."""
+    """Return the base-2 exponential, and 0 below 2^-126. tl.exp2 spends three more instructions on such results."""
     if INTERPRET:
         return tl.exp2(x)
     else:
@@ -55,6 +72,7 @@ def exp2(x):
 
 @triton.jit
 def reciprocal(x):
+    """Return 1 / x, approximately."""
     if INTERPRET:
         return 1.0 / x
     else:
@@ -65,57 +83,61 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid_parts(x):
-    """(e, r) with sigmoid(x) = e r and sigmoid(-x) = r, both to relative precision and finite for any finite x."""
+    """Return (e, r) with sigmoid(x) = e r and sigmoid(-x) = r.
+
+    Both have a small relative error, and both are finite for any finite x.
+    """
     e = exp2(tl.minimum(tl.maximum(x * LOG2E, -125.0), 125.0))
     return e, reciprocal(1.0 + e)
 
 
 @triton.jit
-def gate(x, b, DT: tl.constexpr):
-    """Raw gate x and bound b to (g, k): g = log2(forget) in [-125, 0], and k = 1 - forget; DT as that of sum_gates.
+def gate(x, b_bound, DT: tl.constexpr):
+    """Turn raw gates x and lower bounds into (g, k): g = log2(forget) in [-125, 0], and k = 1 - forget.
 
-    The fast logarithm is exact to 2^-22 absolutely, which near forget = 1 is not enough for long memories: there a
-    series of log(1 - k) replaces it, relatively exact to 2^-15 where the sums keep 11 bits, and to 2^-22 in fp32.
+    The fast logarithm has an absolute error of 2^-22. That is not enough for a gate near 1, whose memory is long. There
+    a series of log(1 - k) replaces it, where k is below 1/128 for 16-bit products (DT is bf16; a relative error of
+    2^-15 is enough, because the sums keep 11 bits) and below 1/32 for fp32 (a relative error of 2^-22).
     """
     e = exp2(tl.maximum(x * LOG2E, -125.0))
     r = reciprocal(1.0 + e)
-    k = (1.0 - b) * r
+    k = (1.0 - b_bound) * r
     if DT == tl.float32:
         near = 0.03125
         series = k * (-LOG2E - k * (0.5 * LOG2E + k * (0.33333333 * LOG2E + k * (0.25 * LOG2E))))
     else:
         near = 0.0078125
         series = k * (-LOG2E - k * (0.5 * LOG2E))
-    # a gate so open that e is infinite has k = 0
-    return tl.where(k < near, series, log2((b + e) * r)), k
+    # where a gate is so open that e is infinite, k is 0 and the series is chosen
+    return tl.where(k < near, series, log2((b_bound + e) * r)), k
 
 
 @triton.jit
 def silu(x, inverse_scale):
-    """silu(x) / inverse_scale."""
+    """Return silu(x) / inverse_scale."""
     return x * reciprocal(inverse_scale + inverse_scale * exp2(-x * LOG2E))
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b; fp32 operands are multiplied in fp32, not in TF32."""
+    """Return acc + a b. Operands in fp32 are multiplied in fp32, not in TF32."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def load_matrix(matrices, n, C: tl.constexpr):
-    """Matrix n of a stack [_, C, C], see matrices.py."""
-    o_c = tl.arange(0, C)
-    return tl.load(matrices + n * C * C + o_c[:, None] * C + o_c[None, :])
+def load_matrix(matrices, i, C: tl.constexpr):
+    """Load matrix i of a stack [_, C, C]; see matrices.py."""
+    o_t = tl.arange(0, C)
+    return tl.load(matrices + i * C * C + o_t[:, None] * C + o_t[None, :])
 
 
 @triton.jit
-def sum_gates(g, matrix, EXACT: tl.constexpr):
-    """g matrix, for log gates g [D, C] and a matrix [C, N] of 0 and plus or minus one unit: the decay between tokens.
+def sum_gates(g, matrix, FINE: tl.constexpr):
+    """Return the decays g matrix, for log gates g [D, C] and a matrix [C, N] that holds 0 and plus or minus one unit.
 
-    For 16-bit operands a unit is 1 / UNIT in fp16, and g is rounded to 11 bits, or to 22 where EXACT. Eleven are more
-    than the raw gate had in bf16, but of a decay of 2^-40, all that is left where every gate is closed, they would
-    leave an error of a percent.
+    For 16-bit operands a unit is 1 / UNIT in fp16, and g is rounded to 11 bits, or to 22 bits where FINE. Eleven bits
+    are more than a raw gate in bf16 has. But where every gate is closed, a decay of 2^-40 may be all that is left of a
+    token, and with 11 bits it would have an error of a percent.
     """
     zero = tl.zeros([g.shape[0], matrix.shape[1]], tl.float32)
     if matrix.dtype == tl.float32:
@@ -123,16 +145,19 @@ def sum_gates(g, matrix, EXACT: tl.constexpr):
     else:
         units = g * UNIT
         hi = units.to(tl.float16)
-        if EXACT:
+        if FINE:
             zero = dot((units - hi.to(tl.float32)).to(tl.float16), matrix, zero)
         return dot(hi, matrix, zero)
 
 
 @triton.jit
 def sum_all_gates(g, ones, C: tl.constexpr):
-    """Decay of a chunk of log gates g [D, C], of the digits that sum_gates takes: [D, 1], or each column of [D, C]."""
+    """Return the decay of a whole chunk of log gates g [D, C], rounded as sum_gates does without FINE.
+
+    The result is [D, 1], or [D, C] with equal columns.
+    """
     if ones.dtype.element_ty == tl.float32:
-        # a reduction would hand its result on through shared memory, written more than once
+        # a reduction would pass its result through shared memory, and write it there more than once
         return sum_tokens(g, load_matrix(ones, 4, C))
     else:
         return tl.sum((g * UNIT).to(tl.float16).to(tl.float32), 1)[:, None] * (1.0 / UNIT)
@@ -140,16 +165,16 @@ def sum_all_gates(g, ones, C: tl.constexpr):
 
 @triton.jit
 def upper_half(bits):
-    """fp32 from the upper 16 bits of an int32: a number that bf16 holds.
+    """Return the upper 16 bits of an int32 as fp32, a number that bf16 holds exactly.
 
-    A conversion to bf16 and back is three instructions, the first at an eighth of the rate of others.
+    A conversion to bf16 and back takes three instructions, and the first runs at an eighth of the usual rate.
     """
     return (bits & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def rounded(x, DT: tl.constexpr):
-    """fp32 x to the nearest number of DT, in fp32; a tie away from 0."""
+    """Round fp32 x to the nearest number of DT, and return it in fp32. A tie is rounded away from 0."""
     if DT == tl.float32:
         return x
     else:
@@ -158,7 +183,7 @@ def rounded(x, DT: tl.constexpr):
 
 @triton.jit
 def sum_tokens(x, matrix):
-    """x matrix, for fp32 x [D, C] and a matrix [C, N] of 0 and 1, to (nearly) the precision of fp32."""
+    """Return x matrix, for fp32 x [D, C] and a matrix [C, N] of 0 and 1, nearly as precisely as fp32 allows."""
     zero = tl.zeros([x.shape[0], matrix.shape[1]], tl.float32)
     if matrix.dtype == tl.float32:
         return dot(x, matrix, zero)
@@ -169,12 +194,13 @@ def sum_tokens(x, matrix):
 
 @triton.jit
 def limit(DT: tl.constexpr):
+    """Return the largest decay, in powers of two, of one frame."""
     return LIMIT_FP32 if DT == tl.float32 else LIMIT
 
 
 @triton.jit
 def whole_matrix(C: tl.constexpr, DT: tl.constexpr):
-    """[C, 16]: each column of (g matrix) is the decay of a chunk."""
+    """Return a matrix [C, 16] with which each column of (g matrix) is the decay of the whole chunk."""
     if DT == tl.float32:
         return tl.full([C, 16], 1.0, tl.float32)
     else:
@@ -183,86 +209,94 @@ def whole_matrix(C: tl.constexpr, DT: tl.constexpr):
 
 @triton.jit
 def bands_of(whole, DT: tl.constexpr):
-    """How many bands a chunk needs whose channels decay by `whole` [D]: 1 within the limit, BANDS + 1 for too many."""
-    # bands are told apart by whole powers of two, and sums of the other kernels may differ in the last digit
+    """Return how many bands a chunk needs whose channels decay by `whole` [D].
+
+    That is 1 within the limit, and BANDS + 1 where the chunk would need more than BANDS.
+    """
+    # The margin is there because bands are separated at whole powers of two, and because the sums of the other kernels
+    # may differ in the last digit.
     needed = ((tl.max(-whole, 0) + 1.5) * (0.5 / limit(DT))).to(tl.int32) + 1
     return tl.where(needed <= (BANDS_FP32 if DT == tl.float32 else BANDS), needed, BANDS + 1)
 
 
 @triton.jit
-def form_of(n):
-    """The form that a chunk of n bands takes; none where n is 0, for a chunk behind packed sequences."""
-    return tl.where(n == 0, -1, tl.where(n == 1, FAST, tl.where(n <= BANDS, BANDED, EXACT)))
+def form_of(n_bands):
+    """Return the form of a chunk with n_bands bands. A chunk behind packed sequences has 0 bands, and gets -1."""
+    return tl.where(n_bands == 0, -1, tl.where(n_bands == 1, FAST, tl.where(n_bands <= BANDS, BANDED, EXACT)))
 
 
 @triton.jit
 def in_band(e, DT: tl.constexpr):
-    """Of exponents e in a band's frame, those of its own tokens: every token is in one band."""
+    """Return where exponents e, in the frame of a band, belong to tokens of that band. Every token is in one band."""
     return (e <= limit(DT)) & (e > -limit(DT))
 
 
 @triton.jit
-def column(x, n: tl.constexpr):
-    """Column n of a tile [D, C]."""
-    return tl.sum(tl.where((tl.arange(0, x.shape[1]) == n)[None, :], x, 0.0), 1)
+def column(x, INDEX: tl.constexpr):
+    """Return column INDEX of a tile [D, C]."""
+    return tl.sum(tl.where((tl.arange(0, x.shape[1]) == INDEX)[None, :], x, 0.0), 1)
 
 
 @triton.jit
 def frame(whole, DT: tl.constexpr):
-    """Decay of a stored state towards the middle of a chunk that decays by `whole`, as far as the limit."""
+    """Return the decay that a stored state carries, for a chunk that decays by `whole`.
+
+    It leads to the middle of the chunk, but not further than the limit.
+    """
     return tl.maximum(0.5 * whole, -limit(DT))
 
 
 @triton.jit
 def span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
-    """Where chunk i_c lies: (batch row, first token, end of its sequence's tokens)."""
+    """Return where chunk i_c lies: the batch row, the first token, and the end of the tokens of its sequence."""
     if PACKED:
-        n = tl.load(chunk_sequence + i_c)
-        start = tl.load(cu_seqlens + n) + (i_c - tl.load(chunk_first + n)) * C
-        return (n * 0).to(tl.int64), start, tl.load(cu_seqlens + n + 1)
+        i_n = tl.load(chunk_sequence + i_c)
+        start = tl.load(cu_seqlens + i_n) + (i_c - tl.load(chunk_first + i_n)) * C
+        return (i_n * 0).to(tl.int64), start, tl.load(cu_seqlens + i_n + 1)
     else:
         return (i_c // NT).to(tl.int64), (i_c % NT) * C, T
 
 
 @triton.jit
 def behind(i_c, cu_seqlens, chunk_sequence, chunk_first, C: tl.constexpr):
-    """First token of chunk i_c, where that is one behind the last of the packed sequences, perhaps behind the row."""
-    n = tl.load(chunk_sequence + i_c)
-    return tl.load(cu_seqlens + n) + (i_c - tl.load(chunk_first + n)) * C
+    """Return the first token of a chunk i_c that lies behind the last packed sequence, perhaps behind the row too."""
+    i_n = tl.load(chunk_sequence + i_c)
+    return tl.load(cu_seqlens + i_n) + (i_c - tl.load(chunk_first + i_n)) * C
 
 
 @triton.jit
-def load_tokens(p, stride_t, o_d, left, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
-    """Tile [C, BD] of the next C tokens and columns o_d of a [T, D] matrix at p, of which `left` tokens are there.
+def load_tokens(p, stride_t, o_d, n_tokens, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
+    """Load the tile [C, BD] of C tokens and columns o_d of a [T, D] matrix at p. Its first n_tokens tokens exist.
 
-    Zeros outside; FULL says that no chunk is cut short.
+    The tile is 0 for tokens and columns that do not exist. FULL says that every chunk of the launch has C tokens.
     """
-    o_c = tl.arange(0, C)
-    at = p + o_c[:, None] * stride_t + o_d[None, :]
+    o_t = tl.arange(0, C)
+    p_tile = p + o_t[:, None] * stride_t + o_d[None, :]
     if FULL and D % BD == 0:
-        return tl.load(at)
+        return tl.load(p_tile)
     else:
-        return tl.load(at, mask=(o_c < left)[:, None] & (o_d < D)[None, :], other=0.0)
+        return tl.load(p_tile, mask=(o_t < n_tokens)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def prefetch_rows(p, stride, D: tl.constexpr, R: tl.constexpr):
-    """Bring R rows of D numbers at p, stride apart, into L2: a hint, which waits for nothing."""
+    """Ask for R rows of D numbers at p, `stride` apart, to be brought into L2. It is a hint and waits for nothing."""
     if not INTERPRET:
         LINE: tl.constexpr = 1024 // p.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = (D + LINE - 1) // LINE
-        at = p + tl.arange(0, R)[:, None] * stride + (tl.arange(0, LINES) * LINE)[None, :]
+        p_lines = p + tl.arange(0, R)[:, None] * stride + (tl.arange(0, LINES) * LINE)[None, :]
+        p_lines = p_lines.to(tl.int64)
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_lines], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
 @triton.jit
 def channels(x, eye):
-    """A tile [C, BD] of raw inputs to fp32 [BD, C].
+    """Turn a tile [C, BD] of raw inputs into fp32 [BD, C].
 
-    16-bit inputs by a product with the identity, which is exact and gives the layout of every later product: it takes
-    the tile from shared memory as the load left it.
+    16-bit inputs are multiplied by the identity `eye`. The product is exact, it reads the tile from shared memory as
+    the load left it, and its result has the layout that every later product needs.
     """
     if x.dtype == tl.float32:
         return tl.trans(x)
@@ -271,19 +305,20 @@ def channels(x, eye):
 
 
 @triton.jit
-def padded(x, left, C: tl.constexpr, FULL: tl.constexpr):
-    """Raw gates [D, C] with those of tokens that are not there wide open."""
+def padded(x, n_tokens, C: tl.constexpr, FULL: tl.constexpr):
+    """Return raw gates [D, C] in which the gates behind the first n_tokens tokens are wide open."""
     if FULL:
         return x
     else:
-        return tl.where((tl.arange(0, C) < left)[None, :], x, OPEN)
+        return tl.where((tl.arange(0, C) < n_tokens)[None, :], x, OPEN)
 
 
 @triton.jit
-def store_tokens(p, stride_t, o_d, left, x, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
-    o_c = tl.arange(0, C)
-    at = p + o_c[:, None] * stride_t + o_d[None, :]
+def store_tokens(p, stride_t, o_d, n_tokens, x, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
+    """Store the tile x [C, BD] at the place that load_tokens would load it from."""
+    o_t = tl.arange(0, C)
+    p_tile = p + o_t[:, None] * stride_t + o_d[None, :]
     if FULL and D % BD == 0:
-        tl.store(at, x)
+        tl.store(p_tile, x)
     else:
-        tl.store(at, x, mask=(o_c < left)[:, None] & (o_d < D)[None, :])
+        tl.store(p_tile, x, mask=(o_t < n_tokens)[:, None] & (o_d < D)[None, :])

@@ -214,7 +214,7 @@ def bad(match, **changes):
     [
         bad("q and f must be", f=torch.zeros(1, 8, 2, 5)),
         bad("q and f must be .B, T, H, K. and v", v=torch.zeros(1, 7, 2, 3)),
-        bad("split the heads off", q=torch.zeros(1, 8, 8), f=torch.zeros(1, 8, 8)),
+        bad("split off the heads", q=torch.zeros(1, 8, 8), f=torch.zeros(1, 8, 8)),
         bad("skip the call", q=torch.zeros(1, 0, 2, 4), f=torch.zeros(1, 0, 2, 4), v=torch.zeros(1, 0, 2, 3)),
         bad("share a dtype", v=torch.zeros(1, 8, 2, 3).bfloat16()),
         bad("cast q, f and v", q=torch.zeros(1, 8, 2, 4).int()),

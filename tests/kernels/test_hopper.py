@@ -12,6 +12,7 @@ from operator_cases import ALL_GATES, NAMES, make_inputs, relative_error, run
 
 from hgrn2_kernels import dispatch, hopper, recurrent_hgrn2
 from hgrn2_kernels.chunk_plan import Chunks, Segments
+from hgrn2_kernels.inputs import Inputs
 
 # as those of the other kernels in bf16
 CEILING = dict(zip(NAMES, (3e-3, 3e-3, 4e-3, 4e-3, 3e-3, 4e-3, 3e-3), strict=True))
@@ -23,7 +24,8 @@ class Hopper(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, f, v, b, h0, cu_seqlens, last, save_states):
-        o, ht, saved = hopper.chunk_forward(q, f, v, b, h0, cu_seqlens, q.shape[-1] ** -0.5, last, save_states)
+        inputs = Inputs(q, f, v, b, h0, cu_seqlens, q.shape[-1] ** -0.5)
+        o, ht, saved = hopper.chunk_forward(inputs, last, save_states)
         ctx.save_for_backward(q, f, v, b, h0, cu_seqlens, *saved)
         ctx.set_materialize_grads(False)
         return o, ht
@@ -32,8 +34,8 @@ class Hopper(torch.autograd.Function):
     def backward(ctx, do, dht):
         q, f, v, b, h0, cu_seqlens, *saved = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do
-        scale = q.shape[-1] ** -0.5
-        dq, df, dv, db, dh0 = hopper.chunk_backward(do, dht, q, f, v, b, h0, cu_seqlens, scale, tuple(saved))
+        inputs = Inputs(q, f, v, b, h0, cu_seqlens, q.shape[-1] ** -0.5)
+        dq, df, dv, db, dh0 = hopper.chunk_backward(do, dht, inputs, tuple(saved))
         return dq, df, dv, db, dh0, None, None, None
 
 
@@ -141,12 +143,13 @@ def test_parts_of_one_projection_in_megatrons_layout_and_out_of_line():
     apart = [room.new_empty(room.shape)[..., 1:].copy_(x) for x in views[:3]] + views[3:]
     do = torch.randn(T, B, H, K, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
     results = []
-    for inputs in ([x.contiguous() for x in views], views, apart):
-        o, _, saved = hopper.chunk_forward(*inputs, None, None, 0.1, False, True)
-        results.append([o, *hopper.chunk_backward(do, None, *inputs, None, None, 0.1, saved)[:4]])
+    for tensors in ([x.contiguous() for x in views], views, apart):
+        inputs = Inputs(*tensors, None, None, 0.1)
+        o, _, saved = hopper.chunk_forward(inputs, False, True)
+        results.append([o, *hopper.chunk_backward(do, None, inputs, saved)[:4]])
     dqfv = torch.full_like(fused, torch.nan)
     into = dqfv.transpose(0, 1).unbind(3)
-    db = hopper.chunk_backward(do, None, *views, None, None, 0.1, saved, into=into)[3]
+    db = hopper.chunk_backward(do, None, Inputs(*views, None, None, 0.1), saved, into=into)[3]
     results.append([results[0][0], *into, db])
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(results[0], result, strict=True))
 
@@ -171,8 +174,9 @@ def test_a_graph_replays_gates_of_other_forms_without_waiting_for_the_device():
     do, dht = torch.randn_like(v), torch.randn_like(h0)
 
     def step():
-        o, ht, saved = hopper.chunk_forward(q, f, v, b, h0, None, 0.1, True, True)
-        return o, ht, *hopper.chunk_backward(do, dht, q, f, v, b, h0, None, 0.1, saved)
+        inputs = Inputs(q, f, v, b, h0, None, 0.1)
+        o, ht, saved = hopper.chunk_forward(inputs, True, True)
+        return o, ht, *hopper.chunk_backward(do, dht, inputs, saved)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -227,7 +231,7 @@ def test_which_kernels_run(shape, V, dtype, capability, expected):
     ids=str,
 )
 def test_how_sequences_are_cut(B, T, N, H, expected):
-    assert hopper.segments(Chunks.of(B, T, N, 64), 64, H) == expected
+    assert hopper.cut(Chunks.of(B, T, N, 64), 64, H) == expected
 
 
 def test_every_form_compiles_and_fits():

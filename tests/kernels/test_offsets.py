@@ -14,7 +14,8 @@ import torch
 from operator_cases import hand_on, make_inputs, relative_error
 
 import hgrn2_kernels
-from hgrn2_kernels import chunk_triton, segments_triton, sharded_triton, step_kernel
+from hgrn2_kernels import chunk_triton, shard_states_triton, sharded_triton, step_kernel
+from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.strides import dense_like, unit_stride
 
@@ -37,11 +38,12 @@ AXES = {
 
 def chunk(q, f, v, do, o, dq, df, dv):
     b, first, dlast = others(q)
-    kept, last, _ = chunk_triton.chunk_forward(q, f, v, b, first, None, 1.0)
+    inputs = Inputs(q, f, v, b, first, None, 1.0)
+    kept, last, _ = chunk_triton.chunk_forward(inputs)
     run = chunk_triton.Launches(*(unit_stride(x) for x in (q, f, v)), b, 1.0, None)
     v_near = unit_stride(v)
     run.output(v_near, run.states(v_near, first)[0], o)
-    *_, dbound, dfirst = chunk_triton.chunk_backward(do, dlast, q, f, v, b, first, None, 1.0, into=(dq, df, dv))
+    *_, dbound, dfirst = chunk_triton.chunk_backward(do, dlast, inputs, into=(dq, df, dv))
     return kept, last, o, dq, df, dv, dbound, dfirst
 
 
@@ -50,16 +52,17 @@ def step(q, f, v, state):
     return step_kernel.launch_step(q, f, v, others(q)[0], state, slots, 1.0), state
 
 
-def segments(f, v):
+def shards(f, v):
     b, _, dstate = others(f)
-    sums = segments_triton.forward(f, v, b, None)
-    return *sums, *segments_triton.backward(dstate, dstate[..., 0], f, v, b, None)
+    sums = shard_states_triton.forward(f, v, b, None)
+    return *sums, *shard_states_triton.backward(dstate, dstate[..., 0], f, v, b, None)
 
 
 def sharded(qfv, do, dqfv):
     b, *_ = others(do)
-    o, entering = sharded_triton.forward(*qfv.unbind(3), b, hand_on(1), 1.0, None)
-    dbound = sharded_triton.backward(do, *qfv.unbind(3), b, entering, hand_on(1), 1.0, None, dqfv.unbind(3))
+    inputs = Inputs(*qfv.unbind(3), b, None, None, 1.0)
+    o, entering = sharded_triton.forward(inputs, hand_on(1), None)
+    dbound = sharded_triton.backward(do, inputs, entering, hand_on(1), None, dqfv.unbind(3))
     return o, entering, dqfv, dbound
 
 
@@ -77,7 +80,7 @@ CASES = {
     },
     step: {**dict.fromkeys(("q", "f", "v"), ("b", "t-step", "h")), "state": ("b",)},
     # the same kernels
-    segments: dict.fromkeys(("f", "v"), ("t-wide", "h")),
+    shards: dict.fromkeys(("f", "v"), ("t-wide", "h")),
     sharded: {**dict.fromkeys(("qfv", "do"), ("t-wide", "h")), "dqfv": ("h",)},
 }
 ALONE = [(program, (name,), axis) for program, names in CASES.items() for name, axes in names.items() for axis in axes]

@@ -9,8 +9,8 @@ from hgrn2_kernels import (
     Pieces,
     chunk_hgrn2_sharded,
     chunk_plan,
+    op,
     recurrent_hgrn2,
-    sharded,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,9 +51,9 @@ def assert_equal(got, want, ceiling, b):
 def dtype(request, monkeypatch):
     """Of the inputs; in fp32 with the form that a GPU, or Triton's interpreter, runs as well."""
     if request.param == "triton":
-        monkeypatch.setattr(sharded, "implementation", lambda *where: "triton")
+        monkeypatch.setattr(op, "implementation", lambda *where: "triton")
     elif DEVICE == "cuda":
-        monkeypatch.setattr(sharded, "implementation", lambda *where: "pytorch")
+        monkeypatch.setattr(op, "implementation", lambda *where: "pytorch")
     return torch.float64 if request.param == "pytorch-fp64" else torch.float32
 
 
@@ -113,8 +113,8 @@ def test_a_stream_in_three_pieces_with_borders_anywhere(dtype):
         entered=ints(-1, -1, 1, -1, -1, -1),
         left=ints(-1, 0, -1, -1, -1, -1),
         count=3,
-        tails=Ends(ints(0, 25, 40, 80, 100, 120), ints(1, 2, 4, dtype=torch.int64), stops=[0, 2]),
-        heads=Ends(ints(0, 25, 40, 80, 81, 120), ints(0, 2, 3, dtype=torch.int64), stops=[0, 1, 2]),
+        last_tokens=Ends(ints(0, 25, 40, 80, 100, 120), ints(1, 2, 4, dtype=torch.int64), stops=[0, 2]),
+        first_tokens=Ends(ints(0, 25, 40, 80, 81, 120), ints(0, 2, 3, dtype=torch.int64), stops=[0, 1, 2]),
     )
     qfv, b, do = make_inputs(1, 120, 2, 16, "over-16", dtype=dtype)
     got = run(lambda qfv, b: chunk_hgrn2_sharded(qfv, b, hand_on(3), pieces=pieces), qfv, b, do)

@@ -209,7 +209,7 @@ def bad(match, **changes):
     ("changes", "match"),
     [
         bad("q and f must be", f=torch.zeros(2, 1, 2, 5)),
-        bad("split the heads off", q=torch.zeros(2, 1, 8), f=torch.zeros(2, 1, 8)),
+        bad("split off the heads", q=torch.zeros(2, 1, 8), f=torch.zeros(2, 1, 8)),
         bad("skip the call", q=torch.zeros(2, 0, 2, 4), f=torch.zeros(2, 0, 2, 4), v=torch.zeros(2, 0, 2, 3)),
         bad("share a dtype", v=torch.zeros(2, 1, 2, 3).half()),
         bad("lower_bound must be .2, 4.", lower_bound=torch.zeros(8)),
@@ -222,7 +222,7 @@ def bad(match, **changes):
         bad("state must be torch.float32", state=torch.zeros(2, 2, 4, 3).bfloat16()),
         bad("state must be on", state=torch.zeros(2, 2, 4, 3, device="meta")),
         bad("row of state must be contiguous", state=torch.zeros(2, 2, 3, 4).mT),
-        bad("apart from the others", state=torch.zeros(1, 2, 4, 3).expand(2, -1, -1, -1)),
+        bad("must not overlap another", state=torch.zeros(1, 2, 4, 3).expand(2, -1, -1, -1)),
         bad("slots must be int32 or int64", slots=torch.tensor([0.0, 1.0])),
         bad("slots must be .2.", slots=torch.tensor([0, 1, -1])),
         bad("slots must be on", slots=torch.zeros(2, device="meta").int()),

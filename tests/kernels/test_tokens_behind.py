@@ -15,9 +15,7 @@ from hgrn2_kernels import (
     chunk_plan,
     op,
     recurrent_hgrn2,
-    segment_states,
-    segments,
-    sharded,
+    shard_states,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,8 +26,7 @@ CASES = [(40, [0, 7, 7, 39]), (100, [0, 1, 34]), (99, [0, 1, 34]), (70, [0, 0, 0
 @pytest.fixture(params=["pytorch", "triton", pytest.param("triton-bf16", marks=pytest.mark.gpu)])
 def dtype(request, monkeypatch):
     """The dtype of the inputs, for each form of the operators. Memory holds NaN before it is written."""
-    for module in (op, segments, sharded):
-        monkeypatch.setattr(module, "implementation", lambda *where: request.param.split("-")[0])
+    monkeypatch.setattr(op, "implementation", lambda *where: request.param.split("-")[0])
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield torch.bfloat16 if "bf16" in request.param else torch.float32
     torch.use_deterministic_algorithms(False)
@@ -101,7 +98,7 @@ def test_what_they_would_do_to_a_state(fill, dtype, monkeypatch):
     monkeypatch.setattr(chunk_plan, "FILL", fill)
     (_, f, v, b, _), (_, dht), cu_seqlens = tensors(900, [0, 300, 600], dtype)
     weights = [dht, dht[..., 0].contiguous()]
-    check(lambda f, v, b: segment_states(f, v, b, cu_seqlens=cu_seqlens), [f, v, b], weights, 900, 600)
+    check(lambda f, v, b: shard_states(f, v, b, cu_seqlens=cu_seqlens), [f, v, b], weights, 900, 600)
 
 
 def test_split_sequences(dtype):

@@ -13,9 +13,7 @@ from hgrn2_kernels import (
     chunk_hgrn2_sharded,
     combine_states,
     op,
-    segment_states,
-    segments,
-    sharded,
+    shard_states,
     step_hgrn2,
 )
 from hgrn2_kernels import step as step_module
@@ -41,14 +39,12 @@ def compiler():
 def place(request, monkeypatch):
     """Device and dtype of the inputs; the operators take the form."""
     if request.param == "triton" and DEVICE == "cpu":
-        for module in (op, segments, sharded):
-            monkeypatch.setattr(module, "implementation", lambda *where: "triton")
+        monkeypatch.setattr(op, "implementation", lambda *where: "triton")
         from hgrn2_kernels.step_kernel import launch_step
 
         monkeypatch.setattr(step_module, "_step", launch_step)
     if request.param == "gpu-pytorch":
-        for module in (op, segments, sharded):
-            monkeypatch.setattr(module, "implementation", lambda *where: "pytorch")
+        monkeypatch.setattr(op, "implementation", lambda *where: "pytorch")
     device = "cpu" if request.param == "pytorch" else DEVICE
     return {"device": device, "dtype": torch.float64 if request.param == "gpu-fp64" else torch.float32}
 
@@ -125,7 +121,7 @@ def test_segments(B, T, H, packed, backend, place):
     cu_seqlens = torch.tensor([0, 7, 39], dtype=torch.int32, device=place["device"]) if packed else None
 
     def function(f, v, b):
-        state, log_decay = segment_states(f, v, b, cu_seqlens=cu_seqlens)
+        state, log_decay = shard_states(f, v, b, cu_seqlens=cu_seqlens)
         entering, final = combine_states(state[None].expand(3, *state.shape), log_decay[None].expand(3, -1, -1, -1))
         return entering, final, log_decay
 
@@ -166,7 +162,7 @@ def test_inductor(place):
 
     def function(q, f, v, b, first):
         o = chunk_hgrn2(q[:, :16], f[:, :16], v[:, :16], b)[0].sin()
-        state, _ = segment_states(f, v, b)
+        state, _ = shard_states(f, v, b)
         return o, state, *both(*chunk_hgrn2(q, f, v, b, initial_state=first, **options))
 
     check(function, (q, f, v, b, first), "inductor")
@@ -183,7 +179,7 @@ def test_lengths_that_change(place):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("name", ["chunk", "segment_states", "step"])
+@pytest.mark.parametrize("name", ["chunk", "shard_states", "step"])
 def test_what_torch_knows_of_an_operator_is_true(name, place):
     """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
     q, f, v, b, state = (x.requires_grad_() for x in make_inputs(1, 40, 1, place))
@@ -191,7 +187,7 @@ def test_what_torch_knows_of_an_operator_is_true(name, place):
     cu_seqlens = torch.tensor([0, 40], dtype=torch.int32, device=place["device"])
     arguments = {
         "chunk": (q, f, v, b, state, cu_seqlens, 0.25, False, kernels),
-        "segment_states": (f, v, b, cu_seqlens),
+        "shard_states": (f, v, b, cu_seqlens),
         "step": (*(x.detach() for x in (q, f, v, b, state)), cu_seqlens[:1], 0.25),
     }
     torch.library.opcheck(getattr(torch.ops.hgrn2, name).default, arguments[name])

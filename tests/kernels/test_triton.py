@@ -8,7 +8,8 @@ from operator_cases import ALL_GATES, CEILING, NAMES, assert_equal, bounds, make
 from rounding_twin import twin
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_plan, chunk_triton, library, recurrent_hgrn2, segment_states, segments, triton_math
+from hgrn2_kernels import chunk_plan, chunk_triton, op, recurrent_hgrn2, shard_states, torch_ops, triton_math
+from hgrn2_kernels.inputs import Inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,7 +22,8 @@ BF16_CEILING = dict(zip(NAMES, (3e-3, 3e-3, 4e-3, 4e-3, 3e-3, 4e-3, 3e-3), stric
 def triton_op(q, f, v, lower_bound, *, initial_state=None, output_final_state=True, cu_seqlens=None, save_states=False):
     """The kernels behind chunk_hgrn2's call, which on a CPU would choose PyTorch."""
     scale = q.shape[-1] ** -0.5
-    return library.chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
+    inputs = Inputs(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
+    return torch_ops.chunk(inputs, output_final_state, save_states)
 
 
 def on_device(inputs, dtype=torch.float32):
@@ -136,8 +138,8 @@ def test_one_projection_and_its_gradient_in_one_piece(save_states):
     qfv = torch.randn(T, B, H, 3, K, device=DEVICE)
     b, do = bounds("learned", H, K).float().to(DEVICE), torch.randn(T, B, H, K, device=DEVICE).transpose(0, 1)
     fused, apart = (qfv.clone().requires_grad_() for _ in range(2))
-    o, final_state = library.chunk_fused(fused.transpose(0, 1), b, None, None, 0.25, True, save_states)
-    want, want_state = library.chunk(*apart.transpose(0, 1).unbind(3), b, None, None, 0.25, True, save_states)
+    o, final_state = torch_ops.chunk_fused(fused.transpose(0, 1), b, None, None, 0.25, True, save_states)
+    want, want_state = torch_ops.chunk(Inputs(*apart.transpose(0, 1).unbind(3), b, None, None, 0.25), True, save_states)
     for x in (o, want):
         x.backward(do)
     assert torch.equal(o, want) and torch.equal(final_state, want_state) and torch.equal(fused.grad, apart.grad)
@@ -202,7 +204,7 @@ def test_what_is_kept_for_the_backward_changes_no_bit(cut, monkeypatch):
     some, more = run_and_weigh(False)
     assert own + 25 * 16 * 16 * 4 <= most
     assert own < more <= 1.1 * own if cut else more == own
-    monkeypatch.setattr(chunk_plan, "KEPT", 0)
+    monkeypatch.setattr(chunk_plan, "ENTERING_SHARE", 0)
     chunk_plan._plan.cache_clear()
     nothing, least = run_and_weigh(False)
     chunk_plan._plan.cache_clear()
@@ -224,7 +226,7 @@ def test_little_is_kept_beyond_the_inputs(H, kept):
 # programs that ask for whole sequences, and for sequences in segments
 @pytest.mark.parametrize("fill", [1, 64])
 @pytest.mark.parametrize("gate", ["over-16", "closed-now-and-then"])
-def test_segment_states(gate, packed, fill, monkeypatch):
+def test_shard_states(gate, packed, fill, monkeypatch):
     """State and decay of whole sequences, and every gradient, against PyTorch in fp64."""
     monkeypatch.setattr(chunk_plan, "FILL", fill)
     N = 4 if packed else 2
@@ -233,10 +235,10 @@ def test_segment_states(gate, packed, fill, monkeypatch):
     torch.manual_seed(1)
     weights = torch.randn(N, 1, 16, 16, device=DEVICE), torch.randn(N, 1, 16, device=DEVICE)
     results = []
-    monkeypatch.setattr(segments, "implementation", kernels_but_in_fp64)
+    monkeypatch.setattr(op, "implementation", kernels_but_in_fp64)
     for dtype in (torch.float32, torch.float64):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (f, v, b)]
-        outputs = segment_states(*leaves, cu_seqlens=cu_seqlens)
+        outputs = shard_states(*leaves, cu_seqlens=cu_seqlens)
         torch.autograd.backward(outputs, [w.to(dtype) for w in weights])
         results.append([*(x.detach() for x in outputs), *(x.grad for x in leaves)])
     for name, got, want in zip(("state", "log_decay", "df", "dv", "dlower_bound"), *results, strict=True):

@@ -14,7 +14,8 @@ from operator_cases import bounds, hand_on, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_sharded, library, recurrent_hgrn2, segment_states, segments, sharded
+from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_sharded, op, recurrent_hgrn2, shard_states, torch_ops
+from hgrn2_kernels.inputs import Inputs
 from hgrn2_megatron import chunked_loss, lower_bounds, norm
 from hgrn2_megatron.context_parallel import exchange
 
@@ -37,7 +38,7 @@ def compiler():
 
 
 def chunk_by_kernels(q, f, v, b, h0):
-    return library.chunk(q, f, v, b, h0, None, 0.5, True, False)
+    return torch_ops.chunk(Inputs(q, f, v, b, h0, None, 0.5), True)
 
 
 def chunk_in_pytorch(q, f, v, b, h0):
@@ -71,7 +72,7 @@ STATE = (B, H, K, K)
 REFUSING = {
     "Chunk": (chunk_by_kernels, lambda: (*tokens(3), bound(), torch.randn(STATE))),
     "hgrn2::chunk": (chunk_in_pytorch, lambda: (*tokens(3), bound(), torch.randn(STATE))),
-    "hgrn2::segment_states": (segment_states, lambda: (*tokens(2), bound())),
+    "hgrn2::shard_states": (shard_states, lambda: (*tokens(2), bound())),
     "Sharded": (lambda qfv, b: chunk_hgrn2_sharded(qfv, b, hand_on(1)), lambda: (*tokens(1, 3, K), bound())),
     "_ShardedRMSNorm": (sharded_norm, lambda: (torch.randn(5, 8), torch.randn(8))),
     "_ChunkedLoss": (loss_by_chunks, lambda: (torch.randn(8, 6), torch.randn(5, 6))),
@@ -113,8 +114,7 @@ def refused(call):
 @pytest.mark.parametrize("name", REFUSING)
 @pytest.mark.parametrize("form", ["pytorch", "triton"])
 def test_a_second_derivative_is_refused(name, form, monkeypatch):
-    for module in (segments, sharded):
-        monkeypatch.setattr(module, "implementation", lambda *where: form)
+    monkeypatch.setattr(op, "implementation", lambda *where: form)
     function, inputs = of(name)
     for n, x in enumerate(inputs):
         plain = torch.autograd.grad(first(function(*inputs)).sum(), x)[0]

@@ -1,86 +1,88 @@
-"""What the shards of a split sequence need of each other: `segment_states` and `combine_states`.
+"""The states that the shards of a split sequence need from each other: `shard_states` and `combine_states`.
 
-A segment turns the state h that enters it into exp(log_decay) h + state, whatever the queries. So every segment
-computes these two from its own tokens, all at the same time; the segments exchange them, combine those before
-their own, and run `chunk_hgrn2` from the state that enters them.
+A shard turns the state h that enters it into exp(log_decay) h + state, whatever the queries are. So all shards compute
+these two from their own tokens at the same time. They exchange them, each combines those of the shards before it, and
+each runs `chunk_hgrn2` from the state that enters it.
 
-A token's weight in the state is its key times the gates after it, exp(sum of their logs): a sum of terms of one
-sign and an exponent of at most 0, so nothing cancels or overflows, and a gate that closes completely gives 0.
+The weight of a token in the state is its key times the gates after it, exp(sum of their logs). That is a sum of terms
+of one sign and an exponent of at most 0. So nothing cancels or overflows, and a gate that closes completely gives 0.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgrn2_kernels import library
+from hgrn2_kernels import op, torch_ops
 from hgrn2_kernels.checks import check_cu_seqlens, check_inputs, check_kernels, check_like_state, shape_of
 from hgrn2_kernels.chunkwise import ChunkLayout
 from hgrn2_kernels.gate import log_forget, log_forget_backward
-from hgrn2_kernels.op import implementation
 from hgrn2_kernels.strides import dense_like
 
 
-def segment_states(
+def shard_states(
     f: Tensor, v: Tensor, lower_bound: Tensor | None, *, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum up each sequence, or segment of one, by what it does to a state that enters it; differentiable, once.
+    """Sum up the effect of each sequence, or shard of a sequence, on a state that enters it. Differentiable once.
 
     Args:
         f: [B, T, H, K] fp64, fp32, bf16 or fp16, raw forget-gate projection, any finite value.
         v: [B, T, H, V] dtype of f, values.
-        lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1); None for a bound of 0. Its gradient is zero
+        lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1). None means a bound of 0. Its gradient is 0
             on channels where it is exactly 0, as in `chunk_hgrn2`.
         cu_seqlens: [N + 1] int32, borders of sequences packed along T, as in `chunk_hgrn2`.
 
     Returns:
-        state: [N, H, K, V] fp32 (fp64 with fp64 inputs), state after the last token, from zeros before the first.
-        log_decay: [N, H, K] dtype of state, sum over tokens of log forget, nats, at most 0 and finite: 0 for an
-            empty sequence, and no less than the most negative number. The kernels' log of one gate is at least
-            -125 log 2.
+        state: [N, H, K, V] fp32 (fp64 with fp64 inputs), state after the last token if it is 0 before the first.
+        log_decay: [N, H, K] dtype of state, sum of log forget over the tokens, in nats. It is at most 0 and finite, and
+            0 for an empty sequence. In the Triton kernels the log of one gate is at least -125 log 2.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or borders other than these.
+        ValueError: a shape, dtype, device or border is not as described.
+        NotImplementedError: a gradient is differentiated again.
 
     Source:
-        Qin et al., HGRN2, arXiv 2404.07904, section 3.2, unrolled over the tokens of a segment.
+        Qin et al., HGRN2, arXiv 2404.07904, section 3.2, unrolled over the tokens of a shard.
     """
     check_inputs(f, f, v)
     if lower_bound is not None:
         check_like_state("lower_bound", lower_bound, f.shape[2:], f)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, f)
-    if implementation(f.device, f.dtype) == "triton":
+    if op.implementation(f.device, f.dtype) == "triton":
         check_kernels(f, v)
-    return torch.ops.hgrn2.segment_states(f, v, lower_bound, cu_seqlens)
+    return torch.ops.hgrn2.shard_states(f, v, lower_bound, cu_seqlens)
 
 
 def combine_states(states: Tensor, log_decays: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Follow the state through consecutive segments, h_{m+1} = exp(log_decay_m) h_m + state_m; differentiable.
+    """Step the state through consecutive shards, h_{m+1} = exp(log_decay_m) h_m + state_m. Differentiable.
 
     Args:
-        states: [M, N, H, K, V] fp32 or fp64, of `segment_states` for M segments in order of time.
-        log_decays: [M, N, H, K] dtype of states, likewise.
-        initial_state: [N, H, K, V] dtype of states, state before the first segment; zeros when None.
+        states: [M, N, H, K, V] fp32 or fp64, the results of `shard_states` for M shards, in the order of time.
+        log_decays: [M, N, H, K] dtype of states, the log decays of these shards, in nats.
+        initial_state: [N, H, K, V] dtype of states, state before the first shard. None means zeros.
 
     Returns:
-        entering: [M, N, H, K, V] dtype of states, state before each segment: the initial_state of its
-            `chunk_hgrn2`.
-        final_state: [N, H, K, V] dtype of states, state after the last segment.
+        entering: [M, N, H, K, V] dtype of states, state before each shard, which is the initial_state of
+            its `chunk_hgrn2`.
+        final_state: [N, H, K, V] dtype of states, state after the last shard.
 
     Raises:
-        ValueError: on shapes, dtypes or devices other than these.
+        ValueError: a shape, dtype or device is not as described.
+
+    Source:
+        Qin et al., HGRN2, arXiv 2404.07904, section 3.2, unrolled over shards.
     """
     if states.dim() != 5 or log_decays.shape != states.shape[:-1] or not len(states):
         raise ValueError(
             f"states must be [M, N, H, K, V] and log_decays [M, N, H, K], got {shape_of(states)} and "
-            f"{shape_of(log_decays)}: stack those of the segments"
+            f"{shape_of(log_decays)}: stack the results of shard_states"
         )
     others = [("log_decays", log_decays)]
     if initial_state is not None:
         others.append(("initial_state", initial_state))
         if initial_state.shape != states.shape[1:]:
             raise ValueError(
-                f"initial_state must be {shape_of(states[0])} to go with states, got {shape_of(initial_state)}: "
+                f"initial_state must be {shape_of(states[0])} to match states, got {shape_of(initial_state)}: "
                 "reshape or slice it"
             )
     for name, x in others:
@@ -89,7 +91,7 @@ def combine_states(states: Tensor, log_decays: Tensor, initial_state: Tensor | N
                 f"{name} must be {states.dtype} on {states.device} like states, got {x.dtype} on {x.device}: move it"
             )
 
-    # segment m takes in what the `reach` segments before it do, and then reaches twice as far
+    # shard m includes the effect of the `reach` shards before it, and then covers twice as many
     reach = 1
     while reach < len(states):
         passing = log_decays[reach:].exp()[..., None] * states[:-reach]
@@ -105,7 +107,7 @@ def combine_states(states: Tensor, log_decays: Tensor, initial_state: Tensor | N
 
 
 def _forward(f, v, lower_bound, cu_seqlens):
-    """`segment_states` in PyTorch."""
+    """Compute `shard_states` in PyTorch."""
     with torch.autocast(f.device.type, enabled=False):
         chunks = ChunkLayout(f, cu_seqlens)
         k, weight, log_decay = _decays(chunks, *_split_gate(chunks, f, lower_bound))
@@ -117,7 +119,7 @@ def _forward(f, v, lower_bound, cu_seqlens):
 
 
 def _backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
-    """Gradients of f, v and lower_bound, None without one; of the forward its inputs are enough."""
+    """Return the gradients of f, v and lower_bound (None without a bound). It needs only the inputs of the forward."""
     with torch.autocast(f.device.type, enabled=False):
         chunks, dtype = ChunkLayout(f, cu_seqlens), f.dtype
         f, bound = _split_gate(chunks, f, lower_bound)
@@ -128,7 +130,7 @@ def _backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
         for active, rows in chunks.steps:
             torch.bmm(v[rows], dh[:active].mT, out=dk[rows])
             torch.bmm(k[rows], dh[:active], out=dv[rows])
-        # a gate decays the keys before it, and the state that entered
+        # a gate decays the keys before it, and the state that entered the shard
         dg, total = _sum_before(k.mul_(dk))
         before = chunks.split_states(dlog_decay[..., None], 1, 1).mT
         for active, rows in chunks.steps:
@@ -140,59 +142,59 @@ def _backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
 
 
 def _split_gate(chunks, f, lower_bound):
-    """The raw gate in chunks, padded with open gates, and the bound of every chunk."""
+    """Return the raw gate in chunks, padded with open gates, and the bound of every chunk."""
     return chunks.split(f, padding=torch.inf), chunks.broadcast(lower_bound)
 
 
 def _decays(chunks, f, bound):
-    """Keys, what the later gates of their sequence leave of them, and the sequence's log decay.
+    """Return the keys, the weights that later gates leave them, and the log decay of each sequence.
 
     Args:
-        chunks: how sequences map to chunks.
+        chunks: the mapping between sequences and chunks.
         f: [M, C, K] raw gate, in chunks.
         bound: [M, 1, K] or None.
 
     Returns:
         k: [M, C, K].
-        weight: [M, C, K], product of the gates of the later tokens, those of later chunks included.
+        weight: [M, C, K], product of the gates of all later tokens of the sequence.
         log_decay: [N * H, K], in the order of the steps.
     """
     g, k = log_forget(f, bound)
-    # summed backwards: before is after
+    # the chunks are flipped, so "before" means after
     after, total = _sum_before(g.flip(1))
     after = after.flip(1)
     later = chunks.split_states(None, 1, f.shape[-1])
     for active, rows in reversed(chunks.steps):
         after[rows] += later[:active]
         later[:active] += total[rows]
-    # two of the most negative numbers make an infinity
+    # clamped, because a sum of gates near the most negative number is infinite
     return k, after.exp_(), later[:, 0].clamp_min(torch.finfo(g.dtype).min)
 
 
 def _sum_before(x):
-    """Sum over the earlier tokens of each chunk, without the token itself: [M, C, K] -> [M, C, K], and [M, 1, K]."""
-    # not the sum with the token minus the token, which would cancel
+    """Sum x [M, C, K] over the earlier tokens of each chunk, and over all of them: [M, C, K] and [M, 1, K]."""
+    # this is not the sum with the token minus the token, which would cancel
     total = x.cumsum(1)
     return F.pad(total[:, :-1], (0, 0, 1, 0)), total[:, -1:]
 
 
-def _form(f):
-    """The functions `forward` and `backward` that run for these inputs."""
-    if implementation(f.device, f.dtype) == "triton":
+def _implementation(f):
+    """Return the functions `forward` and `backward` for these inputs."""
+    if op.implementation(f.device, f.dtype) == "triton":
         # a CPU needs no triton
-        from hgrn2_kernels import segments_triton
+        from hgrn2_kernels import shard_states_triton
 
-        return segments_triton.forward, segments_triton.backward
+        return shard_states_triton.forward, shard_states_triton.backward
     return _forward, _backward
 
 
 def _run(f, v, lower_bound, cu_seqlens):
-    return _form(f)[0](f, v, lower_bound, cu_seqlens)
+    return _implementation(f)[0](f, v, lower_bound, cu_seqlens)
 
 
 def _run_backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
-    df, dv, dbound = _form(f)[1](dstate, dlog_decay, f, v, lower_bound, cu_seqlens)
-    return df, dv, library.or_empty(dbound, f)
+    df, dv, dbound = _implementation(f)[1](dstate, dlog_decay, f, v, lower_bound, cu_seqlens)
+    return df, dv, torch_ops.or_empty(dbound, f)
 
 
 def _fake(f, v, lower_bound, cu_seqlens):
@@ -204,8 +206,8 @@ def _fake(f, v, lower_bound, cu_seqlens):
 
 def _fake_backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
     dbound = None if lower_bound is None else lower_bound.new_empty(lower_bound.shape)
-    like = dense_like if implementation(f.device, f.dtype) == "triton" else lambda x: x.new_empty(x.shape)
-    return like(f), like(v), library.or_empty(dbound, f)
+    like = dense_like if op.implementation(f.device, f.dtype) == "triton" else lambda x: x.new_empty(x.shape)
+    return like(f), like(v), torch_ops.or_empty(dbound, f)
 
 
 def _setup_context(ctx, inputs, output):
@@ -214,19 +216,19 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, dstate, dlog_decay):
     inputs = ctx.saved_tensors
-    df, dv, dbound = torch.ops.hgrn2.segment_states_backward(dstate, dlog_decay, *inputs)
+    df, dv, dbound = torch.ops.hgrn2.shard_states_backward(dstate, dlog_decay, *inputs)
     return df, dv, None if inputs[2] is None else dbound, None
 
 
-library.define(
-    "segment_states(Tensor f, Tensor v, Tensor? lower_bound, Tensor? cu_seqlens) -> (Tensor state, Tensor log_decay)",
+torch_ops.define(
+    "shard_states(Tensor f, Tensor v, Tensor? lower_bound, Tensor? cu_seqlens) -> (Tensor state, Tensor log_decay)",
     _run,
     _fake,
 )
-library.define(
-    "segment_states_backward(Tensor dstate, Tensor dlog_decay, Tensor f, Tensor v, Tensor? lower_bound,"
+torch_ops.define(
+    "shard_states_backward(Tensor dstate, Tensor dlog_decay, Tensor f, Tensor v, Tensor? lower_bound,"
     " Tensor? cu_seqlens) -> (Tensor df, Tensor dv, Tensor dlower_bound)",
     _run_backward,
     _fake_backward,
 )
-library.differentiate("segment_states", _differentiate, _setup_context)
+torch_ops.differentiate("shard_states", _differentiate, _setup_context)

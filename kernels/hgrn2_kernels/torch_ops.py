@@ -1,10 +1,10 @@
-"""The operators in torch.library: what autograd, torch.compile and fake tensors know of them.
+"""The operators of this package in torch.library: their schemas, gradients and fake versions.
 
-Registered, an operator is one node for them, and nothing inside is traced. That is why the PyTorch form is registered
-too: of an autograd.Function that PyTorch 2.11 traces, an output that is another tensor inside as well, as `contiguous`
-and `to` may return one, loses its gradient without a word.
+A registered operator is one node for autograd and torch.compile, and nothing inside it is traced. The PyTorch form is
+registered for that reason too. If PyTorch 2.11 traces an autograd.Function in which one tensor is an output and also
+used inside, as `contiguous` and `to` may return their input, that output silently loses its gradient.
 
-An optional tensor that is not there is one without elements, because an operator's results may not be None.
+The results of an operator may not be None. A tensor without elements stands for a result that does not exist.
 """
 
 import functools
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hgrn2_kernels import chunkwise
+from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.once import OPERATORS, once_differentiable
 from hgrn2_kernels.strides import dense_like
 
@@ -24,9 +25,9 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
     """Register an operator hgrn2::name.
 
     Args:
-        schema: its name, arguments and results, as torch.library writes them.
-        run: what it does, on any device.
-        fake: the same for tensors without numbers.
+        schema: its name, arguments and results, in the syntax of torch.library.
+        run: the function that computes it, on any device.
+        fake: the function that returns empty results of the same shapes, dtypes and strides, for fake tensors.
     """
     _library.define(schema)
     name = schema.partition("(")[0]
@@ -35,7 +36,7 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
 
 
 def differentiate(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Give hgrn2::name a backward, made of hgrn2::name_backward, which itself has none.
+    """Register the backward of hgrn2::name, and make the operator hgrn2::name_backward refuse to be differentiated.
 
     Args:
         backward, setup_context: as torch.library.register_autograd takes them.
@@ -49,7 +50,7 @@ def _refuse(ctx, *gradients):
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """x, or a tensor without elements where there is none."""
+    """Return x, or a tensor without elements if x is None."""
     return like.new_empty(0, dtype=torch.float32) if x is None else x
 
 
@@ -62,22 +63,22 @@ def _kernels():
 
 
 def _chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states, kernels):
-    inputs = q, f, v, lower_bound, initial_state, cu_seqlens
-    # what enters the segments is not kept: its shape would tie traced code to one length
+    inputs = Inputs(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
+    # the states that enter the segments are not kept here: their shape would tie traced code to one length
     nothing = q.new_empty(0), q.new_empty(0, dtype=torch.int8)
     if not kernels:
-        return *chunkwise.forward(*inputs, scale), *nothing
-    o, final_state, saved = _kernels()[0].chunk_forward(*inputs, scale, save_states=save_states)
+        return *chunkwise.forward(inputs), *nothing
+    o, final_state, saved = _kernels()[0].chunk_forward(inputs, save_states=save_states)
     return o, final_state, *(saved if save_states else nothing)
 
 
 def _chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, bands, scale, kernels):
-    inputs = q, f, v, lower_bound, initial_state, cu_seqlens
+    inputs = Inputs(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
     if kernels:
         saved = (states, bands) if states.numel() else ()
-        dq, df, dv, dbound, dinitial = _kernels()[0].chunk_backward(do, dfinal_state, *inputs, scale, saved)
+        dq, df, dv, dbound, dinitial = _kernels()[0].chunk_backward(do, dfinal_state, inputs, saved)
     else:
-        dq, df, dv, dbound, dinitial = chunkwise.backward(do, dfinal_state, *inputs, scale)
+        dq, df, dv, dbound, dinitial = chunkwise.backward(do, dfinal_state, inputs)
     return dq, df, dv, or_empty(dbound, q), or_empty(dinitial, q)
 
 
@@ -143,20 +144,20 @@ differentiate("chunk", _backward, _setup_context)
 
 
 class Chunk(torch.autograd.Function):
-    """`hgrn2::chunk` by the kernels for eager tensors, which reach them in half the time that the dispatcher takes.
+    """The operator `hgrn2::chunk` by the kernels, for eager tensors.
 
-    It takes q, f and v in one tensor or apart, and gives their gradients likewise.
+    It reaches the kernels in half the time that the dispatcher of torch.library takes. It takes q, f and v as three
+    tensors or as one, and returns their gradients in the same way.
     """
 
     @staticmethod
     def forward(ctx, scale, output_final_state, save_states, lower_bound, initial_state, cu_seqlens, *qfv):
-        """Returns o and the final state or None, of q, f and v or of one [B, T, H, 3, K] that holds them."""
+        """Return o and the final state or None. qfv is (q, f, v), or one tensor [B, T, H, 3, K] that holds them."""
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         others = lower_bound, initial_state, cu_seqlens
-        o, final_state, saved = _kernels()[0].chunk_forward(
-            *_apart(qfv), *others, scale, output_final_state, save_states
-        )
+        inputs = Inputs(*_apart(qfv), *others, scale)
+        o, final_state, saved = _kernels()[0].chunk_forward(inputs, output_final_state, save_states)
         ctx.save_for_backward(*qfv, *others, *saved)
         ctx.count = len(qfv)
         return o, final_state
@@ -165,12 +166,10 @@ class Chunk(torch.autograd.Function):
     @once_differentiable(OPERATORS)
     def backward(ctx, saved, do, dfinal_state):
         qfv, others, saved = saved[: ctx.count], saved[ctx.count : ctx.count + 3], saved[ctx.count + 3 :]
-        q, f, v = _apart(qfv)
+        inputs = Inputs(*_apart(qfv), *others, ctx.scale)
         dqfv = tuple(dense_like(x) for x in qfv)
-        do = torch.zeros_like(v) if do is None else do
-        *_, dbound, dinitial = _kernels()[0].chunk_backward(
-            do, dfinal_state, q, f, v, *others, ctx.scale, saved=saved, into=_apart(dqfv)
-        )
+        do = torch.zeros_like(inputs.v) if do is None else do
+        *_, dbound, dinitial = _kernels()[0].chunk_backward(do, dfinal_state, inputs, saved, into=_apart(dqfv))
         return None, None, None, dbound, dinitial, None, *dqfv
 
 
@@ -183,17 +182,21 @@ def is_eager(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states, kernels=True):
-    """o and the final state or None, by the kernels or in PyTorch; see `chunk_hgrn2`."""
-    inputs = lower_bound, initial_state, cu_seqlens
+def chunk(inputs: Inputs, output_final_state, save_states=False, kernels=True):
+    """Return o and the final state or None, computed by the kernels or in PyTorch; see `chunk_hgrn2`."""
+    q, f, v, *others, scale = inputs
     if kernels and is_eager(q):
-        return Chunk.apply(scale, output_final_state, save_states, *inputs, q, f, v)
-    o, final_state, *_ = torch.ops.hgrn2.chunk(q, f, v, *inputs, scale, save_states, kernels)
+        return Chunk.apply(scale, output_final_state, save_states, *others, q, f, v)
+    o, final_state, *_ = torch.ops.hgrn2.chunk(*inputs, save_states, kernels)
     return o, final_state if output_final_state else None
 
 
 def chunk_fused(qfv, lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states):
-    """`chunk` of one projection [B, T, H, 3, K], whose gradient comes in one piece; traced, by way of three."""
+    """Run `chunk` by the kernels on one projection [B, T, H, 3, K].
+
+    For an eager tensor its gradient is written directly. Traced code splits the projection and uses `chunk`.
+    """
     if is_eager(qfv):
         return Chunk.apply(scale, output_final_state, save_states, lower_bound, initial_state, cu_seqlens, qfv)
-    return chunk(*qfv.unbind(-2), lower_bound, initial_state, cu_seqlens, scale, output_final_state, save_states)
+    inputs = Inputs(*qfv.unbind(-2), lower_bound, initial_state, cu_seqlens, scale)
+    return chunk(inputs, output_final_state, save_states)

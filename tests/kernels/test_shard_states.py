@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from operator_cases import CEILING, GATES, relative_error
 
 from hgrn2_kernels import chunk_hgrn2, recurrent_hgrn2
-from hgrn2_kernels.segments import combine_states, segment_states
+from hgrn2_kernels.shard_states import combine_states, shard_states
 
 F32, F64 = torch.float32, torch.float64
 
@@ -26,7 +26,7 @@ def spans(f, cu_seqlens):
 
 
 def by_definition(f, v, b, *, cu_seqlens=None):
-    """`segment_states` from the recurrence, and log forget by a formula that is exact enough in float64."""
+    """`shard_states` from the recurrence, and log forget by a formula that is exact enough in float64."""
     _, state = recurrent_hgrn2(f, f, v, b, output_final_state=True, cu_seqlens=cu_seqlens)
     # autograd's gradient of sigmoid cancels where that of logsigmoid does not
     g = F.logsigmoid(f)
@@ -57,7 +57,7 @@ def check_against_definition(inputs, cu_seqlens=None):
     N = len(spans(f, cu_seqlens))
     torch.manual_seed(1)
     weights = [torch.randn(N, *f.shape[2:], v.shape[-1]), torch.randn(N, *f.shape[2:])]
-    got, got_grads = run(segment_states, inputs, weights, cu_seqlens=cu_seqlens)
+    got, got_grads = run(shard_states, inputs, weights, cu_seqlens=cu_seqlens)
     want, want_grads = run(by_definition, inputs, weights, dtype=F64, cu_seqlens=cu_seqlens)
     if b is not None:
         assert (got_grads[2][b == 0] == 0).all()
@@ -87,7 +87,7 @@ def test_packed_sequences(gate, dtype):
     cu_seqlens = torch.tensor([0, 0, 65, 66, 66, 200, 230, 358, 358], dtype=torch.int32)
     inputs = make_inputs(1, 358, 2, 6, 10, gate, "half-zero", dtype=dtype)[1:4]
     check_against_definition(inputs, cu_seqlens)
-    state, log_decay = segment_states(*inputs, cu_seqlens=cu_seqlens)
+    state, log_decay = shard_states(*inputs, cu_seqlens=cu_seqlens)
     empty = [0, 3, 7]
     assert (state[empty] == 0).all() and (log_decay[empty] == 0).all()
 
@@ -98,7 +98,7 @@ def test_only_one_output_is_used(output):
     f, v, b = inputs
     leaves = [x.requires_grad_() for x in inputs]
     grads = []
-    for op in (segment_states, by_definition):
+    for op in (shard_states, by_definition):
         y = op(*leaves)[output == "log_decay"]
         grads.append(torch.autograd.grad(y.sin().sum(), leaves, allow_unused=True, materialize_grads=True))
     got, want = ([df, dv, db[b > 0]] for df, dv, db in grads)
@@ -107,7 +107,7 @@ def test_only_one_output_is_used(output):
 
 def test_gradcheck():
     f, v, b = (x.requires_grad_() for x in make_inputs(1, 5, 2, 3, 2)[1:4])
-    assert torch.autograd.gradcheck(segment_states, (f, v, b))
+    assert torch.autograd.gradcheck(shard_states, (f, v, b))
     states, log_decays = torch.randn(3, 2, 1, 2, 3, dtype=F64), torch.randn(3, 2, 1, 2, dtype=F64)
     inputs = [x.requires_grad_() for x in (states, log_decays, torch.randn(2, 1, 2, 3, dtype=F64))]
     assert torch.autograd.gradcheck(combine_states, inputs)
@@ -126,7 +126,7 @@ def test_extreme_gates_stay_finite(bound):
     v = torch.randn(1, 70, 1, 4)
     b = None if bound is None else torch.full((1, 6), bound)
     weights = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6)
-    outputs, grads = run(segment_states, (f, v, b), weights)
+    outputs, grads = run(shard_states, (f, v, b), weights)
     assert all(x.isfinite().all() for x in (*outputs, *grads) if x is not None)
     assert (outputs[1] <= 0).all()
 
@@ -135,7 +135,7 @@ def test_extreme_gates_stay_finite(bound):
 def test_a_closed_gate_is_its_bound(bound):
     # 1 - k has no digits left here
     f, v, b = torch.full((1, 70, 1, 4), -100.0), torch.ones(1, 70, 1, 4), torch.full((1, 4), bound)
-    _, log_decay = segment_states(f, v, b)
+    _, log_decay = shard_states(f, v, b)
     assert relative_error(log_decay, 70 * b.double().log()[None]) <= 1e-6
 
 
@@ -144,7 +144,7 @@ def test_strided_views():
     torch.manual_seed(0)
     fused, b = torch.randn(T, B, H * 2 * D, dtype=F64, requires_grad=True), torch.rand(H, D, dtype=F64)
     grads = []
-    for op in (segment_states, by_definition):
+    for op in (shard_states, by_definition):
         f, v = fused.unflatten(-1, (H, 2, D)).transpose(0, 1).unbind(3)
         state, log_decay = op(f, v, b)
         grads.append(torch.autograd.grad(state.sin().sum() + log_decay.cos().sum(), fused)[0])
@@ -155,7 +155,7 @@ def test_saves_its_inputs_only():
     inputs = [x.requires_grad_() for x in make_inputs(1, 256, 2, 16, 16, dtype=F32)[1:4]]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        segment_states(*inputs)
+        shard_states(*inputs)
     assert sorted(x.data_ptr() for x in saved) == sorted(x.data_ptr() for x in inputs)
 
 
@@ -167,7 +167,7 @@ def test_no_initial_state_is_zeros():
     assert (got[0][0] == 0).all() and torch.equal(got[0][1], states[0])
 
 
-def in_segments(cuts):
+def in_shards(cuts):
     """The operator over segments of tokens that know of each other through states alone."""
 
     def op(q, f, v, b, h0, cu_seqlens=None):
@@ -178,7 +178,7 @@ def in_segments(cuts):
             inside = None if borders is None else [min(max(x, start), end) - start for x in borders]
             local = None if inside is None else torch.tensor(inside, dtype=torch.int32)
             segments.append(([x[:, start:end] for x in (q, f, v)], local))
-        summaries = [segment_states(f, v, b, cu_seqlens=local) for (_, f, v), local in segments]
+        summaries = [shard_states(f, v, b, cu_seqlens=local) for (_, f, v), local in segments]
         states, log_decays = (torch.stack(x) for x in zip(*summaries, strict=True))
         entering, final = combine_states(states, log_decays, h0)
         outputs = [
@@ -200,7 +200,7 @@ def check_against_the_whole(gate, dtype, N, cu_seqlens=None):
     b = inputs[3]
     torch.manual_seed(1)
     weights = torch.randn(B, T, 2, 10), torch.randn(N, 2, 12, 10)
-    got, got_grads = run(in_segments(cuts), inputs, weights, cu_seqlens=cu_seqlens)
+    got, got_grads = run(in_shards(cuts), inputs, weights, cu_seqlens=cu_seqlens)
     want, want_grads = run(whole, inputs, weights, dtype=F64, cu_seqlens=cu_seqlens)
     assert (got_grads[3][b == 0] == 0).all()
     got_grads[3], want_grads[3] = got_grads[3][b > 0], want_grads[3][b > 0]
@@ -210,12 +210,12 @@ def check_against_the_whole(gate, dtype, N, cu_seqlens=None):
 
 @pytest.mark.parametrize("dtype", CEILING, ids=str)
 @pytest.mark.parametrize("gate", GATES)
-def test_segments_make_the_whole(gate, dtype):
+def test_shards_make_the_whole(gate, dtype):
     check_against_the_whole(gate, dtype, N=2)
 
 
 @pytest.mark.parametrize("dtype", CEILING, ids=str)
-def test_segments_make_the_whole_of_packed_sequences(dtype):
+def test_shards_make_the_whole_of_packed_sequences(dtype):
     cu_seqlens = torch.tensor([0, 40, 41, 41, 160], dtype=torch.int32)
     check_against_the_whole("open", dtype, N=4, cu_seqlens=cu_seqlens)
 
@@ -227,7 +227,7 @@ def bad(match, **changes):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        bad("split the heads off", f=torch.zeros(1, 8, 8)),
+        bad("split off the heads", f=torch.zeros(1, 8, 8)),
         bad("v .B, T, H, V., got", v=torch.zeros(1, 7, 2, 3)),
         bad("share a dtype", v=torch.zeros(1, 8, 2, 3).bfloat16()),
         bad("lower_bound must be .2, 4.", lower_bound=torch.zeros(8)),
@@ -235,19 +235,19 @@ def bad(match, **changes):
         bad("from 0 to at most T = 8", cu_seqlens=torch.tensor([0, 9]).int()),
     ],
 )
-def test_segment_states_rejects(changes, match):
+def test_shard_states_rejects(changes, match):
     _, f, v, b, _ = make_inputs(1, 8, 2, 4, 3, dtype=F32)
     arguments = {"f": f, "v": v, "lower_bound": b} | changes
     with pytest.raises(ValueError, match=match):
-        segment_states(**arguments)
+        shard_states(**arguments)
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
         bad("states must be .M, N, H, K, V.", states=torch.zeros(2, 2, 4, 3)),
-        bad("stack those of the segments", log_decays=torch.zeros(2, 1, 2, 4)),
-        bad("stack those", states=torch.zeros(0, 1, 2, 4, 3), log_decays=torch.zeros(0, 1, 2, 4)),
+        bad("stack the results", log_decays=torch.zeros(2, 1, 2, 4)),
+        bad("stack the results", states=torch.zeros(0, 1, 2, 4, 3), log_decays=torch.zeros(0, 1, 2, 4)),
         bad("initial_state must be .1, 2, 4, 3.", initial_state=torch.zeros(3, 1, 2, 4, 3)),
         bad("initial_state must be torch.float32", initial_state=torch.zeros(1, 2, 4, 3).double()),
         bad("log_decays must be torch.float32 on cpu", log_decays=torch.zeros(3, 1, 2, 4, device="meta")),
