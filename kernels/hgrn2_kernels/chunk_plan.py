@@ -1,6 +1,6 @@
-"""What the launches for one shape need to know: tiles, chunks, segments, and all arguments that are not tensors.
+"""The plan of the launches for one shape: tiles, chunks, segments, and all arguments that are not tensors.
 
-It all follows from the shapes, the dtype and the compute capability, and is computed once for each combination.
+The plan follows from the shapes, the dtype and the compute capability, and is computed once for each combination.
 """
 
 import dataclasses
@@ -138,12 +138,12 @@ class Segments:
 
     @property
     def cut(self) -> bool:
-        """Whether sequences may consist of several segments."""
+        """Return whether sequences may consist of several segments."""
         return self.per_sequence != 1
 
     @property
     def tabled(self) -> bool:
-        """Whether a table says which sequence a segment belongs to."""
+        """Return whether a table says which sequence a segment belongs to."""
         return self.per_sequence == 0
 
 

@@ -186,7 +186,7 @@ class Launches:
         return added, final, total
 
     def _walk(self, y, reverse, initial, rows, states=None, final=None, decays=None):
-        """Launch chunk_state over all segments. It fills those of states, final and decays that are given."""
+        """Launch chunk_state over all segments. It fills states, final and decays where they are given."""
         given = [x is not None for x in (initial, rows, states, final, decays)]
         initial, rows, states, final, decays = (
             self.none if x is None else x for x in (initial, rows, states, final, decays)

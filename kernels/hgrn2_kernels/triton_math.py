@@ -9,7 +9,7 @@ All kernels, here and in the other files, name their variables in the same way:
     i_   one index: i_h is a head, i_c a chunk, i_k a block of channels of K, i_ch a chunk and a head together.
     n_   a count: n_tokens are the tokens of the chunk that exist, n_bands the bands of the chunk.
     o_   a tile of offsets: o_k are channels of K, o_v channels of V, o_t tokens of the chunk, o_kv places in a state.
-         Of a tile [C, C] of scores, o_i are the tokens of its rows and o_j those of its columns.
+         In a tile [C, C] of scores, the rows are the tokens o_i and the columns are the tokens o_j.
     m_   a mask: a tile (or one value) that is true where the offsets exist or where a rule holds.
     p_   a pointer, or a tile of pointers.
     b_   a tile as it was loaded from an input, or as it will be stored in an output.

@@ -1,4 +1,4 @@
-"""Segments of a split sequence against the float64 recurrence over the whole, values and every gradient."""
+"""The shards of a split sequence against the float64 recurrence over the whole: values and every gradient."""
 
 import operator_cases
 import pytest
@@ -168,22 +168,22 @@ def test_no_initial_state_is_zeros():
 
 
 def in_shards(cuts):
-    """The operator over segments of tokens that know of each other through states alone."""
+    """Return the operator over shards of tokens that exchange only states."""
 
     def op(q, f, v, b, h0, cu_seqlens=None):
-        # each packed sequence is cut like a row of a batch; a segment of it may be empty
+        # each packed sequence is cut like a row of a batch; a shard of it may be empty
         borders = None if cu_seqlens is None else cu_seqlens.tolist()
-        segments = []
+        shards = []
         for start, end in zip((0, *cuts), (*cuts, q.shape[1]), strict=True):
             inside = None if borders is None else [min(max(x, start), end) - start for x in borders]
             local = None if inside is None else torch.tensor(inside, dtype=torch.int32)
-            segments.append(([x[:, start:end] for x in (q, f, v)], local))
-        summaries = [shard_states(f, v, b, cu_seqlens=local) for (_, f, v), local in segments]
+            shards.append(([x[:, start:end] for x in (q, f, v)], local))
+        summaries = [shard_states(f, v, b, cu_seqlens=local) for (_, f, v), local in shards]
         states, log_decays = (torch.stack(x) for x in zip(*summaries, strict=True))
         entering, final = combine_states(states, log_decays, h0)
         outputs = [
             chunk_hgrn2(*qfv, b, initial_state=h, cu_seqlens=local)[0]
-            for (qfv, local), h in zip(segments, entering, strict=True)
+            for (qfv, local), h in zip(shards, entering, strict=True)
         ]
         return torch.cat(outputs, dim=1), final
 

@@ -49,7 +49,7 @@ def assert_equal(got, want, ceiling, b):
 
 @pytest.fixture(params=["pytorch-fp64", "pytorch-fp32", "triton"])
 def dtype(request, monkeypatch):
-    """Of the inputs; in fp32 with the form that a GPU, or Triton's interpreter, runs as well."""
+    """The dtype of the inputs. For fp32 there is a case with the Triton kernels as well."""
     if request.param == "triton":
         monkeypatch.setattr(op, "implementation", lambda *where: "triton")
     elif DEVICE == "cuda":

@@ -71,7 +71,7 @@ def test_a_chunk_has_as_many_bands_as_its_gates_need(most, expected, monkeypatch
 
 @pytest.mark.parametrize("gate", ["times-4", "half-closed"])
 def test_bands_are_the_recurrence_too(gate, monkeypatch):
-    """What fp32 leaves to the exact form, to what a band's exponents, whole 2^-13, leave of fp32."""
+    """The banded form in fp32. Its error is larger than elsewhere, because its exponents are rounded to 2^-13."""
     in_fp32(4, monkeypatch)
     inputs = on_device(make_inputs((1, 70, 2, 32, 16), gate, "half-zero", dtype=torch.float32))
     gold, got = run(recurrent_hgrn2, inputs, dtype=torch.float64), run(triton_op, inputs)
