@@ -176,7 +176,7 @@ def _of_stream(borders: list[int], num_tokens: int, rank: int, cp: int, device) 
     # what lies behind the last sequence is one more
     borders = sorted({*borders, 2 * cp * size})
     local, entered, left = [0], [], []
-    tails, heads = [0], [0]
+    last_tokens, first_tokens = [0], [0]
     stops_forward, stops_backward = [], []
     for piece, chunk in enumerate((rank, 2 * cp - 1 - rank)):
         start, end, behind = chunk * size, (chunk + 1) * size, piece * size
@@ -186,8 +186,8 @@ def _of_stream(borders: list[int], num_tokens: int, rank: int, cp: int, device) 
         local += [x - start + behind for x in (*inside, end)]
         entered += [-1 if begins else piece, *[-1] * len(inside)]
         left += [*[-1] * len(inside), -1 if ends else piece]
-        tails += [(inside[-1] if inside else start) - start + behind, behind + size]
-        heads += [(inside[0] if inside else end) - start + behind, behind + size]
+        last_tokens += [(inside[-1] if inside else start) - start + behind, behind + size]
+        first_tokens += [(inside[0] if inside else end) - start + behind, behind + size]
         if inside or begins:
             stops_forward.append(piece)
         if inside or ends:
@@ -197,6 +197,6 @@ def _of_stream(borders: list[int], num_tokens: int, rank: int, cp: int, device) 
         entered=_ints(entered, device),
         left=_ints(left, device),
         count=2,
-        tails=Ends(_ints(tails, device), _ints([1, 3], device, torch.int64), stops_forward),
-        heads=Ends(_ints(heads, device), _ints([0, 2], device, torch.int64), stops_backward),
+        last_tokens=Ends(_ints(last_tokens, device), _ints([1, 3], device, torch.int64), stops_forward),
+        first_tokens=Ends(_ints(first_tokens, device), _ints([0, 2], device, torch.int64), stops_backward),
     )
