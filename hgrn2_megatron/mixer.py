@@ -1,4 +1,4 @@
-"""HGRN2Mixer: the token mixer in the self_attention slot of Megatron's TransformerLayer."""
+"""HGRN2Mixer, the token mixer that takes the place of self-attention in Megatron's TransformerLayer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,30 +24,39 @@ from hgrn2_megatron.norm import HiddenShardedRMSNorm
 
 @dataclasses.dataclass
 class HGRN2MixerSubmodules:
-    """The two projections: column- and row-parallel linears of Megatron or Transformer Engine."""
+    """Specs of the mixer's two projections.
+
+    Attributes:
+        in_proj: a column-parallel linear layer of Megatron or Transformer Engine.
+        out_proj: a row-parallel linear layer of Megatron or Transformer Engine.
+    """
 
     in_proj: ModuleSpec | type
     out_proj: ModuleSpec | type
 
 
 class HGRN2Mixer(MegatronModule):
-    """in_proj -> gated linear recurrence -> RMSNorm -> out_proj, under tensor and sequence parallelism.
+    """HGRN2 token mixer: in_proj, gated linear recurrence, RMSNorm and out_proj.
 
-    in_proj is one fused column-parallel linear. Its rows go head by head, within a head q then f then v, the
-    order Megatron's own fused QKV takes: a TP rank's rows are then a contiguous slice that holds whole heads,
-    so plain checkpoints reshard over TP, and the same seed draws the same model at every TP size.
+    It works under tensor, sequence and context parallelism.
+
+    in_proj is one fused column-parallel linear layer. Its rows are ordered by head, and within a head they are q, then
+    f, then v. Megatron's own fused QKV has the same order. The rows of a tensor-parallel rank are therefore one
+    contiguous slice that holds whole heads. This lets plain checkpoints change their TP size, and the same seed
+    initializes the same model at every TP size.
 
     Args:
-        config: Megatron's; the `hgrn2_*` fields where the launcher put them.
-        submodules: the two projections.
-        layer_number: 1-based over all layers of the model, as Megatron counts them.
-        pg_collection: process groups; Megatron's global ones when None.
-        pp_layer_offset: layers in the pipeline stages before, which HybridStack alone gives; None where Megatron's
-            config says it.
+        config: Megatron's config of the model. Missing `hgrn2_*` fields have the defaults of HGRN2Config.
+        submodules: specs of the two projections.
+        layer_number: 1-based number of the layer in the whole model, as Megatron counts layers.
+        pg_collection: process groups; None takes Megatron's global groups.
+        pp_layer_offset: number of layers in the earlier pipeline stages. Only HybridStack passes it. None computes it
+            from the config.
         name: module name for Megatron's quantization recipes.
-        ignored: what Megatron hands every mixer and HGRN2 has no use for (cp_comm_type, attn_mask_type).
+        ignored: arguments that Megatron passes to every mixer and that HGRN2 does not use, such as cp_comm_type and
+            attn_mask_type.
 
-    Source: arXiv 2404.07904; weights as in fla's HGRN2Attention without short convolution.
+    Source: arXiv 2404.07904. The weights are those of fla's HGRN2Attention without short convolutions.
     """
 
     def __init__(
@@ -71,12 +80,12 @@ class HGRN2Mixer(MegatronModule):
         self.head_dim = hgrn2.expand_ratio
         self._bounds: tuple[LowerBounds, int] | None = None
         self._needs_bounds = hgrn2.lower_bounds == "learned"
-        # Megatron's flags for attention's own part
-        self._recomputes = config.recompute_granularity == "selective" and "core_attn" in (
+        # the flags with which Megatron recomputes the core of attention
+        self._recomputes_core = config.recompute_granularity == "selective" and "core_attn" in (
             config.recompute_modules or ()
         )
-        # the layer's backward then follows its forward at once, and nothing is kept between them
-        self._keeps_normed = config.recompute_granularity == "full"
+        # Full recompute runs a layer's backward right after its forward, so freeing the norm's output saves nothing.
+        self._keeps_norm_output = config.recompute_granularity == "full"
 
         common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
         self.in_proj = build_module(
@@ -104,14 +113,20 @@ class HGRN2Mixer(MegatronModule):
         )
 
     def use_lower_bounds(self, bounds: LowerBounds, row: int):
-        """Take the bound `row` of the stack's holder; a tuple keeps it out of this module's own parameters."""
+        """Set where this layer's lower bound comes from.
+
+        Args:
+            bounds: module that holds the lower bounds of the whole stack.
+            row: 0-based row of this layer in the table.
+        """
+        # The tuple keeps the parameters of `bounds` out of this module.
         self._bounds = (bounds, row)
 
     def lower_bound(self) -> Tensor | None:
-        """This layer's bound, [H/tp, K] fp32, or None where bounds are off."""
+        """Return this layer's lower bound, [H/tp, K] fp32, or None if lower bounds are off."""
         if not self._needs_bounds:
             return None
-        assert self._bounds, "the stack gives every mixer its lower bounds"
+        assert self._bounds, "the stack must call use_lower_bounds of every mixer before its first forward"
         bounds, row = self._bounds
         return bounds(row)
 
@@ -124,59 +139,65 @@ class HGRN2Mixer(MegatronModule):
         attention_bias: Tensor | None = None,
         **ignored,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix tokens over time.
+        """Mix the tokens of each sequence over time.
 
         Args:
-            hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
-            attention_mask: ignored, the recurrence is causal by construction; so is what else attention takes.
-            inference_context: Megatron's StaticInferenceContext or DynamicInferenceContext in generation, which keeps
-                the states; else None. The dynamic one has packed the tokens of all requests into one row.
-            packed_seq_params: Megatron's PackedSeqParams of packed sequences [t, 1, h], each of which starts from an
-                empty state. Padding behind a sequence belongs to it; what lies behind the last one is one more. Its
-                cp_group, where it has one, takes the place of the model's. One of the format sbhd, without borders or
-                with those of a sequence a row, is an unpacked batch.
-            attention_bias: ignored but with CUDA graphs of single layers in training, where it is the lower bound,
-                [H/tp, K] fp32, an input of the graph (see layer.py).
+            hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism, in the model's dtype. s counts the
+                tokens of this context-parallel rank.
+            attention_mask: ignored, because the recurrence is causal by construction.
+            inference_context: Megatron's StaticInferenceContext or DynamicInferenceContext in generation, otherwise
+                None. The context keeps the recurrent states. The dynamic one packs the tokens of all requests into one
+                row.
+            packed_seq_params: Megatron's PackedSeqParams if the batch is packed sequences [t, 1, h], otherwise None.
+                Each sequence starts from an empty state. Padding after a sequence counts as a part of it. Tokens after
+                the last sequence count as one more sequence. If it has a cp_group, this replaces the model's group.
+                With the format sbhd, and either no boundaries or one sequence per row, it describes an unpacked batch.
+            attention_bias: the lower bound, [H/tp, K] fp32, if Megatron trains with CUDA graphs of single layers, where
+                it is an input of the graph (see layer.py). Ignored otherwise.
+            ignored: other arguments that Megatron passes to attention.
 
         Returns:
-            output: like hidden_states, and None for the bias Megatron would add.
+            output: shape and dtype of hidden_states.
+            bias: None, in the place of the bias that Megatron would add.
 
         Raises:
-            ValueError: generation in another layout, or with what the context's own states do not allow; sequences
-                packed in another format or without borders, or dealt out to context parallel ranks in an unknown
-                layout.
+            ValueError: the mixer cannot generate with this parallelism or context, the packed sequences have another
+                format or no boundaries, or nothing says how they are split over context-parallel ranks.
         """
         qfv, _ = self.in_proj(hidden_states)
         s, b, _ = qfv.shape
         if inference_context is None:
-            operator = self._operator(packed_seq_params, s, b)
+            operator = self._training_operator(packed_seq_params, s, b)
         else:
-            operator = self._generator(inference_context, packed_seq_params)
-        given = self.config.cuda_graph_impl == "local" and attention_bias is not None
-        lower_bound = attention_bias if given else self.lower_bound()
+            operator = self._inference_operator(inference_context, packed_seq_params)
+        is_graph_input = self.config.cuda_graph_impl == "local" and attention_bias is not None
+        lower_bound = attention_bias if is_graph_input else self.lower_bound()
         # [b, s, H/tp, 3, K]
         qfv = qfv.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
-        if self._recomputes and inference_context is None:
+        if self._recomputes_core and inference_context is None:
             mix = partial(self._mix, operator)
             return self.out_proj(tensor_parallel.checkpoint(mix, False, qfv, lower_bound))
-        normed = self.norm(_of_tokens(operator(qfv, lower_bound)))
+        normed = self.norm(_merge_heads(operator(qfv, lower_bound)))
         projected = self.out_proj(normed)
-        if not self._keeps_normed:
-            _make_again(normed, projected[0])
+        if not self._keeps_norm_output:
+            _recompute_in_backward(normed, projected[0])
         return projected
 
-    def _generator(self, context, packed_seq_params) -> Callable:
-        """The operator of [b, s, H, 3, K] and the bound for the next tokens of what this context generates."""
+    def _inference_operator(self, context, packed_seq_params) -> Callable:
+        """Return the operator for the next tokens in generation: (qfv [b, s, H, 3, K], bound) to o [b, s, H, K]."""
         if self.config.sequence_parallel or self.cp_group.size() > 1 or packed_seq_params is not None:
             raise ValueError(
-                "HGRN2 layers generate from unpacked sequences without sequence or context parallelism: drop "
-                "--sequence-parallel and --context-parallel-size"
+                "HGRN2 layers generate from unpacked sequences without sequence or context parallelism, got "
+                f"sequence_parallel={self.config.sequence_parallel}, context parallelism over {self.cp_group.size()} "
+                f"ranks, and {'no ' if packed_seq_params is None else ''}packed_seq_params: drop --sequence-parallel, "
+                "--context-parallel-size and packed_seq_params"
             )
         if context.is_static_batching():
             if self.config.cuda_graph_impl == "local":
                 raise ValueError(
-                    "Megatron runs a static step several times to capture it in a CUDA graph, and each run would "
-                    "advance the states of HGRN2 layers: use its dynamic engine, or --cuda-graph-impl none"
+                    "HGRN2 layers cannot generate with a StaticInferenceContext and --cuda-graph-impl local: Megatron "
+                    "runs a step several times to capture it, and each run would advance the states of the layers. "
+                    "Use Megatron's dynamic engine, or give --cuda-graph-impl none"
                 )
             return partial(advance, context=context, layer_number=self.layer_number)
         offset = self.pp_layer_offset
@@ -184,114 +205,118 @@ class HGRN2Mixer(MegatronModule):
             offset = get_transformer_layer_offset(self.config, pp_rank=self.pp_group.rank())
         return partial(advance_dynamic, context=context, layer_number=self.layer_number - offset)
 
-    def _operator(self, packed_seq_params, num_tokens: int, batch: int) -> Callable:
-        """The operator of [b, s, H, 3, K] and the bound for these sequences."""
-        borders = _borders(packed_seq_params, batch)
+    def _training_operator(self, packed_seq_params, num_tokens: int, batch: int) -> Callable:
+        """Return the operator for these sequences: (qfv [b, s, H, 3, K], bound) to o [b, s, H, K]."""
+        cu_seqlens = _packed_boundaries(packed_seq_params, batch)
         group = getattr(packed_seq_params, "cp_group", None) or self.cp_group
-        # hybrid context parallelism: each batch has ranks of its own, and one rank alone no group
-        ranks = getattr(packed_seq_params, "local_cp_size", None)
-        alone = (ranks or group.size()) == 1
-        if borders is None:
-            return _of_whole if alone else partial(chunk_hgrn2_of_batch, group=group)
-        if alone:
-            end = borders.new_full((1,), num_tokens)
-            return partial(_of_whole, cu_seqlens=torch.cat([borders, end]).int())
-        layout = STREAM if ranks else self.packed_layout
+        # With hybrid context parallelism each batch has its own number of ranks. One rank alone has no group.
+        num_ranks = getattr(packed_seq_params, "local_cp_size", None)
+        is_alone = (num_ranks or group.size()) == 1
+        if cu_seqlens is None:
+            return _chunk_hgrn2_on_one_rank if is_alone else partial(chunk_hgrn2_of_batch, group=group)
+        if is_alone:
+            end = cu_seqlens.new_full((1,), num_tokens)
+            return partial(_chunk_hgrn2_on_one_rank, cu_seqlens=torch.cat([cu_seqlens, end]).int())
+        layout = STREAM if num_ranks else self.packed_layout
         if layout is None:
             raise ValueError(
-                "PackedSeqParams does not say how packed sequences are dealt out to context parallel ranks: set "
-                "hgrn2_packed_layout of the config to documents (each is cut into 2 * cp chunks) or stream (all are)"
+                f"hgrn2_packed_layout is not set, and PackedSeqParams does not say how {group.size()} context-parallel "
+                'ranks split the packed sequences: set hgrn2_packed_layout of the config to "documents" if each '
+                'document is cut into 2 * cp chunks, or to "stream" if the whole row is'
             )
-        return partial(chunk_hgrn2_of_packed, group=group, cu_seqlens=borders, layout=layout)
+        return partial(chunk_hgrn2_of_packed, group=group, cu_seqlens=cu_seqlens, layout=layout)
 
     def _mix(self, operator: Callable, qfv: Tensor, lower_bound: Tensor | None) -> Tensor:
-        """The operator and the norm: qfv [b, s, H/tp, 3, K] to [s, b, h/tp]."""
-        return self.norm(_of_tokens(operator(qfv, lower_bound)))
+        """Apply the operator and the norm: qfv [b, s, H/tp, 3, K] to [s, b, h/tp]."""
+        return self.norm(_merge_heads(operator(qfv, lower_bound)))
 
 
-def _of_whole(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+def _chunk_hgrn2_on_one_rank(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
     return chunk_hgrn2_fused(qfv, lower_bound, cu_seqlens=cu_seqlens)[0]
 
 
-def _borders(packed_seq_params, batch: int) -> Tensor | None:
-    """Borders of packed sequences with their padding, [n + 1] int32; None for an unpacked batch.
+def _packed_boundaries(packed_seq_params, batch: int) -> Tensor | None:
+    """Return the boundaries of packed sequences with their padding, [n + 1] int32, or None for an unpacked batch.
 
     Raises:
-        ValueError: another format, or packed sequences without borders.
+        ValueError: the format is another one, or packed sequences have no boundaries.
     """
     p = packed_seq_params
     if p is None:
         return None
-    borders = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
-    sequences = "no" if borders is None else len(borders) - 1
-    # a sequence a row, and its padding behind it
+    cu_seqlens = p.cu_seqlens_q if p.cu_seqlens_q_padded is None else p.cu_seqlens_q_padded
+    sequences = "no" if cu_seqlens is None else len(cu_seqlens) - 1
+    # each row is one sequence with its padding at the end
     if p.qkv_format == "sbhd" and sequences in ("no", batch):
         return None
     if p.qkv_format != "thd" or batch != 1:
         raise ValueError(
-            "HGRN2 layers take packed sequences as thd with a batch of 1, and sbhd as an unpacked batch, got "
-            f"{p.qkv_format} of {sequences} sequences with a batch of {batch}: flatten the batch into one row, as "
-            "Megatron's pretrain_gpt.py does"
+            "HGRN2 layers take packed sequences in the format thd with a batch of 1, or in the format sbhd with one "
+            f"sequence per row of the batch, got {p.qkv_format} of {sequences} sequences with a batch of {batch}: "
+            "flatten the batch into one row of format thd, as Megatron's pretrain_gpt.py does"
         )
-    if borders is None:
+    if cu_seqlens is None:
         raise ValueError(
-            "PackedSeqParams of thd has no borders: give cu_seqlens_q, [n + 1] int32 from 0 to the end of the last "
-            "of n sequences, or no PackedSeqParams for an unpacked batch"
+            "PackedSeqParams of the format thd has no boundaries, cu_seqlens_q is None: set cu_seqlens_q to [n + 1] "
+            "int32 numbers from 0 to the end of the last of n sequences, or pass no PackedSeqParams for an unpacked "
+            "batch"
         )
-    return borders
+    return cu_seqlens
 
 
-def _of_tokens(o: Tensor) -> Tensor:
-    """[b, s, H, K] to [s, b, H K]."""
+def _merge_heads(o: Tensor) -> Tensor:
+    """Reshape [b, s, H, K] to [s, b, H * K]."""
     return o.transpose(0, 1).flatten(2)
 
 
 class _Norm(HiddenShardedRMSNorm):
-    """The norm, whose output carries how it is made again until `_make_again` takes that off."""
+    """The mixer's norm. Its output carries a function that computes it again, for `_recompute_in_backward`."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if y.requires_grad:
-            # on the tensor: a hook may give the norm another x, or what comes next another y
-            vars(y)[_RECIPE] = y._version, partial(super().forward, x.detach())
+            # The tensor carries it and not this module, because a hook may replace the norm's input or output.
+            vars(y)[_RECOMPUTE] = y._version, partial(super().forward, x.detach())
         return y
 
 
-_RECIPE = "hgrn2_recipe"
+_RECOMPUTE = "hgrn2_recompute"
 
 
-def _make_again(x: Tensor, user: Tensor) -> None:
-    """Have autograd make x again for the backward of `user`, so that in between it need not keep x.
+def _recompute_in_backward(x: Tensor, user: Tensor) -> None:
+    """Let autograd recompute x for the backward of `user` instead of keeping it until then.
 
-    Nothing is freed here. The memory of x is free once nobody holds it any more, and whoever does, a hook, a view or an
-    alias, finds it as it was. Made again is what a function has saved by `save_for_backward`, as all linear layers of
-    Megatron and Transformer Engine do. Saved-tensor hooks of others, which move it elsewhere, are left alone. Such
-    hooks around out_proj would be simpler, but its backward would get a plain tensor for the weight, without what
-    Megatron has put on the parameter.
+    This function frees nothing itself. The memory of x becomes free once nothing holds it any more. A hook, a view or
+    an alias that still holds x finds it unchanged.
+
+    A tensor is recomputed if an autograd function saved it with `save_for_backward`, as all linear layers of Megatron
+    and Transformer Engine do. A saved tensor that already has hooks of other code, which may move it elsewhere, is left
+    alone. Saved-tensor hooks around out_proj would be simpler. But then its backward would get a plain tensor for the
+    weight, without the attributes that Megatron sets on the parameter.
 
     Args:
-        x: what `_Norm` has made, or what a hook has put in its place, which is kept.
-        user: computed from x, and not yet used.
+        x: output of `_Norm`. If a forward hook has replaced that output by another tensor, nothing is recomputed.
+        user: tensor that was computed from x, and that nothing has used yet.
     """
-    version, make = vars(x).pop(_RECIPE, (None, None))
+    version, recompute = vars(x).pop(_RECOMPUTE, (None, None))
     if version is None or x.grad_fn is None or x._version != version:
         return
     memory = x.untyped_storage().data_ptr()
 
-    def make_view(packed: tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+    def recompute_view(packed: tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
         with torch.no_grad():
-            return make().as_strided(*packed)
+            return recompute().as_strided(*packed)
 
-    for saved in _saved_since(x.grad_fn, user.grad_fn):
-        # others' hooks have it, or PyTorch is too old to say
+    for saved in _saved_tensors_between(x.grad_fn, user.grad_fn):
+        # The saved tensor has hooks of other code, or this PyTorch is too old to tell.
         if getattr(saved, "unpack_hook", saved) is not None:
             continue
         data = saved.data
         if type(data) is Tensor and data.dtype == x.dtype and data.untyped_storage().data_ptr() == memory:
-            saved.register_hooks(lambda y: (y.size(), y.stride(), y.storage_offset()), make_view)
+            saved.register_hooks(lambda y: (y.size(), y.stride(), y.storage_offset()), recompute_view)
 
 
-def _saved_since(begin, end) -> list:
+def _saved_tensors_between(begin, end) -> list:
     """Return the tensors that autograd functions between the nodes `begin` and `end` have saved for their backward."""
     nodes, todo = set(), [end]
     while todo:

@@ -57,8 +57,8 @@ def test_each_document_is_what_it_is_alone(alone, padded, behind):
         ({"qkv_format": "sbhd"}, 2, "got sbhd of 1 sequences with a batch of 2"),
         ({}, 2, "got thd of 1 sequences with a batch of 2"),
         ({"cu_seqlens_q": None}, 2, "got thd of no sequences with a batch of 2"),
-        ({"cu_seqlens_q": None}, 1, "has no borders: give cu_seqlens_q"),
-        ({"cp_group": types.SimpleNamespace(size=lambda: 2)}, 1, "does not say how packed sequences are dealt out"),
+        ({"cu_seqlens_q": None}, 1, "has no boundaries, cu_seqlens_q is None"),
+        ({"cp_group": types.SimpleNamespace(size=lambda: 2)}, 1, "does not say how 2 context-parallel ranks split"),
     ],
 )
 def test_other_packings_are_refused(change, batch, message):
