@@ -1,1 +1,1 @@
-"""HGRN2 over sequences that context-parallel ranks share."""
+"""Context parallelism of HGRN2: the operator over sequences that are split over several ranks."""

@@ -1,4 +1,8 @@
-"""Which tokens of packed sequences a context parallel rank has, and what it must hear of the others'."""
+"""Plans for a context-parallel rank's tokens of packed sequences: where states are exchanged, and what is gathered.
+
+A piece is a part of a sequence that goes on before or after it on another rank. A rank's two chunks of a sequence are
+two pieces.
+"""
 
 import bisect
 import dataclasses
@@ -14,21 +18,21 @@ DOCUMENTS, STREAM = "documents", "stream"
 
 
 @dataclasses.dataclass(frozen=True)
-class Moves:
-    """Sequences that go to one rank each, as a whole.
+class GatherPlan:
+    """Plan for documents that are gathered as a whole, each on one rank.
 
     Attributes:
-        apart: [t/cp] int64, places of the rank's tokens, those that stay before those that move.
-        together: the inverse.
-        sizes: tokens that every rank sends to each rank.
-        order: [cp * sizes[own rank]] int64, of the tokens that arrive, which come in the order of the ranks, the places
-            of the whole sequences' tokens.
-        inverse: of that order.
-        cu_seqlens: [n + 1] int32, borders of this rank's whole sequences.
+        split: [t/cp] int64, permutation of this rank's tokens that puts local tokens before tokens to send.
+        unsplit: [t/cp] int64, inverse of `split`.
+        sizes: number of tokens that each rank sends to rank 0, 1, ... It is the same for every sender.
+        order: [cp * sizes[own rank]] int64, permutation of the tokens that arrive. They arrive in the order of the
+            ranks that sent them, and the permutation puts them in the order of the whole documents.
+        inverse: [cp * sizes[own rank]] int64, inverse of `order`.
+        cu_seqlens: [n + 1] int32, boundaries of the documents that are gathered on this rank.
     """
 
-    apart: Tensor
-    together: Tensor
+    split: Tensor
+    unsplit: Tensor
     sizes: list[int]
     order: Tensor
     inverse: Tensor
@@ -36,105 +40,110 @@ class Moves:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deal:
-    """What a rank's tokens are.
+class TokenPlan:
+    """Plan for a rank's tokens of packed sequences.
 
     Attributes:
-        num_stay: tokens that stay.
-        pieces: how these are pieces of sequences; None where there are none.
-        moves: of the others; None where all stay.
+        num_local: number of tokens that stay on this rank.
+        pieces: pieces that the local tokens consist of, or None if no token stays.
+        gather: plan for the other tokens, or None if all tokens stay.
     """
 
-    num_stay: int
+    num_local: int
     pieces: Pieces | None
-    moves: Moves | None = None
+    gather: GatherPlan | None = None
 
 
-# of the batch at hand, every layer of which asks for the same
-_kept = WeakTensorKeyDictionary()
+# Plans for the boundaries that are in use. All layers of a model ask for the same ones.
+_plans = WeakTensorKeyDictionary()
 
 
-def deal_of(cu_seqlens: Tensor, num_tokens: int, layout: str, rank: int, cp: int, state_cost: float) -> Deal:
-    """What context parallel rank `rank` does with its tokens of packed sequences.
+def plan_tokens(cu_seqlens: Tensor, num_tokens: int, layout: str, rank: int, cp: int, state_cost: float) -> TokenPlan:
+    """Return the plan for the tokens of packed sequences that one context-parallel rank holds.
 
     Args:
-        cu_seqlens: [n + 1] int32, borders of the sequences with their padding, over all ranks' tokens; read on the
-            host, once for all layers, or by every layer where they were made under torch.inference_mode.
-        num_tokens: of this rank.
+        cu_seqlens: [n + 1] int32 boundaries of the sequences with their padding, counted over the tokens of all ranks.
+            They are read on the host, once for all layers. A tensor made under torch.inference_mode is read by every
+            layer.
+        num_tokens: number of tokens on this rank.
         layout: "documents" or "stream".
-        state_cost: tokens that are as many bytes as what handing on the states of a sequence takes a rank. Documents of
-            which a rank has fewer go to one rank each.
+        rank: the rank, from 0 to cp - 1.
+        cp: number of context-parallel ranks.
+        state_cost: number of tokens per rank that take as many bytes to send as the states of one sequence. In the
+            layout "documents", a document with fewer tokens per rank is gathered on one rank.
 
     Raises:
-        ValueError: sequences or a stream that are not cut into 2 * cp chunks.
+        ValueError: a document, or the whole stream, cannot be cut into 2 * cp equal chunks.
     """
-    # whoever writes other borders into the same tensor changes its version, which one of inference mode does not have
+    # Writing other boundaries into the same tensor changes its version. Inference tensors have no version.
     version = tuple(cu_seqlens.tolist()) if cu_seqlens.is_inference() else cu_seqlens._version
-    if _kept.get(cu_seqlens, (None,))[0] != version:
-        _kept[cu_seqlens] = version, {}
-    made = _kept[cu_seqlens][1]
+    if _plans.get(cu_seqlens, (None,))[0] != version:
+        _plans[cu_seqlens] = version, {}
+    plans = _plans[cu_seqlens][1]
     key = num_tokens, layout, rank, cp, state_cost
-    if key not in made:
-        borders = cu_seqlens.tolist()
-        # training may want the same deal after an evaluation
+    if key not in plans:
+        boundaries = cu_seqlens.tolist()
+        # Training may use the same plan after an evaluation, and cannot use inference tensors.
         with torch.inference_mode(False):
             if layout == DOCUMENTS:
-                made[key] = _of_documents(borders, num_tokens, rank, cp, state_cost, cu_seqlens.device)
+                plans[key] = _plan_documents(boundaries, num_tokens, rank, cp, state_cost, cu_seqlens.device)
             else:
-                made[key] = Deal(num_tokens, _of_stream(borders, num_tokens, rank, cp, cu_seqlens.device))
-    return made[key]
+                plans[key] = TokenPlan(num_tokens, _stream_pieces(boundaries, num_tokens, rank, cp, cu_seqlens.device))
+    return plans[key]
 
 
 def chunk_size(num_tokens: int) -> int:
-    """Tokens of each of a rank's two chunks.
+    """Return the number of tokens in each of a rank's two chunks.
 
     Raises:
-        ValueError: an odd number of tokens.
+        ValueError: the number of tokens is odd.
     """
     if num_tokens % 2:
         raise ValueError(
-            f"{num_tokens} tokens a context parallel rank are no two chunks: make --seq-length a multiple of 2 * cp"
+            f"a context-parallel rank has {num_tokens} tokens, which cannot be cut into two equal chunks: make "
+            "--seq-length a multiple of 2 * cp"
         )
     return num_tokens // 2
 
 
-def _of_documents(borders: list[int], num_tokens: int, rank: int, cp: int, state_cost: float, device) -> Deal:
-    lengths = [end - start for start, end in itertools.pairwise(borders) if end > start]
+def _plan_documents(boundaries: list[int], num_tokens: int, rank: int, cp: int, state_cost: float, device) -> TokenPlan:
+    lengths = [end - start for start, end in itertools.pairwise(boundaries) if end > start]
     for length in lengths:
         if length % (2 * cp):
             raise ValueError(
-                f"a packed sequence of {length} tokens is not cut into 2 * {cp} chunks: pad each to a multiple of "
-                "2 * cp, or deal out the whole stream (--dataloader-inter-document-masking)"
+                f"a packed sequence of {length} tokens cannot be cut into 2 * {cp} equal chunks: pad each sequence to "
+                "a multiple of 2 * cp tokens, or split the whole stream (--dataloader-inter-document-masking)"
             )
-    # a rank's tokens of each document, one chunk behind the other
+    # number of tokens of each document on a rank, which are its two chunks one after the other
     shares = [length // cp for length in lengths]
     starts = [0, *itertools.accumulate(shares)]
-    behind = num_tokens - starts[-1]
+    num_trailing = num_tokens - starts[-1]
     long = [n for n, share in enumerate(shares) if share >= state_cost]
     short = [n for n, share in enumerate(shares) if share < state_cost]
 
     pieces = None
-    num_stay = sum(shares[n] for n in long) + behind
-    if num_stay:
+    num_local = sum(shares[n] for n in long) + num_trailing
+    if num_local:
         halves = [shares[n] // 2 for n in long for _ in range(2)]
         rows = list(range(len(halves)))
-        if behind:  # nobody's
-            halves.append(behind)
+        if num_trailing:
+            # tokens after the last document, which belong to no piece
+            halves.append(num_trailing)
             rows.append(-1)
         ends = _ints(rows, device)
         pieces = Pieces(_ints([0, *itertools.accumulate(halves)], device), ends, ends, 2 * len(long))
     if not short:
-        return Deal(num_stay, pieces)
+        return TokenPlan(num_local, pieces)
 
-    owners = _owners(short, shares, cp)
+    owners = _assign_ranks(short, shares, cp)
     places = [range(starts[n], starts[n] + shares[n]) for n in (*long, *itertools.chain(*owners))]
     places.insert(len(long), range(starts[-1], num_tokens))
-    apart = _ints([place for span in places for place in span], device, torch.int64)
-    return Deal(num_stay, pieces, _moves(apart, owners, shares, rank, cp))
+    split = _ints([place for span in places for place in span], device, torch.int64)
+    return TokenPlan(num_local, pieces, _plan_gathering(split, owners, shares, rank, cp))
 
 
-def _owners(documents: list[int], shares: list[int], cp: int) -> list[list[int]]:
-    """Documents for each rank: from the longest on, each goes where there is least so far."""
+def _assign_ranks(documents: list[int], shares: list[int], cp: int) -> list[list[int]]:
+    """Return the documents for each rank. The longest is assigned first, and each goes to the rank with the least."""
     owners: list[list[int]] = [[] for _ in range(cp)]
     loads = [0] * cp
     for n in sorted(documents, key=lambda n: -shares[n]):
@@ -144,26 +153,26 @@ def _owners(documents: list[int], shares: list[int], cp: int) -> list[list[int]]
     return owners
 
 
-def _moves(apart: Tensor, owners: list[list[int]], shares: list[int], rank: int, cp: int) -> Moves:
+def _plan_gathering(split: Tensor, owners: list[list[int]], shares: list[int], rank: int, cp: int) -> GatherPlan:
     sizes = [sum(shares[n] for n in documents) for documents in owners]
     order: list[int] = []
     start = 0
     for n in owners[rank]:
         half = shares[n] // 2
-        # chunk c is the first of rank c, or the second of rank 2 * cp - 1 - c
+        # Chunk c of a document is the first chunk of rank c, or the second chunk of rank 2 * cp - 1 - c.
         firsts = [r * sizes[rank] + start for r in range(cp)]
         for begin in (*firsts, *(begin + half for begin in reversed(firsts))):
             order += range(begin, begin + half)
         start += shares[n]
     lengths = [cp * shares[n] for n in owners[rank]]
-    arrived = _ints(order, apart.device, torch.int64)
-    return Moves(
-        apart=apart,
-        together=apart.argsort(),
+    arrived = _ints(order, split.device, torch.int64)
+    return GatherPlan(
+        split=split,
+        unsplit=split.argsort(),
         sizes=sizes,
         order=arrived,
         inverse=arrived.argsort(),
-        cu_seqlens=_ints([0, *itertools.accumulate(lengths)], apart.device),
+        cu_seqlens=_ints([0, *itertools.accumulate(lengths)], split.device),
     )
 
 
@@ -171,23 +180,23 @@ def _ints(numbers, device, dtype=torch.int32) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def _of_stream(borders: list[int], num_tokens: int, rank: int, cp: int, device) -> Pieces:
+def _stream_pieces(boundaries: list[int], num_tokens: int, rank: int, cp: int, device) -> Pieces:
     size = chunk_size(num_tokens)
-    # what lies behind the last sequence is one more
-    borders = sorted({*borders, 2 * cp * size})
+    # tokens after the last sequence count as one more sequence
+    boundaries = sorted({*boundaries, 2 * cp * size})
     local, entered, left = [0], [], []
     last_tokens, first_tokens = [0], [0]
     stops_forward, stops_backward = [], []
     for piece, chunk in enumerate((rank, 2 * cp - 1 - rank)):
-        start, end, behind = chunk * size, (chunk + 1) * size, piece * size
-        # borders inside, and those at the chunk's own ends
-        inside = borders[bisect.bisect_right(borders, start) : bisect.bisect_left(borders, end)]
-        begins, ends = start in borders, end in borders
-        local += [x - start + behind for x in (*inside, end)]
+        start, end, offset = chunk * size, (chunk + 1) * size, piece * size
+        # boundaries inside the chunk, and at its two ends
+        inside = boundaries[bisect.bisect_right(boundaries, start) : bisect.bisect_left(boundaries, end)]
+        begins, ends = start in boundaries, end in boundaries
+        local += [x - start + offset for x in (*inside, end)]
         entered += [-1 if begins else piece, *[-1] * len(inside)]
         left += [*[-1] * len(inside), -1 if ends else piece]
-        last_tokens += [(inside[-1] if inside else start) - start + behind, behind + size]
-        first_tokens += [(inside[0] if inside else end) - start + behind, behind + size]
+        last_tokens += [(inside[-1] if inside else start) - start + offset, offset + size]
+        first_tokens += [(inside[0] if inside else end) - start + offset, offset + size]
         if inside or begins:
             stops_forward.append(piece)
         if inside or ends:

@@ -22,15 +22,15 @@ def all_to_all_single(received, x, output_split_sizes=None, input_split_sizes=No
 torch.distributed.all_to_all_single = all_to_all_single
 torch.cuda.current_device = lambda: "cpu"
 from hgrn2_megatron.context_parallel.operator import chunk_hgrn2_of_packed, state_cost
-from hgrn2_megatron.context_parallel.pieces import deal_of
+from hgrn2_megatron.context_parallel.pieces import plan_tokens
 for documents, length, cp, layout in json.loads(sys.argv[1]):
     torch.distributed.init_process_group("fake", rank=0, world_size=cp, store=FakeStore())
     qfv = torch.randn(1, documents * length // cp, 1, 3, 16).requires_grad_()
     borders = torch.arange(documents + 1).mul(length).int()
     sent = 0
     chunk_hgrn2_of_packed(qfv, None, torch.distributed.group.WORLD, borders, layout).sum().backward()
-    deal = deal_of(borders, qfv.shape[1], layout, 0, cp, state_cost(qfv))
-    print("sent", sent, qfv.shape[1] - deal.num_stay)
+    plan = plan_tokens(borders, qfv.shape[1], layout, 0, cp, state_cost(qfv))
+    print("sent", sent, qfv.shape[1] - plan.num_local)
     torch.distributed.destroy_process_group()
 """
 
@@ -116,15 +116,15 @@ def test_a_batch_is_cut_into_chunks_without_a_copy(monkeypatch):
 
 
 def test_a_rank_without_a_whole_document_takes_part_in_the_backward():
-    from hgrn2_megatron.context_parallel.exchange import chunk_hgrn2_of_moved
-    from hgrn2_megatron.context_parallel.pieces import Moves
+    from hgrn2_megatron.context_parallel.exchange import chunk_hgrn2_of_gathered
+    from hgrn2_megatron.context_parallel.pieces import GatherPlan
 
     harness.start_megatron()
     none = torch.zeros(0, dtype=torch.int64)
-    moves = Moves(none, none, sizes=[0], order=none, inverse=none, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    plan = GatherPlan(none, none, sizes=[0], order=none, inverse=none, cu_seqlens=torch.zeros(1, dtype=torch.int32))
     # what comes in needs no gradient, the bound does
     bound = torch.rand(2, 16, requires_grad=True)
-    o = chunk_hgrn2_of_moved(torch.randn(1, 0, 2, 3, 16), bound, torch.distributed.group.WORLD, moves)
+    o = chunk_hgrn2_of_gathered(torch.randn(1, 0, 2, 3, 16), bound, torch.distributed.group.WORLD, plan)
     assert o.shape == (1, 0, 2, 16) and o.requires_grad
     o.sum().backward()
     assert torch.equal(bound.grad, torch.zeros(2, 16))
