@@ -1,4 +1,7 @@
-"""The mixer's part in generation: a state of constant size a sequence, in the place of keys and values."""
+"""Generation with HGRN2 layers.
+
+Each sequence has a recurrent state of constant size per layer, in the place of keys and values.
+"""
 
 import dataclasses
 import importlib.util
@@ -12,35 +15,39 @@ from torch import Tensor
 from hgrn2_kernels import chunk_hgrn2_fused, step_hgrn2
 from hgrn2_megatron.config import HGRN2Config
 
-FP32 = "leave ssm_states_dtype of MambaInferenceStateConfig.from_model out, or --mamba-inference-ssm-states-dtype fp32"
+STATES_DTYPE_HINT = (
+    "leave ssm_states_dtype of MambaInferenceStateConfig.from_model out, or give "
+    "--mamba-inference-ssm-states-dtype fp32"
+)
 
 
 def advance(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int) -> Tensor:
-    """The operator over the next tokens of sequences that Megatron's static engine generates.
+    """Apply the operator to the next tokens of sequences in Megatron's static engine, and advance their states.
 
     Args:
-        qfv: [b, s, H, 3, K] of the tokens at the context's offset: a prompt at offset 0, then mostly one token.
-        lower_bound: [H, K] fp32.
-        context: Megatron's StaticInferenceContext. Its cache gets, under the layer's number, the states of all its
-            sequences, [1, max_batch_size, H, K, K] fp32 (fp64 with fp64 inputs), and an empty tensor: a pair with the
-            sequences in its second dimension, as keys and values are, which is what Megatron reorders.
-        layer_number: of the layer, unique in the model.
+        qfv: [b, s, H, 3, K] raw projections of the tokens at the context's offset. These are a prompt at offset 0, and
+            usually one token per sequence later.
+        lower_bound: [H, K] fp32, or None.
+        context: Megatron's StaticInferenceContext. Its cache gets a pair of tensors under the layer's number: the
+            states of all its sequences, [1, max_batch_size, H, K, K] fp32 (fp64 with fp64 inputs), and an empty tensor.
+            Like keys and values, both have the sequences in the second dimension, in which Megatron reorders them.
+        layer_number: number of the layer, unique in the model.
 
     Returns:
-        o: [b, s, H, K] dtype of qfv. The states are those after the last token.
+        o: [b, s, H, K] dtype of qfv. The cache then holds the states after the last token.
     """
     b, s, H, _, K = qfv.shape
     cache = context.key_value_memory_dict
     if layer_number not in cache:
         dtype = torch.promote_types(qfv.dtype, torch.float32)
-        # the next batch may come without torch.inference_mode, where a tensor of that could not be written
+        # The next batch may come without torch.inference_mode, and could not write into an inference tensor.
         with torch.inference_mode(False):
             states = qfv.new_zeros((1, context.max_batch_size, H, K, K), dtype=dtype)
         cache[layer_number] = states, states.new_zeros((1, context.max_batch_size, 0))
     first = context.batch_size_offset
     states = cache[layer_number][0][0, first : first + b]
     if context.sequence_len_offset == 0:
-        # of the batch before
+        # These are still the states of the batch before.
         states.zero_()
     if s == 1:
         q, f, v = qfv.unbind(-2)
@@ -51,23 +58,26 @@ def advance(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int)
 
 
 def advance_dynamic(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int) -> Tensor:
-    """The operator over one step of Megatron's dynamic batching, in which requests come and go.
+    """Apply the operator to one step of Megatron's dynamic engine, and advance the states of its requests.
 
-    Nothing here waits for the device or hangs on values in it, so that a step can be captured in a CUDA graph.
+    This function never waits for the device and never branches on values in its memory, so that a step can be captured
+    in a CUDA graph.
 
     Args:
-        qfv: [1, t, H, 3, K], one new token of each request that decodes, then the prompts, or parts of them, of those
-            that do not yet, then padding.
-        lower_bound: [H, K] fp32.
-        context: Megatron's DynamicInferenceContext, which keeps the states, [max_requests, H, K, K] fp32 (fp64 with
-            fp64 inputs) a layer, and empties those of a new request.
-        layer_number: of the layer, 1-based in its pipeline stage.
+        qfv: [1, t, H, 3, K] raw projections: first one new token of each request in decode, then the prompts, or parts
+            of prompts, of the requests in prefill, then padding.
+        lower_bound: [H, K] fp32, or None.
+        context: Megatron's DynamicInferenceContext. It keeps the states of each layer, [max_requests, H, K, K] fp32
+            (fp64 with fp64 inputs), and zeros the state of a new request.
+        layer_number: 1-based number of the layer in its pipeline stage.
 
     Returns:
-        o: [1, t, H, K] dtype of qfv; that of padding means nothing. The states are those after the last token.
+        o: [1, t, H, K] dtype of qfv. Outputs of padding have no meaning. The context then holds the states after the
+            last token.
 
     Raises:
-        ValueError: a context without such states, or one that wants more of them than HGRN2 layers do.
+        ValueError: the context keeps no states, or states of another dtype, or uses speculative decoding or prefix
+            caching.
     """
     states = _dynamic_states(context, layer_number, torch.promote_types(qfv.dtype, torch.float32))
     dimensions, metadata = context.padded_batch_dimensions, context.mamba_metadata
@@ -77,7 +87,7 @@ def advance_dynamic(qfv: Tensor, lower_bound: Tensor | None, context, layer_numb
         decoded = step_hgrn2(q, f, v, lower_bound, states, metadata.batch_indices_decode).transpose(0, 1)
         if not dimensions.prefill_req_count:
             return decoded
-        # of the requests that decode, without the padding of a CUDA graph
+        # the number of requests in decode, without the padding of a CUDA graph
         start = metadata.device_decode_prefill[:1]
     else:
         start = metadata.cu_seqlens.new_zeros(1)
@@ -91,49 +101,62 @@ def advance_dynamic(qfv: Tensor, lower_bound: Tensor | None, context, layer_numb
 def _dynamic_states(context, layer_number: int, dtype: torch.dtype) -> Tensor:
     if context.num_speculative_tokens or context.enable_prefix_caching:
         raise ValueError(
-            "HGRN2 layers generate without speculative decoding and prefix caching, which need the states of earlier "
-            "tokens: set num_speculative_tokens to 0 and enable_prefix_caching to False in Megatron's InferenceConfig"
+            f"num_speculative_tokens is {context.num_speculative_tokens} and enable_prefix_caching is "
+            f"{context.enable_prefix_caching}: both features need the states of earlier tokens, which HGRN2 layers do "
+            "not keep. Set num_speculative_tokens to 0 and enable_prefix_caching to False in Megatron's InferenceConfig"
         )
     if not context.is_hybrid_model:
         raise ValueError(
-            "this DynamicInferenceContext keeps no states: give its InferenceConfig "
+            "this DynamicInferenceContext keeps no states for HGRN2 layers: give its InferenceConfig "
             "mamba_inference_state_config=MambaInferenceStateConfig.from_model(model)"
         )
     states = context.mamba_states_cache(layer_number)[1]
     if states.dtype != dtype:
-        raise ValueError(f"the states of this DynamicInferenceContext are {states.dtype}, HGRN2 needs {dtype}: {FP32}")
+        raise ValueError(
+            f"this DynamicInferenceContext keeps states of {states.dtype}, and HGRN2 layers need {dtype}: "
+            f"{STATES_DTYPE_HINT}"
+        )
     return states
 
 
 def _prefill(qfv, lower_bound, states, start, cu_seqlens, slots):
-    """The operator over the prompts [1, t, H, 3, K] of which the first begins at `start` [1], from states to states.
+    """Apply the operator to the prompts, and advance their states in place.
 
     Args:
-        cu_seqlens: [N + 1], borders of the prompts, from 0.
-        slots: [N], the rows of `states` that belong to them; -1 for an empty one that pads.
+        qfv: [1, t, H, 3, K] raw projections of all tokens of the step.
+        lower_bound: [H, K] fp32, or None.
+        states: [max_requests, H, K, K], of which the rows `slots` are read and written.
+        start: [1], position of the first prompt in t.
+        cu_seqlens: [N + 1], boundaries of the prompts, counted from the first prompt.
+        slots: [N], rows of `states` that belong to the prompts; -1 for an empty prompt that is padding.
+
+    Returns:
+        o: [1, t, H, K], of which only the outputs of the prompts have a meaning.
     """
-    # what stands before and behind the prompts are two sequences more
+    # The tokens before and after the prompts are two more sequences.
     begin, end = start.new_zeros(1), start.new_full((1,), qfv.shape[1])
     borders = torch.cat([begin, cu_seqlens + start, end])
-    # padding repeats the first prompt, so that no row is written twice with different states
-    own = torch.arange(len(slots), device=slots.device)
-    own = torch.where(slots >= 0, own, (slots >= 0).int().argmax())
-    slots = slots[own].long()
+    # Padding repeats the first prompt, so that a row which is written twice gets the same state both times.
+    prompts = torch.arange(len(slots), device=slots.device)
+    prompts = torch.where(slots >= 0, prompts, (slots >= 0).int().argmax())
+    slots = slots[prompts].long()
     initial = states.new_zeros((len(slots) + 2, *states.shape[1:]))
     initial[1:-1] = states[slots]
     o, final = chunk_hgrn2_fused(
         qfv, lower_bound, initial_state=initial, output_final_state=True, cu_seqlens=borders.int()
     )
-    states[slots] = final[1:-1][own]
+    states[slots] = final[1:-1][prompts]
     return o
 
 
 @dataclasses.dataclass
 class HGRN2StateConfig(MambaInferenceStateConfig):
-    """What a DynamicInferenceContext must know of a stage with HGRN2 layers: it takes them for Mamba's.
+    """Description of a pipeline stage with HGRN2 layers for Megatron's DynamicInferenceContext.
+
+    The context treats HGRN2 layers as Mamba layers.
 
     Attributes:
-        has_attention: whether the stage has attention layers too.
+        has_attention: whether the stage also has attention layers.
     """
 
     has_attention: bool = False
@@ -144,24 +167,27 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
 
         Args:
             decoder: Megatron's TransformerBlock or HybridStack of this pipeline stage.
-            states_dtype: of the states, None for the right one.
+            states_dtype: dtype of the states; None takes fp32, or fp64 for an fp64 model.
 
         Raises:
-            ValueError: states of another dtype.
+            ValueError: `states_dtype` is another dtype.
         """
         config = decoder.config
         dtype = torch.promote_types(config.params_dtype, torch.float32)
         if states_dtype not in (None, dtype):
-            raise ValueError(f"states of {states_dtype} lose what HGRN2 layers add to them, {dtype} does not: {FP32}")
+            raise ValueError(
+                f"ssm_states_dtype is {states_dtype}, in which the states of HGRN2 layers would lose small updates. It "
+                f"must be {dtype}: {STATES_DTYPE_HINT}"
+            )
         symbols = getattr(decoder, "layer_type_list", None) or [
             "M" if hasattr(layer.self_attention, "use_lower_bounds") else "*" for layer in decoder.layers
         ]
         hgrn2 = HGRN2Config.of(config)
         K = hgrn2.expand_ratio
         return cls(
-            # Megatron has no context for a stage that lacks one kind: a name of it, without a layer
+            # Megatron's context needs a layer of each kind. A symbol at the end stands for a kind that is missing.
             layer_type_list=[*symbols, *sorted({"M", "*"}.difference(symbols))],
-            # HGRN2 has no convolution, Megatron no context without one
+            # HGRN2 has no convolution, but Megatron's context needs a shape for its states.
             conv_states_shape=(1, 1),
             ssm_states_shape=(hgrn2.num_heads(config.hidden_size) // decoder.pg_collection.tp.size(), K, K),
             conv_states_dtype=config.params_dtype,
@@ -170,20 +196,23 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
         )
 
     def check(self) -> None:
-        """Refuse what would fail in the first step, while Megatron's static engine can still go on without this one.
+        """Raise an error if the first step would fail.
+
+        Megatron's static engine falls back to its legacy path if the dynamic context cannot be built, but not if its
+        first step fails.
 
         Raises:
-            ValueError: attention layers where Megatron finds no flash-attn.
+            ValueError: the stage has attention layers, and flash-attn is not installed.
         """
         if self.has_attention and not _has_flash_attention():
             raise ValueError(
-                "Megatron's dynamic batching needs flash-attn 2.7.3 for the attention layers of a hybrid: install it, "
-                "which takes a GPU, or give the StaticInferenceEngine legacy=True"
+                "flash-attn 2.7.3 or later is not installed, and Megatron's dynamic engine needs it for the attention "
+                "layers of a hybrid: install it, which takes a GPU, or build StaticInferenceEngine with legacy=True"
             )
 
 
 def _has_flash_attention() -> bool:
-    """What Megatron's attention asserts under dynamic batching."""
+    """Return whether Megatron's attention layers find the flash-attn that they need in the dynamic engine."""
     if attention.HAVE_FA4 or attention.HAVE_FA3:
         return True
     return importlib.util.find_spec("flash_attn") is not None and is_fa_min_version("2.7.3")

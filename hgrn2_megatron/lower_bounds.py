@@ -1,4 +1,4 @@
-"""Lower bounds of the forget gates: one learned table for the whole depth."""
+"""Lower bounds of the forget gates, which come from one learned table for all layers of the model."""
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -12,31 +12,34 @@ from hgrn2_megatron.tensor_parallel import mark_tensor_parallel, parameter_devic
 
 
 class LowerBounds(torch.nn.Module):
-    """Holder of Gamma [num_layers, hidden], from which every HGRN2 block takes its bound.
+    """The table Gamma [num_layers, hidden] from which every HGRN2 block gets its lower bound.
 
         P = softmax(Gamma, dim=0),   b_l = sum of P_1 .. P_l   (b_0 = 0 exactly)
 
-    Every row reaches every bound through the softmax. A block that needs its bound calls the holder, so that
-    Megatron's forward hooks (parameter gathering) run first. The parameter is stored flat, because Megatron
-    decays two-dimensional weights and leaves one-dimensional ones alone. It has the model's dtype, beside the fp32
-    copy that Megatron's optimizer keeps of every parameter: its plain mixed-precision optimizer cannot save a
-    parameter that is fp32 in a bf16 model. The bounds themselves are fp32.
+    Every row of Gamma influences every bound through the softmax. A mixer calls this module to get its bound, so that
+    Megatron's forward hooks, which gather parameters, run first.
 
-    Every model chunk of every pipeline stage holds a replica, whatever its layers. Megatron sums the gradients of
-    replicas before a step, as it does for the embedders of diffusion models, and all but one stay out of the
-    gradient's norm. A bucket of its own gives the replicas the same shards in the distributed optimizer.
+    The parameter is stored flat, because Megatron applies weight decay to two-dimensional parameters and not to
+    one-dimensional ones. It has the model's dtype, because Megatron's plain mixed-precision optimizer cannot save a
+    parameter that is fp32 in a bf16 model. That optimizer keeps an fp32 copy of it, as of every parameter. The bounds
+    themselves are fp32.
+
+    Every model chunk of every pipeline stage holds a replica, even a chunk without HGRN2 layers. Before a step Megatron
+    sums the gradients of the replicas, as it does for the embedders of diffusion models. Only one replica counts in the
+    gradient norm. The parameter has a bucket of its own, so that the distributed optimizer splits all replicas into the
+    same shards.
 
     Args:
-        num_layers: L, blocks of the whole model, attention blocks of a hybrid included. In a HybridModel, whose mixers
-            and channel mixers are layers of their own, a block is a mixer.
-        num_heads: heads over all TP ranks.
-        head_dim: K, gate channels a head.
-        config: for the weight's dtype and device.
-        tp_group: ranks among which heads are divided.
-        pp_group: pipeline stages, each of which has a replica.
-        first: whether the chunk is the model's first, whose replica is the one that is counted and saved.
+        num_layers: number of blocks in the whole model, including the attention blocks of a hybrid. In a HybridModel,
+            where mixers and channel mixers are separate layers, a block is a mixer.
+        num_heads: number of heads over all TP ranks.
+        head_dim: K, gate channels per head.
+        config: Megatron's config, for the weight's dtype and device.
+        tp_group: ranks that share the heads.
+        pp_group: pipeline stages, each of which holds a replica.
+        first: whether the model chunk is the first of the model. The replica of the first chunk is counted and saved.
 
-    Source: arXiv 2404.07904, section 3; fla's HGRN2Model (`lower_bounds`, zeros at init).
+    Source: arXiv 2404.07904, section 3, and `lower_bounds` of fla's HGRN2Model, which also starts from zeros.
     """
 
     def __init__(
@@ -56,45 +59,59 @@ class LowerBounds(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(local, dtype=config.params_dtype, device=parameter_device(config)))
         mark_tensor_parallel(self.weight)
         if pp_group.size() > 1:
-            # read by Megatron's _allreduce_conditional_embedding_grads, where the config has has_cond_embedder
+            # Megatron's _allreduce_conditional_embedding_grads sums gradients with this mark over the pipeline stages,
+            # if the config has has_cond_embedder.
             self.weight.pipeline_parallel = True
-            # by the gradient's norm
+            # The gradient norm leaves shared parameters out.
             self.weight.shared = self.replica > 0
-            # by the layout of the gradient buffers: a bucket of its own
+            # The gradient buffers give shared embeddings a bucket of their own.
             self.weight.shared_embedding = True
 
     def forward(self, layer: int) -> Tensor:
-        """Bound of block `layer` (0-based over all blocks): [H/tp, K] fp32 in [0, 1)."""
+        """Return the lower bound of one block.
+
+        Args:
+            layer: 0-based number of the block in the whole model.
+
+        Returns:
+            [H/tp, K] fp32 in [0, 1).
+        """
         probs = torch.softmax(self.weight.view(self.num_layers, -1), dim=0, dtype=torch.float32)
         return probs[1 : layer + 1].sum(0).view(-1, self.head_dim)
 
     def tie(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states themselves, through which the weight gets a gradient of zero.
+        """Return hidden_states unchanged, and give the weight a gradient of zero in the backward.
 
-        For a chunk without an HGRN2 layer: Megatron waits for the gradient of every parameter.
+        A model chunk without HGRN2 layers needs this, because Megatron waits for the gradient of every parameter.
+
+        Args:
+            hidden_states: tensor of any shape and dtype.
         """
         if not torch.is_grad_enabled():
             return hidden_states
         tied = _Tie.apply(hidden_states, self(0))
-        # pipeline schedules free outputs, and refuse a view
+        # Pipeline schedules free the outputs of a stage, and refuse to free a view.
         return make_viewless_tensor(tied, requires_grad=True, keep_graph=True)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
-        """Distributed checkpoint entry `weight` [num_layers, hidden], TP-sharded on axis 1.
+        """Return the entry `weight` [num_layers, hidden] of a distributed checkpoint, sharded over TP ranks on axis 1.
 
-        Saved two-dimensional so that its shape says depth and width and TP can change between save and load; the
-        factory hands Megatron the flat parameter itself, by which it finds the optimizer's state.
+        It is saved with two dimensions, so that its shape shows the depth and the width, and the TP size can change
+        between saving and loading. The factory passes the flat parameter to Megatron, which finds the optimizer's state
+        by it.
         """
         dp_cp_group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
 
         def build(key, flat, replica_id, flattened_range):
-            assert flattened_range is None, "the flat parameter is never split further here"
+            assert flattened_range is None, (
+                "Megatron asked for a range of the flat parameter, which is only saved whole"
+            )
             table = flat.view(self.num_layers, -1)
             return [ShardedTensor.from_rank_offsets(key, table, (1, tp_rank, tp_size), replica_id=replica_id)]
 
         def merge(shards):
-            # a copy: Megatron may hand the same loaded tensor to every replica that this rank holds
+            # This must be a copy, because Megatron may pass the same loaded tensor to every replica of this rank.
             return shards[0].reshape(-1).clone()
 
         replica_id = (self.replica, 0, dp_cp_group.rank())
@@ -103,7 +120,7 @@ class LowerBounds(torch.nn.Module):
 
 
 class _Tie(torch.autograd.Function):
-    """x, and a gradient of zero for the bound."""
+    """Return x, and give the bound a gradient of zero."""
 
     @staticmethod
     def forward(ctx, x, bound):
