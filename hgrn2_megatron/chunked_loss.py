@@ -1,8 +1,8 @@
-"""The loss of a language model from its hidden states, chunk of tokens by chunk of tokens.
+"""The loss of a language model, computed from its hidden states for one chunk of tokens at a time.
 
-Megatron makes the logits of a whole sequence, [s, b, vocab/tp], in the model's dtype and in fp32: at 256K tokens and
-32000 words 16 and 31 GiB. Here those of one chunk exist at a time, in the forward and in the backward, which makes
-them anew: four products with the weight in the place of three.
+Megatron computes the logits of a whole sequence, [s, b, vocab/tp], in the model's dtype and in fp32. At 256K tokens and
+32,000 words these take 16 and 31 GiB. Here only the logits of one chunk exist at a time. The backward computes them
+again, so a step takes four products with the output weight instead of three.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,22 +24,26 @@ from hgrn2_megatron.patching import change_class
 
 
 class LossLayer(ColumnParallelLinear):
-    """Megatron's output layer, which given labels returns the losses in the place of logits.
+    """Megatron's output layer, which returns losses instead of logits if it is called with labels.
 
-    A layer, because Megatron waits for gathered parameters where the module that has them is called.
+    This is a layer and not a function, because Megatron waits for gathered parameters when it calls the module that
+    holds them.
     """
 
     @classmethod
     def take_over(cls, layer: ColumnParallelLinear) -> None:
-        """Make a built output layer one of this class, its parameters and hooks as they are.
+        """Change the class of an output layer to this class. The layer keeps its parameters and hooks.
+
+        Args:
+            layer: output layer that a GPTModel has built.
 
         Raises:
-            UsageError: it is not the layer that this class does the work of.
+            UsageError: it is not Megatron's plain output layer.
         """
         if type(layer) is not ColumnParallelLinear or getattr(layer, "output_dtype", None) or layer.bias is not None:
             raise UsageError(
                 f"--hgrn2-loss-chunk-size needs Megatron's plain output layer, and the model has {layer}: drop the "
-                "flag, or what makes the layer another (FP8, logits of another dtype, a bias)"
+                "flag, or the setting that changes the output layer (FP8, logits of another dtype, a bias)"
             )
         change_class(layer, cls, "forward", ["self", "input_", "weight", "runtime_gather_output"])
 
@@ -52,17 +56,17 @@ class LossLayer(ColumnParallelLinear):
         labels: Tensor | None = None,
         scale_logits: Callable[[Tensor], Tensor] | None = None,
     ):
-        """As ColumnParallelLinear's without labels, and with them the losses.
+        """Return the loss of each token, or the output of ColumnParallelLinear if there are no labels.
 
         Args:
-            input_: [s, b, h] hidden states; [s/tp, b, h] with sequence parallelism.
-            weight: [vocab/tp, h]; the layer's own where None.
-            runtime_gather_output: as ColumnParallelLinear's; not read with labels.
-            labels: [b, s] int64.
-            scale_logits: multiplies logits by a constant, as MuP does.
+            input_: [s, b, h] hidden states, or [s/tp, b, h] under sequence parallelism, in the model's dtype.
+            weight: [vocab/tp, h]; None takes the layer's own weight.
+            runtime_gather_output: argument of ColumnParallelLinear. It is ignored if there are labels.
+            labels: [b, s] int64, or None.
+            scale_logits: function that multiplies logits by a constant, as MuP does.
 
         Returns:
-            [b, s] fp32, the cross-entropy of every token.
+            [b, s] fp32, the cross-entropy of every token in nats.
         """
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
@@ -85,16 +89,26 @@ class LossLayer(ColumnParallelLinear):
 
 
 def output_losses(*, hidden_states, output_layer: LossLayer, output_weight, labels, scale_logits, **unused) -> Tensor:
-    """An `output_processor` of GPTModel.forward: [b, s] fp32, the losses that the model itself would return."""
+    """Return the losses [b, s] fp32 that the model would return itself, as an `output_processor` of GPTModel.forward.
+
+    Args:
+        hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
+        output_layer: the model's output layer.
+        output_weight: [vocab/tp, h], or None for the layer's own weight.
+        labels: [b, s] int64.
+        scale_logits: function that multiplies logits by a constant.
+        unused: other arguments that GPTModel passes to an output_processor.
+    """
     return output_layer(hidden_states, weight=output_weight, labels=labels, scale_logits=scale_logits)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Losses [t] fp32 of hidden states [t, h], a weight [vocab/tp, h] and labels [t].
+    """The losses [t] fp32 of hidden states [t, h], a weight [vocab/tp, h] and labels [t].
 
-    One function over all chunks, so that the weight gets one gradient a call: summed over chunks in fp32, then in the
-    weight's dtype, or added to `main_grad` where Megatron fuses that. The gradient of the hidden states is of this
-    rank's words alone. The arithmetic is that of Megatron's VocabParallelCrossEntropy, in fp32.
+    All chunks are one function, so that the weight gets one gradient per call. This gradient is summed over the chunks
+    in fp32. Then it is rounded to the weight's dtype, or added to `main_grad` if Megatron fuses gradient accumulation.
+    The gradient of the hidden states comes from this rank's words only. The loss is computed in fp32 by Megatron's
+    VocabParallelCrossEntropy.
     """
 
     @staticmethod
@@ -114,14 +128,14 @@ class _ChunkedLoss(torch.autograd.Function):
             losses[part], maxima[part], sums[part] = _losses(hidden[part], weight, labels[part], words, scale, tp_group)
         ctx.save_for_backward(hidden, weight, labels, maxima, sums)
         ctx.size, ctx.scale, ctx.words = size, scale, words
-        # of the parameter itself, as Megatron's linear layers have it
+        # It is read from the parameter here, as Megatron's linear layers do.
         ctx.main_grad = getattr(weight, "main_grad", None) if fused else None
         return losses
 
     @staticmethod
     @once_differentiable(
         "the loss by chunks has no second derivative: leave create_graph out, or call the model without labels and "
-        "take torch's cross_entropy of its logits"
+        "apply torch.nn.functional.cross_entropy to its logits"
     )
     def backward(ctx, saved: tuple[Tensor, ...], dlosses: Tensor):
         hidden, weight, labels, maxima, sums = saved
@@ -135,13 +149,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(dlogits, weight, out=dhidden[part])
             if dweight is not None:
                 dweight.add_(dlogits.t() @ hidden[part])
-            # before those of the next chunk are there
+            # Free these logits before the next chunk allocates its own.
             del dlogits
-        dweight = dweight if dweight is None else _deliver(dweight, weight, ctx.main_grad)
+        dweight = dweight if dweight is None else _finish_weight_gradient(dweight, weight, ctx.main_grad)
         return dhidden, dweight, None, None, None, None, None
 
 
-# torch.compile breaks its graph here: what it traces no longer knows who asks for a second derivative
+# torch.compile must break its graph here, because a traced function cannot refuse a second derivative.
 _chunked_loss = torch.compiler.disable(_ChunkedLoss.apply)
 
 
@@ -157,7 +171,10 @@ def _losses(
     scale: Callable[[Tensor], Tensor],
     tp_group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of a chunk [n, h], and, over all ranks' words, its logits' maxima and sums of exponentials; [n] fp32."""
+    """Return the losses of a chunk [n, h], and the maxima and sums of exponentials of its logits, each [n] fp32.
+
+    Maxima and sums are taken over the words of all tensor-parallel ranks.
+    """
     logits, maxima = VocabParallelCrossEntropy.calculate_logits_max(scale(hidden @ weight.t()))
     all_reduce(maxima, op=ReduceOp.MAX, group=tp_group)
     _, _, predicted, sums, _ = VocabParallelCrossEntropy.calculate_predicted_logits(logits, labels, maxima, *words)
@@ -176,7 +193,7 @@ def _logits_gradient(
     words: tuple[int, int],
     scale: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Gradient of the product of a chunk [n, h] with the weight: [n, vocab/tp], dtype of hidden."""
+    """Return the gradient of the product of a chunk [n, h] and the weight: [n, vocab/tp], dtype of hidden."""
     logits = scale(hidden @ weight.t()).float()
     target_mask, target, _, _, softmax = VocabParallelCrossEntropy.calculate_predicted_logits(
         logits, labels, maxima, *words
@@ -187,10 +204,16 @@ def _logits_gradient(
     return scale(dlogits.to(hidden.dtype))
 
 
-def _deliver(dweight: Tensor, weight: Tensor, main_grad: Tensor | None) -> Tensor:
-    """The weight's gradient for autograd: dweight [vocab/tp, h] fp32 in its dtype, or zeros where main_grad has it.
+def _finish_weight_gradient(dweight: Tensor, weight: Tensor, main_grad: Tensor | None) -> Tensor:
+    """Add the weight's gradient to main_grad, or return it to autograd in the weight's dtype.
 
-    Zeros are what Megatron's hook on the parameter then takes, which must run, and adds to a tied weight's gradient.
+    With main_grad this returns zeros. Megatron's hook on the parameter must still run, and adds what autograd returns
+    to the gradient of a tied weight.
+
+    Args:
+        dweight: [vocab/tp, h] fp32, gradient summed over chunks.
+        weight: [vocab/tp, h].
+        main_grad: buffer of Megatron's gradient accumulation fusion, or None.
     """
     if main_grad is None:
         return dweight.to(weight.dtype)

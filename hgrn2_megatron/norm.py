@@ -1,4 +1,4 @@
-"""RMSNorms in plain PyTorch: over a hidden dimension sharded over TP, and over a whole one under SP."""
+"""RMSNorms in plain PyTorch, over a hidden dimension that is sharded by tensor parallelism or whole on each rank."""
 
 import torch
 from megatron.core.jit import jit_fuser
@@ -14,17 +14,17 @@ from hgrn2_megatron.tensor_parallel import mark_tensor_parallel, parameter_devic
 
 
 class HiddenShardedRMSNorm(torch.nn.Module):
-    """RMSNorm over the full hidden size of which a TP rank holds one slice.
+    """RMSNorm over a hidden dimension that is sharded over tensor-parallel ranks.
 
-    Each rank normalises its slice by the mean square of all slices; the weight is sharded as the channels are.
+    Each rank normalizes its slice by the mean square of all slices. The weight is sharded in the same way.
 
     Args:
-        hidden_size: channels over all TP ranks.
-        eps: added to the mean square.
-        config: for the weight's dtype and device.
+        hidden_size: number of channels over all TP ranks.
+        eps: number that is added to the mean square.
+        config: Megatron's config, for the weight's dtype and device.
         tp_group: ranks that share the hidden dimension.
 
-    Source: the output norm of HGRN2, arXiv 2404.07904; weight format of fla's `g_norm`.
+    Source: the output norm of HGRN2, arXiv 2404.07904. The weight has the format of fla's `g_norm`.
     """
 
     def __init__(
@@ -41,16 +41,23 @@ class HiddenShardedRMSNorm(torch.nn.Module):
         mark_tensor_parallel(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x: [..., hidden/tp], any float dtype; the arithmetic is fp32 (fp64 for fp64), the dtype x's."""
+        """Normalize x.
+
+        Args:
+            x: [..., hidden/tp] in any floating-point dtype.
+
+        Returns:
+            Tensor with the shape and dtype of x. The arithmetic is fp32, or fp64 for an fp64 input.
+        """
         if self.tp_group.size() == 1:
-            # one pass over memory on a GPU, and nothing kept in fp32
+            # On a GPU this takes one pass over memory and keeps nothing in fp32.
             return torch.nn.functional.rms_norm(x, (self.hidden_size,), self.weight, self.eps).to(x.dtype)
-        # as rows: what is compiled for one length and batch is for all
+        # With two dimensions, the compiled functions serve every sequence length and batch size.
         rows = x.reshape(-1, x.shape[-1])
         return _sharded_rms_norm(rows, self.weight, self.hidden_size, self.eps, self.tp_group).view(x.shape)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
-        """Megatron's distributed checkpoint entry: `weight`, sharded over TP on axis 0."""
+        """Return the entry `weight` of a distributed checkpoint, sharded over TP ranks on axis 0."""
         return make_sharded_tensors_for_checkpoint(
             {"weight": self.weight},
             prefix,
@@ -62,15 +69,16 @@ class HiddenShardedRMSNorm(torch.nn.Module):
 
 
 class _ShardedRMSNorm(torch.autograd.Function):
-    """The norm of a slice, [tokens, channels]; kept for the backward are x in its own dtype and one number a token.
+    """RMSNorm of a slice [tokens, channels].
 
-    Between two all-reduces everything is one function, which Megatron's fuser makes one pass over memory of.
+    For the backward it keeps x in its own dtype and one number per token. The arithmetic between two all-reduces is one
+    function, so that Megatron's fuser can make it one pass over memory.
     """
 
     @staticmethod
     def forward(ctx, x, weight, hidden_size, eps, group):
         ctx.hidden_size, ctx.group = hidden_size, group
-        # what needs gradients and what does not would be compiled apart
+        # Without this, the fuser compiles a second version for inputs that need gradients.
         rows, gain = x.detach(), weight.detach()
         square_sum = _square_sum(rows)
         torch.distributed.all_reduce(square_sum, group=group)
@@ -80,58 +88,64 @@ class _ShardedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable(
-        "HGRN2's norm over tensor parallel ranks has no second derivative: leave create_graph out, or run with "
-        "--tensor-model-parallel-size 1"
+        "the norm of HGRN2 layers over tensor-parallel ranks has no second derivative: leave create_graph out, or run "
+        "with --tensor-model-parallel-size 1"
     )
     def backward(ctx, saved, dy):
         x, weight, scale = (x.detach() for x in saved)
-        # every rank's output depends on the sum of squares, so its gradient is summed over the ranks as well
+        # The outputs of all ranks depend on the sum of squares, so its gradient is summed over the ranks.
         shared = _gradient_of_scale(x, weight, scale, dy)
         torch.distributed.all_reduce(shared, group=ctx.group)
         dx, dweight = _gradients(x, weight, scale, dy, shared, ctx.hidden_size)
         return dx, dweight, None, None, None
 
 
-# torch.compile breaks its graph here: PyTorch 2.11 would trace the function and lose its gradients without a word
+# torch.compile must break its graph here. PyTorch 2.11 would trace the function and silently lose its gradients.
 _sharded_rms_norm = torch.compiler.disable(_ShardedRMSNorm.apply)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @jit_fuser
 def _square_sum(x: Tensor) -> Tensor:
-    return _wide(x).square().sum(-1, keepdim=True)
+    return _at_least_fp32(x).square().sum(-1, keepdim=True)
 
 
 @jit_fuser
 def _normalize(x: Tensor, weight: Tensor, square_sum: Tensor, hidden_size: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm, and what x was multiplied by."""
+    """Return the normalized x, and the factor [tokens, 1] by which x was scaled before the weight."""
     scale = torch.rsqrt(square_sum / hidden_size + eps)
-    return (_wide(x) * scale * weight).to(x.dtype), scale
+    return (_at_least_fp32(x) * scale * weight).to(x.dtype), scale
 
 
 @jit_fuser
 def _gradient_of_scale(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tensor:
-    return (_wide(dy) * weight * _wide(x) * scale).sum(-1, keepdim=True)
+    return (_at_least_fp32(dy) * weight * _at_least_fp32(x) * scale).sum(-1, keepdim=True)
 
 
 @jit_fuser
 def _gradients(
     x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, shared: Tensor, hidden_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Of x and of the weight."""
-    normed, dy = _wide(x) * scale, _wide(dy)
+    """Return the gradients of x and of the weight."""
+    normed, dy = _at_least_fp32(x) * scale, _at_least_fp32(dy)
     dx = scale * (dy * weight - normed * (shared / hidden_size))
     return dx.to(x.dtype), (dy * normed).sum(0).to(weight.dtype)
 
 
 class LocalRMSNorm:
-    """Builder of the block norms of `--transformer-impl local`: torch.nn.RMSNorm that knows sequence parallelism.
+    """Builder of a torch.nn.RMSNorm that works with sequence parallelism, for `--transformer-impl local`.
 
-    Megatron's own torch norm refuses sequence parallelism, because it does not tag its weight for the
-    gradient's sum over the TP ranks, each of which sees only its part of the sequence.
+    Under sequence parallelism each TP rank sees only a part of the sequence, so the weight's gradient must be summed
+    over the TP ranks. Megatron's own torch norm does not mark its weight for this sum. It refuses sequence parallelism.
+
+    Args:
+        config: Megatron's config, for the weight's dtype, its device and sequence parallelism.
+        hidden_size: number of channels.
+        eps: number that is added to the mean square.
+        ignored: other arguments that Megatron passes to a norm.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **ignored) -> torch.nn.RMSNorm:
