@@ -1,8 +1,8 @@
-"""Megatron's training loop on a machine without a GPU, over gloo. A no-op where CUDA is there.
+"""The CPU mode, which runs Megatron's training loop over gloo on a machine without a GPU. It does nothing with CUDA.
 
-Megatron spells its device "cuda" in literals, so the device is faked below it: a TorchFunctionMode turns that name
-into "cpu" for every tensor, and the functions of torch.cuda that the loop calls answer for the CPU.
-`torch.cuda.is_available()` stays False, because torch's own code would otherwise look for a driver.
+Megatron writes its device as the literal "cuda", so the device is replaced in torch. A TorchFunctionMode changes this
+name to "cpu" in every call that makes or moves a tensor. The functions of torch.cuda that the loop calls answer for the
+CPU. `torch.cuda.is_available()` stays False, because torch's own code would otherwise look for a driver.
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from hgrn2_megatron.patching import wrap
 
-# parser defaults of a CPU run: attribute -> value
+# defaults of Megatron's parser in a CPU run: attribute -> value
 DEFAULTS = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -28,8 +28,8 @@ DEFAULTS = {
     "no_persist_layer_norm": True,
 }
 
-# (whether the settings ask for it, the flag, what to do instead), as in requirements.py: what stops a CPU run with an
-# error that names no flag, or does nothing in it
+# Settings that would stop a CPU run with an error that names no flag, or would do nothing in it. The entries are
+# (function that returns whether the settings ask for it, flag, what to do instead), as in requirements.py.
 NEEDS_CUDA = (
     (lambda s: s.distributed_backend == "nccl", "--distributed-backend nccl", "give gloo, or drop it"),
     (lambda s: s.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "give local"),
@@ -40,8 +40,8 @@ NEEDS_CUDA = (
         "drop it",
     ),
     (lambda s: s.optimizer_cuda_graph, "--optimizer-cuda-graph", "drop it"),
-    (lambda s: s.cpu_offloading_num_layers, "--cpu-offloading-num-layers", "drop it: all is on the CPU"),
-    (lambda s: s.optimizer_cpu_offload, "--optimizer-cpu-offload", "drop it: all is on the CPU"),
+    (lambda s: s.cpu_offloading_num_layers, "--cpu-offloading-num-layers", "drop it, because everything is on the CPU"),
+    (lambda s: s.optimizer_cpu_offload, "--optimizer-cpu-offload", "drop it, because everything is on the CPU"),
     (lambda s: s.use_precision_aware_optimizer, "--use-precision-aware-optimizer", "drop it"),
     (lambda s: s.tp_comm_overlap, "--tp-comm-overlap", "drop it"),
     (lambda s: s.nccl_ub, "--use-nccl-ub", "drop it"),
@@ -65,7 +65,7 @@ NEEDS_CUDA = (
 
 
 def needed() -> bool:
-    """Whether this machine has no CUDA device."""
+    """Return whether this machine has no CUDA device, and so needs the CPU mode."""
     return not torch.cuda.is_available()
 
 
@@ -75,14 +75,21 @@ def installed() -> bool:
 
 
 def install() -> None:
-    """Switch the CPU mode on, once. Call it before anything imports Megatron, which decides then what to compile."""
+    """Turn the CPU mode on. This does nothing on a machine with CUDA, or if the mode is on.
+
+    Call it before anything imports Megatron, which decides at its import what to compile.
+
+    Raises:
+        RuntimeError: Megatron or PyTorch is an unknown release.
+    """
     if not needed() or installed():
         return
     install.done = True
-    # torch.compile on the host compiles C++ for half a minute; Megatron asks for one connection under TP
+    # On a CPU torch.compile would compile C++ code for half a minute. Megatron requires CUDA_DEVICE_MAX_CONNECTIONS=1
+    # under tensor parallelism.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # torch._dynamo indexes torch functions by identity when Megatron first imports it: patch after that
+    # torch._dynamo indexes torch functions by identity when Megatron first imports it, so the patches come after this.
     import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.inference.communication_utils
     import megatron.core.optimizer.distrib_optimizer
@@ -97,7 +104,7 @@ def install() -> None:
     _adapt_megatron_random(megatron.core.tensor_parallel.random)
     _adapt_megatron_training(megatron.training.initialize)
     _adapt_distributed_optimizer(megatron.core.optimizer.distrib_optimizer.DistributedOptimizer)
-    # an assertion before tensors are sent
+    # Megatron asserts this before it sends tensors.
     _answer(megatron.core.inference.communication_utils, "_is_cuda", ["tensor"], lambda tensor: None)
     _adapt_megatron_saving(megatron.training.initialize, megatron.core.dist_checkpointing.strategies.filesystem_async)
     _keep_rng_over_dataloader_start()
@@ -106,12 +113,12 @@ def install() -> None:
 
 
 def _names_cuda(device) -> bool:
-    # torch.cuda.current_device() below is 0, so a bare int is a CUDA ordinal too
+    # torch.cuda.current_device() returns 0 in the CPU mode, so a plain int also names a CUDA device.
     return device is not None and (type(device) is int or str(device).startswith("cuda"))
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites the device of every torch call made under it."""
+    """Torch function mode that replaces CUDA devices by the CPU in every torch call."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -125,7 +132,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = (args[0], "cpu", *args[2:])
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
-            # Megatron's optimizers sort parameters by these names, and know those of CUDA tensors
+            # Megatron's optimizers group parameters by the names of CUDA tensor types.
             result = result.replace("torch.", "torch.cuda.", 1)
         return result
 
@@ -139,12 +146,12 @@ def _under_mode(original: Callable) -> Callable:
 
 
 def _keep_mode_in_backward() -> None:
-    """Turn the mode on in the backward. A mode is off while it handles a call, and torch.autograd.backward is one."""
+    """Turn the mode on in the backward. A mode is off while it handles a call, such as torch.autograd.backward."""
     wrap(torch.autograd, "_engine_run_backward", ["t_outputs", "args", "kwargs"], _under_mode)
 
 
 def _keep_mode_in_threads() -> None:
-    """Turn the mode on in new threads, each of which has its own: Megatron's text generation server starts some."""
+    """Turn the mode on in new threads, which start without it. Megatron's text generation server starts threads."""
     wrap(threading.Thread, "run", ["self"], _under_mode)
 
 
@@ -165,20 +172,20 @@ class _Event(torch.cpu.Event):
 
 
 class _Generator(torch.Generator):
-    """Megatron's text generation makes one by the number of a device."""
+    """Random number generator that ignores the device, because Megatron's text generation passes a CUDA device."""
 
     def __new__(cls, device=None):
         return super().__new__(cls)
 
 
 def _answer(owner: Any, name: str, parameters: list[str], answer: Callable) -> None:
-    """Replace `owner.name`, whose parameters are checked, by `answer`, which does not call the original."""
+    """Check the parameters of `owner.name`, and replace it by `answer`, which does not call the original."""
     wrap(owner, name, parameters, lambda original: lambda *args, **kwargs: answer(*args, **kwargs))
 
 
 def _fake_torch_cuda() -> None:
-    # Unchecked: torch.Generator is a type of C without a signature, so there is nothing to compare. Its subclass takes
-    # the one argument that Megatron gives, and hands nothing on.
+    # Unchecked: torch.Generator is a C type without a signature, so there is nothing to compare. Its subclass takes the
+    # one argument that Megatron passes, and ignores it.
     torch.Generator = _Generator
     wrap(torch.cuda, "Stream", ["device", "priority"], lambda original: _Stream)
     wrap(torch.cuda, "Event", ["enable_timing", "blocking", "interprocess"], lambda original: _Event)
@@ -203,30 +210,30 @@ def _adapt_megatron_random(random) -> None:
     _answer(
         random, "_set_cuda_rng_state", parameters, lambda new_state, *rest, **kwargs: torch.set_rng_state(new_state)
     )
-    # the tracker's fork moves the one CPU generator by design here
+    # In the CPU mode the tracker's fork changes the only CPU generator by design, so this warning is not shown.
     logging.getLogger(random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
 
 
 def _adapt_megatron_training(initialize) -> None:
-    """Let Megatron start without CUDA, also from scripts that have a loop of their own."""
+    """Let Megatron start without CUDA, also in scripts with a training loop of their own."""
     wrap(
         initialize,
         "initialize_megatron",
         ["allow_no_cuda"],
         lambda original: lambda *args, **kwargs: original(*args, **{"allow_no_cuda": True} | kwargs),
     )
-    # This warms fused kernels up, and would draw from the CPU's random numbers. It has no parameters in Megatron 0.18.
-    # Later releases have tp_size.
+    # This function warms up fused kernels, and would consume random numbers of the CPU generator. It has no parameters
+    # in Megatron 0.18, and the parameter tp_size in later releases.
     _answer(initialize, "set_jit_fusion_options", [], lambda tp_size=None: None)
 
 
 def _adapt_distributed_optimizer(optimizer) -> None:
-    """Let Megatron's distributed optimizer resume with PyTorch's Adam; Megatron tries others, which need a GPU."""
+    """Let Megatron's distributed optimizer resume with PyTorch's Adam. Megatron expects an Adam that needs a GPU."""
 
     def make_sharded(sharded_state_dict):
         def wrapped(self, model_sharded_state_dict, is_loading=False, *rest, **kwargs):
             if is_loading and not self.optimizer.state:
-                # Megatron reads the number of steps from the states, which a new optimizer does not have yet
+                # Megatron reads the number of steps from the states, and a new optimizer has no states yet.
                 self._init_optimizer_states_with_dummy_values()
             return sharded_state_dict(self, model_sharded_state_dict, is_loading, *rest, **kwargs)
 
@@ -234,17 +241,17 @@ def _adapt_distributed_optimizer(optimizer) -> None:
 
     def make_load(load_state_dict):
         def wrapped(self, state_dict):
-            # Megatron copies into fp32 parameters in place
+            # Megatron copies into fp32 parameters in place.
             with torch.no_grad():
                 load_state_dict(self, state_dict)
-            # and gives all states one tensor that counts their steps, which each of them would advance
+            # Megatron gives all states the same step tensor, and each parameter would advance it.
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
         return wrapped
 
     def make_set(set_states):
-        # the number of steps is not among what is loaded for each parameter
+        # What Megatron loads for each parameter does not include the number of steps.
         return lambda self, model_param, tensors: set_states(self, model_param, {**tensors, "step": None})
 
     wrap(optimizer, "sharded_state_dict", ["self", "model_sharded_state_dict", "is_loading"], make_sharded)
@@ -253,7 +260,7 @@ def _adapt_distributed_optimizer(optimizer) -> None:
 
 
 def _adapt_megatron_saving(initialize, filesystem_async) -> None:
-    # a worker of another start method imports everything anew, and without the CPU mode: --async-save hangs
+    # A spawned worker would import everything again without the CPU mode, and --async-save would hang.
     wrap(
         initialize,
         "init_persistent_async_worker",
@@ -271,7 +278,10 @@ def _adapt_megatron_saving(initialize, filesystem_async) -> None:
 
 
 def _copy_for_writing(write_buckets, non_blocking=True):
-    """What is to be saved, copied before training goes on, which on a GPU the move to the host does."""
+    """Return the write buckets with copies of their tensors, so that training can go on while they are written.
+
+    On a GPU, the move of the tensors to the host makes these copies.
+    """
     return [
         (file, key, (objects, [(item, x.clone()) for item, x in tensors]))
         for file, key, (objects, tensors) in write_buckets
@@ -279,7 +289,10 @@ def _copy_for_writing(write_buckets, non_blocking=True):
 
 
 def _keep_rng_over_dataloader_start() -> None:
-    """An iterator draws a seed from the CPU generator, which on a GPU no dropout sees; keep resumes exact."""
+    """Restore the CPU generator after a data loader's iterator has drawn its seed from it, so that resumes stay exact.
+
+    On a GPU, dropout uses another generator, and this seed changes nothing.
+    """
 
     def make(start):
         def keeping(self, *args, **kwargs):

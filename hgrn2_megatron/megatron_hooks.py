@@ -1,6 +1,6 @@
-"""Patches of Megatron for HGRN2 models, one function each, which says what it wraps and why there.
+"""Patches of Megatron for HGRN2 models. The docstring of each function says what it wraps, and why at that place.
 
-The patches for checkpoints are in checkpoint_hooks.py, and the patches for a machine without CUDA in cpu.py. All of
+The patches for checkpoints are in checkpoint_hooks.py, and the patches for a machine without CUDA are in cpu.py. All of
 them check their targets with patching.py.
 """
 
@@ -15,16 +15,21 @@ from hgrn2_megatron.settings import Settings, global_args
 
 
 def install_layers(placeholder: type, stack_spec) -> None:
-    """Wrap TransformerBlock._build_layers: the one place that knows a stack's layers before they are built.
+    """Wrap TransformerBlock._build_layers, the one place that knows the layers of a stack before they are built.
 
-    A spec cannot do this: Megatron reads only `.submodules` of one and never instantiates a subclass of
-    TransformerBlock, and a layer cannot see its stack. The lower bounds must belong to the stack, because a parameter
-    inside a layer would be saved once a layer and freed with it. The wrapped functions see whether this is an HGRN2
-    model where Megatron still has the spec: a pipeline stage may have no layers, and must have the bounds.
+    A spec cannot do this. Megatron reads only `.submodules` of a spec, and never instantiates a subclass of
+    TransformerBlock. A layer cannot do it either, because it cannot see its stack. The lower bounds must belong to the
+    stack, because a parameter inside a layer would be saved once per layer, and freed with that layer.
+
+    This also wraps _get_block_submodules, where Megatron still has the spec, to find out whether the model is an HGRN2
+    model. A pipeline stage without layers must have the lower bounds too.
 
     Args:
-        placeholder: class that stands for the layers of an HGRN2 model.
-        stack_spec: spec of a HybridModel, which a TransformerBlock refuses.
+        placeholder: class that stands for the layers of an HGRN2 model in a spec.
+        stack_spec: spec of a HybridModel. A TransformerBlock with this spec gets an error.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
     """
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -33,8 +38,8 @@ def install_layers(placeholder: type, stack_spec) -> None:
         def _get_block_submodules(config, spec, *rest, **kwargs):
             if spec is stack_spec:
                 raise UsageError(
-                    "--spec hgrn2_megatron.spec hgrn2_stack is for HybridModel (pretrain_hybrid.py): "
-                    "give a GPT --spec hgrn2_megatron.spec hgrn2"
+                    "--spec hgrn2_megatron.spec hgrn2_stack is for HybridModel (pretrain_hybrid.py), and this model is "
+                    "a GPT: give a GPT --spec hgrn2_megatron.spec hgrn2"
                 )
             submodules = get_block_submodules(config, spec, *rest, **kwargs)
             submodules.is_hgrn2 = getattr(spec, "module", None) is placeholder
@@ -59,7 +64,7 @@ def install_layers(placeholder: type, stack_spec) -> None:
 
 
 def _prepare_stack(stack) -> None:
-    """Check the configuration, resolve the layer specs and create the lower bounds, before any layer is built."""
+    """Check the configuration, resolve the layer specs and create the lower bounds before any layer is built."""
     from megatron.core.utils import get_pg_rank
 
     from hgrn2_megatron.block import banner, create_bounds
@@ -67,7 +72,7 @@ def _prepare_stack(stack) -> None:
 
     config, hgrn2 = stack.config, HGRN2Config.of(stack.config)
     warnings = requirements.check(Settings(config, global_args()))
-    # a pattern may mix layers, so every layer is saved under its own name
+    # A pattern may mix layers, so every layer is saved under a name of its own.
     config.hetereogenous_dist_checkpoint = True
     cuda_graphs.settle(config)
     stack.submodules = transformer_block_submodules(config, stack.vp_stage, get_pg_rank(stack.pg_collection.pp))
@@ -77,10 +82,14 @@ def _prepare_stack(stack) -> None:
 
 
 def install_loss() -> None:
-    """Wrap GPTModel: with `hgrn2_loss_chunk_size` of its config, its output layer computes the losses by chunks.
+    """Wrap GPTModel, so that its output layer computes the losses by chunks if the config has `hgrn2_loss_chunk_size`.
 
-    A spec has no say in the output layer, which the model builds itself. Megatron lets whoever calls the model put an
-    output_processor between hidden states and loss, but that is its script; one that a caller gives is left alone.
+    A spec does not describe the output layer, which the model builds itself. The caller of a model may pass an
+    output_processor, which replaces the step from hidden states to losses. Megatron's scripts pass none, so the wrapped
+    model passes its own. An output_processor of the caller is left alone.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
     """
     from megatron.core.models.gpt import GPTModel
 
@@ -100,7 +109,7 @@ def install_loss() -> None:
     def make_postprocess(postprocess):
         signature = inspect.signature(postprocess)
         if "output_processor" not in signature.parameters:
-            raise unknown_release(GPTModel, "GPTModel._postprocess has no output_processor")
+            raise unknown_release(GPTModel, "GPTModel._postprocess has no parameter output_processor")
 
         def _postprocess(self, *args, **kwargs):
             if not size_of(self):
@@ -117,10 +126,13 @@ def install_loss() -> None:
 
 
 def install_generation() -> None:
-    """Wrap what Megatron's dynamic batching asks of a model's layers: MambaInferenceStateConfig and the context.
+    """Wrap MambaInferenceStateConfig and DynamicInferenceContext, which describe a model's states for generation.
 
-    They read the states' shape from Mamba's layers, take a model's dtype for theirs, and find out in the first step
-    that flash-attn is not there.
+    Megatron would read the shape of the states from Mamba layers and give them the model's dtype. It would notice only
+    in the first step that flash-attn is missing.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
     """
     from megatron.core.inference.config import MambaInferenceStateConfig
     from megatron.core.inference.contexts import DynamicInferenceContext
@@ -152,10 +164,14 @@ def install_generation() -> None:
 
 
 def install_graphs() -> None:
-    """Wrap the loader of graphs of the iteration: it hands out its own dicts, and Megatron's scripts write into them.
+    """Wrap StaticBufferLoader, which feeds CUDA graphs of the full iteration, so that it returns copies of its dicts.
 
-    What a script drops from a batch, or cuts under context parallelism, is then gone from the buffers that the graph
-    reads, and the next batch is copied into nothing.
+    It returns the dicts of its own buffers, and Megatron's scripts write into them. If a script drops a tensor from a
+    batch, or cuts it under context parallelism, the buffer that the graph reads would be lost. The next batch would not
+    reach the graph.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
     """
     from megatron.core.full_cuda_graph import StaticBufferLoader
 
@@ -166,12 +182,22 @@ def install_graphs() -> None:
 
 
 def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add to Megatron's parser what a run without the launcher needs: the entry point in group megatron.extra_args.
+    """Add the plugin's flags to Megatron's parser, and install the patches for training if this is an HGRN2 run.
 
-    Runs of other models get the flags, and nothing else.
+    This is the entry point in the group megatron.extra_args, for runs without the launcher. Runs of other models get
+    only the flags.
+
+    Args:
+        parser: Megatron's parser.
+
+    Returns:
+        The same parser.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
     """
     is_hgrn2 = arguments.is_hgrn2_spec(arguments.spec_of(sys.argv[1:]))
-    # the checkpoint may be the one that names the spec
+    # The spec may come from the checkpoint.
     if is_hgrn2 or "--use-checkpoint-args" in sys.argv:
         install_training()
     return _set_defaults(arguments.add_arguments(parser), arguments.silent_defaults() if is_hgrn2 else {})
@@ -180,19 +206,25 @@ def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _set_defaults(parser: argparse.ArgumentParser, defaults: dict) -> argparse.ArgumentParser:
     missing = sorted(set(defaults) - {action.dest for action in parser._actions})
     if missing:
-        raise RuntimeError(f"hgrn2_megatron does not know this Megatron release: no flags for {missing}")
+        raise RuntimeError(
+            f"hgrn2_megatron does not know this Megatron release: its parser has no flags for {missing}. Install a "
+            "release that README.md names"
+        )
     parser.set_defaults(**defaults)
     return parser
 
 
 def install_arguments(defaults: dict) -> None:
-    """Wrap the parser of megatron.training, and what follows it: flags without a patched tree.
+    """Wrap the parser of megatron.training, so that it has the plugin's flags, and install the patches for training.
 
-    Scripts hand `pretrain` their own extra_args_provider, so the only place for a plugin's flags is the function
-    that adds Megatron's.
+    Scripts pass their own extra_args_provider to `pretrain`. The only place left for a plugin's flags is the function
+    that adds Megatron's own.
 
     Args:
-        defaults: attribute -> value for the parser, of flags that the user did not give.
+        defaults: attribute -> default value in the parser.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
     """
     import megatron.training.arguments as megatron_arguments
 
@@ -204,9 +236,12 @@ def install_arguments(defaults: dict) -> None:
 
 
 def install_training() -> None:
-    """Wrap the validation and the config builder of megatron.training, its checkpoints and its reports.
+    """Wrap the validation of args, the config builder, the checkpoints and the reports of megatron.training.
 
-    Validation is where the model's flags are final, the checkpoint's included.
+    The plugin checks flags in the validation, because there they are final, including those from a checkpoint.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
     """
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as megatron_arguments
@@ -220,7 +255,8 @@ def install_training() -> None:
                 requirements.check(Settings(args), stack=arguments.is_stack_spec(args.spec))
             elif getattr(args, "hgrn2_loss_chunk_size", None) is not None:
                 raise UsageError(
-                    "--hgrn2-loss-chunk-size would do nothing without --spec hgrn2: give it, or drop the flag"
+                    f"--hgrn2-loss-chunk-size {args.hgrn2_loss_chunk_size} would do nothing without --spec hgrn2: give "
+                    "the spec, or drop the flag"
                 )
             return validate_args(args, *rest, **kwargs)
 
@@ -228,7 +264,7 @@ def install_training() -> None:
 
     def make_config(core_transformer_config_from_args):
         def wrapped(args, config_class=None):
-            # the builders of 0.18 name Megatron's own class
+            # The model builders of Megatron 0.18 pass Megatron's own class.
             if config_class in (None, TransformerConfig) and arguments.is_hgrn2_spec(args.spec):
                 config_class = arguments.HGRN2TransformerConfig
             return core_transformer_config_from_args(args, config_class)
@@ -242,7 +278,11 @@ def install_training() -> None:
 
 
 def install_reports() -> None:
-    """Wrap what Megatron says of a run: it would count every HGRN2 layer as attention, in operations and in memory."""
+    """Wrap Megatron's reports of floating-point operations and memory, which would count HGRN2 layers as attention.
+
+    Raises:
+        RuntimeError: Megatron is an unknown release.
+    """
     import megatron.training.theoretical_memory_usage as memory
     import megatron.training.training as training
 

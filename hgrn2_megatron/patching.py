@@ -1,4 +1,4 @@
-"""Checked patches of Megatron and PyTorch: each one looks at its target first, and keeps the original."""
+"""Patches of Megatron and PyTorch that check the signature of their target first and keep the original."""
 
 import functools
 import inspect
@@ -11,21 +11,26 @@ _PACKAGES = {"megatron": "Megatron", "torch": "PyTorch"}
 
 
 def unknown_release(owner: Any, problem: str) -> RuntimeError:
-    """Return the error to raise where a target is not as expected.
+    """Return the error for a target that is not as expected.
 
     Args:
         owner: module or class of the target.
-        problem: name of the target, what it has, and what was expected.
+        problem: name of the target, what was found, and what was expected.
     """
     module = owner.__name__ if inspect.ismodule(owner) else owner.__module__
     package = _PACKAGES.get(module.split(".")[0], "Python")
     return RuntimeError(
-        f"hgrn2_megatron does not know this {package} release: {problem}; install a release that README.md names"
+        f"hgrn2_megatron does not know this {package} release: {problem}. Install a release that README.md names"
     )
 
 
 def check_target(owner: Any, name: str, parameters: list[str]) -> Any:
     """Return `owner.name` if its first parameters have the expected names.
+
+    Args:
+        owner: module or class of the target.
+        name: name of the target.
+        parameters: names that the target's parameters must begin with.
 
     Raises:
         RuntimeError: the target is missing, has no signature, or takes other parameters.
@@ -50,7 +55,7 @@ def wrap(owner: Any, name: str, parameters: list[str], make: Callable) -> None:
         owner: module or class of the target.
         name: name of the target.
         parameters: names that the target's parameters must begin with.
-        make: returns a new function or class for the original one.
+        make: function that takes the original and returns its replacement.
 
     Raises:
         RuntimeError: the target is missing, has no signature, or takes other parameters.
@@ -62,7 +67,7 @@ def wrap(owner: Any, name: str, parameters: list[str], make: Callable) -> None:
     if not inspect.isclass(replacement):
         functools.update_wrapper(replacement, original)
     setattr(replacement, _ORIGINAL, original)
-    # A plain function would take the instance for its first argument where the original takes none.
+    # A plain function would get the instance as its first argument, and a static original does not take it.
     static = isinstance(inspect.getattr_static(owner, name), staticmethod | classmethod)
     setattr(owner, name, staticmethod(replacement) if static else replacement)
     for module in list(sys.modules.values()):
@@ -71,23 +76,23 @@ def wrap(owner: Any, name: str, parameters: list[str], make: Callable) -> None:
 
 
 def change_class(instance: Any, cls: type, name: str, parameters: list[str]) -> None:
-    """Make an instance of a class one of its subclass `cls`, which overrides the method `name`.
+    """Change the class of an object to a subclass `cls` that overrides the method `name`.
 
-    The instance keeps its attributes, and the class it had as `_hgrn2_original`.
+    The object keeps its attributes, and gets its former class as `_hgrn2_original`.
 
     Args:
-        instance: object of exactly the class that `cls` derives from.
-        cls: subclass with one base.
-        name: method of the base that `cls` overrides.
-        parameters: names that the parameters of the base's method must begin with.
+        instance: object whose class is exactly the base class of `cls`.
+        cls: subclass with one base class.
+        name: method of the base class that `cls` overrides.
+        parameters: names that the parameters of the base class's method must begin with.
 
     Raises:
-        TypeError: the instance is of another class.
-        RuntimeError: the base's method is missing or takes other parameters.
+        TypeError: the object has another class.
+        RuntimeError: the base class's method is missing or takes other parameters.
     """
     base = type(instance)
     if cls.__bases__ != (base,):
-        raise TypeError(f"{cls.__name__} derives from {cls.__bases__}, and the object to change is a {base}")
+        raise TypeError(f"{cls.__name__} derives from {cls.__bases__}, and the object to change has the class {base}")
     check_target(base, name, parameters)
     instance.__class__ = cls
     setattr(instance, _ORIGINAL, base)

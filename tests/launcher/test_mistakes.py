@@ -41,7 +41,7 @@ def launch(flags: str):
             "--spec hgrn2 --cuda-graph-impl local --num-experts 2",
             "--cuda-graph-impl local does not go with --num-experts",
         ),
-        ("--hgrn2-loss-chunk-size 8", "--hgrn2-loss-chunk-size would do nothing without --spec hgrn2"),
+        ("--hgrn2-loss-chunk-size 8", "--hgrn2-loss-chunk-size 8 would do nothing without --spec hgrn2"),
         ("--spec hgrn2_stack --hybrid-layer-pattern M-G-", "--hybrid-layer-pattern 'M-G-'"),
     ],
 )
