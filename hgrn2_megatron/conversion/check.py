@@ -1,6 +1,7 @@
-"""The end of a conversion: logits of the Hugging Face folder and of the Megatron checkpoint on the same tokens.
+"""Check of a conversion: it compares the logits of the Hugging Face folder and of the Megatron checkpoint.
 
-The one side is fla's model written out in PyTorch, with the recurrence token by token, the other one Megatron's model.
+Both sides get the same tokens. The logits of the Hugging Face folder come from fla's model, written here in plain
+PyTorch with a recurrence over single tokens. The logits of the checkpoint come from Megatron's model.
 """
 
 import argparse
@@ -19,32 +20,35 @@ from hgrn2_megatron.conversion.config import megatron_args, query_groups
 from hgrn2_megatron.conversion.files import HFTensors, checkpoint_folder, read_args, read_json
 
 BATCH, TIME = 2, 40
-# of the largest logit; both sides compute in fp32
+# largest difference that passes, relative to the largest logit; both sides compute in fp32
 TOLERANCE = 1e-3
 
 
-def compare(hf: Path, megatron: Path, written: torch.dtype | None = None) -> str:
-    """One line that says by how much the logits differ, in fp32.
+def compare(hf: Path, megatron: Path, weight_dtype: torch.dtype | None = None) -> str:
+    """Compare the logits of both models, and return one line that says by how much they differ.
 
     Args:
         hf: folder with config.json and safetensors files.
-        megatron: what `--load` takes, or the folder of one iteration.
-        written: dtype that the conversion rounded the weights to, None where it kept each one's. The weights of both
-            sides are rounded to it, so that what rounding does to the logits is no difference.
+        megatron: folder that `--load` takes, or the folder of one iteration.
+        weight_dtype: dtype to which the conversion rounded the weights, or None if it kept the dtype of each weight.
+            The weights of both sides are rounded to it, so that this rounding does not count as a difference.
 
     Raises:
-        UsageError: they differ by more than rounding.
+        UsageError: the logits differ by more than rounding errors.
     """
     model = megatron_args(read_json(hf / "config.json"))
     tensors = HFTensors(hf, model.ffn_hidden_size)
     tokens = torch.randint(model.vocab_size, (BATCH, TIME), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        hf_output = hf_logits(model, lambda name: _rounded(tensors.read(name), written).float(), tokens)
-    megatron_output = megatron_logits(megatron, tokens, written=written)[..., : model.vocab_size]
+        hf_output = hf_logits(model, lambda name: _rounded(tensors.read(name), weight_dtype).float(), tokens)
+    megatron_output = megatron_logits(megatron, tokens, weight_dtype=weight_dtype)[..., : model.vocab_size]
     difference, largest = (megatron_output - hf_output).abs().max().item(), hf_output.abs().max().item()
     line = f"logits of {BATCH} x {TIME} tokens differ by at most {difference:.1e}, the largest is {largest:.1e}"
     if not difference <= TOLERANCE * largest:
-        raise UsageError(f"{hf} and {megatron} are different models: {line}")
+        raise UsageError(
+            f"{hf} and {megatron} are different models: {line}; a difference of up to {TOLERANCE:.0e} of the largest "
+            "logit would pass. Do not use the converted folder"
+        )
     return line
 
 
@@ -53,11 +57,11 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def hf_logits(args: argparse.Namespace, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
-    """fla's HGRN2ForCausalLM.
+    """Compute the logits of fla's HGRN2ForCausalLM in plain PyTorch.
 
     Args:
-        args: as `megatron_args` reads them from config.json.
-        read: name -> weight, fp32.
+        args: model settings, as `megatron_args` reads them from config.json.
+        read: function that returns the weight of a name in fp32.
         tokens: [B, T] int64.
 
     Returns:
@@ -94,7 +98,7 @@ def hf_logits(args: argparse.Namespace, read: Callable[[str], Tensor], tokens: T
 
 
 def _rotate(x: Tensor, base: float) -> Tensor:
-    """RoPE of x [B, H, T, D]: channel j turns with channel j + D/2."""
+    """Apply rotary position embeddings to x [B, H, T, D], which rotate channel j together with channel j + D/2."""
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[-2])[:, None] * base ** -(torch.arange(half) / half)
     a, b = x.chunk(2, -1)
@@ -102,18 +106,21 @@ def _rotate(x: Tensor, base: float) -> Tensor:
 
 
 def megatron_logits(
-    checkpoint: Path, tokens: Tensor, dtype: torch.dtype = torch.float32, written: torch.dtype | None = None
+    checkpoint: Path, tokens: Tensor, dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Megatron's model of a torch_dist checkpoint, on one process, on the GPU where there is one.
+    """Compute the logits of Megatron's model from a torch_dist checkpoint, in one process, on a GPU if there is one.
 
     Args:
-        checkpoint: what `--load` takes, or the folder of one iteration.
+        checkpoint: folder that `--load` takes, or the folder of one iteration.
         tokens: [B, T] int64.
-        dtype: fp32 or bf16, that the model has and computes in.
-        written: that the weights are rounded to before; None takes them as they are saved.
+        dtype: dtype of the model and its arithmetic, fp32 or bf16.
+        weight_dtype: dtype to which the weights are rounded first; None takes them as they are saved.
 
     Returns:
         logits: [B, T, padded vocabulary] fp32, on the CPU.
+
+    Raises:
+        UsageError: the folder is not a complete checkpoint, or does not describe its model.
     """
     cpu.install()
     from megatron.core import dist_checkpointing, parallel_state
@@ -160,12 +167,12 @@ def megatron_logits(
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
     )
     wanted = {"model": model.sharded_state_dict()}
-    # the state of FP8, which a model in fp32 has none of, may be saved or not
+    # The checkpoint may have states of FP8 that this model does not have. Two different names let `adapt` ignore them.
     here, saved = (argparse.Namespace(spec=args.spec, transformer_impl=name) for name in ("local", "another"))
     adapt(here, wanted, saved, str(folder))
     model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
     for p in model.parameters():
-        p.data = _rounded(p.data, written)
+        p.data = _rounded(p.data, weight_dtype)
     b, s = tokens.shape
     causal = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1).cuda()
     positions = torch.arange(s).expand(b, -1)

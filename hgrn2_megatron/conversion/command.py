@@ -1,6 +1,7 @@
-"""`python -m hgrn2_megatron convert`: from Hugging Face, in fla's format, to Megatron checkpoints and back.
+"""Convert between Hugging Face folders in fla's format and Megatron checkpoints.
 
-Both sides are read and written tensor by tensor, with the names from weights.py and the settings from config.py.
+This is the command `python -m hgrn2_megatron convert`. Both sides are read and written tensor by tensor. The names of
+the weights are in weights.py, and the settings of the model are in config.py.
 """
 
 import argparse
@@ -34,11 +35,12 @@ from hgrn2_megatron.conversion.weights import Weight, weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENIZER = "tokenizer"
-# files that travel along, and the ids of special tokens
+# files of the tokenizer, which are copied
 TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "generation_config.json"),
 )
+# ids of special tokens, with fla's defaults
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 
@@ -47,7 +49,7 @@ def _write_json(path: Path, content: dict[str, Any]):
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):
-    """Saves tensors of which only the shape is known until each is written."""
+    """Save planner that reads each tensor only when it is written. Until then only its shape and dtype are known."""
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__()
@@ -58,30 +60,36 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 
 
 def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[[], None]:
-    """Check a Hugging Face folder, and give what writes it as a Megatron checkpoint.
+    """Check a Hugging Face folder, and return a function that writes it as a Megatron checkpoint.
 
     Args:
-        source: with config.json and safetensors files.
-        out: for `--load`; the checkpoint is its folder `release`.
-        dtype: of the weights written; None keeps each one's.
+        source: folder with config.json and safetensors files.
+        out: folder for `--load`. The checkpoint itself is its subfolder `release`.
+        dtype: dtype of the weights to write; None keeps the dtype of each weight.
+
+    Returns:
+        A function without arguments that writes the checkpoint. Nothing is written before.
 
     Raises:
-        UsageError: nothing that can be converted; nothing has been written then.
+        UsageError: the folder cannot be converted.
     """
     config = read_json(source / "config.json")
     args = megatron_args(config)
     tensors = HFTensors(source, args.ffn_hidden_size)
     if not args.untie_embeddings_and_output_weights:
-        # a second copy of the embeddings, which fla does not read either
+        # This would be a second copy of the embeddings, which fla does not read either.
         tensors.stored.pop("lm_head.weight", None)
     table = {w.name: w for w in weights(args, args.vocab_size)}
     check_tensors(source, {n: s for w in table.values() for n, s in w.parts.items()}, tensors.stored)
     plan = {}
     for w in table.values():
-        kept = {tensors.stored[name][1] for name in w.parts}
-        if len(kept) > 1 and dtype is None:
-            raise UsageError(f"{source}: {', '.join(w.parts)} differ in dtype: give --dtype")
-        plan[w.name] = torch.empty(w.shape, dtype=dtype or kept.pop(), device="meta")
+        dtypes = {tensors.stored[name][1] for name in w.parts}
+        if len(dtypes) > 1 and dtype is None:
+            raise UsageError(
+                f"{source}: {', '.join(w.parts)} become one tensor, but have the dtypes "
+                f"{', '.join(sorted(map(str, dtypes)))}: give --dtype"
+            )
+        plan[w.name] = torch.empty(w.shape, dtype=dtype or dtypes.pop(), device="meta")
     args.bf16, args.fp16 = (
         plan["embedding.word_embeddings.weight"].dtype is t for t in (torch.bfloat16, torch.float16)
     )
@@ -101,7 +109,7 @@ def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[
         generation = out / TOKENIZER / "generation_config.json"
         if not generation.is_file():
             _write_json(generation, _generation({name: config.get(name, value) for name, value in TOKEN_IDS.items()}))
-        # Megatron takes a folder for a checkpoint once this file says so
+        # Megatron accepts the folder only with this file, so it is written last.
         (out / TRACKER).write_text("release")
 
     return write
@@ -110,33 +118,41 @@ def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[
 def to_hf(
     source: Path, out: Path, dtype: torch.dtype | None, vocab_size: int | None, max_shard_bytes: float
 ) -> Callable[[], None]:
-    """Check a torch_dist checkpoint, and give what writes it as a Hugging Face folder.
+    """Check a torch_dist checkpoint, and return a function that writes it as a Hugging Face folder.
 
     Args:
-        source: what `--load` takes, or the folder of one iteration.
-        out: for config.json and safetensors files.
-        dtype: of the weights written; None keeps each one's.
-        vocab_size: without Megatron's padding; None for what the checkpoint's args say.
-        max_shard_bytes: of a safetensors file.
+        source: folder that `--load` takes, or the folder of one iteration.
+        out: folder for config.json and safetensors files.
+        dtype: dtype of the weights to write; None keeps the dtype of each weight.
+        vocab_size: number of tokens without Megatron's padding; None takes it from the checkpoint's args.
+        max_shard_bytes: largest size of a safetensors file in bytes. A larger weight gets a file of its own.
+
+    Returns:
+        A function without arguments that writes the folder. Nothing is written before.
 
     Raises:
-        UsageError: nothing that can be converted; nothing has been written then.
+        UsageError: the checkpoint cannot be converted.
     """
     folder = checkpoint_folder(source)
     tensors, args = MegatronTensors(folder), read_args(folder)
     embeddings = tensors.stored.get("embedding.word_embeddings.weight")
     if embeddings is None:
-        raise UsageError(f"{folder}: embedding.word_embeddings.weight is missing")
+        raise UsageError(
+            f"{folder}: embedding.word_embeddings.weight is missing: give a checkpoint of a GPT with HGRN2 layers"
+        )
     args.padded_vocab_size = embeddings[0][0]
     vocab_size = vocab_size or getattr(args, "vocab_size", None) or args.padded_vocab_size
     if vocab_size > args.padded_vocab_size:
-        raise UsageError(f"--vocab-size {vocab_size} is more than the {args.padded_vocab_size} rows of the embeddings")
-    kept = tensors.stored | {name: (shape, dtype) for name, (shape, _) in tensors.stored.items() if dtype}
+        raise UsageError(
+            f"--vocab-size {vocab_size} is larger than the embeddings of the checkpoint: give at most "
+            f"{args.padded_vocab_size}"
+        )
+    entries = tensors.stored | {name: (shape, dtype) for name, (shape, _) in tensors.stored.items() if dtype}
     tokenizer = tokenizer_folder(source, args)
     generation = tokenizer and tokenizer / "generation_config.json"
     given = read_json(generation) if generation and generation.is_file() else {}
     token_ids = {name: given.get(name, value) for name, value in TOKEN_IDS.items()}
-    config = hf_config(args, vocab_size, str(kept["embedding.word_embeddings.weight"][1])[6:], token_ids)
+    config = hf_config(args, vocab_size, str(entries["embedding.word_embeddings.weight"][1])[6:], token_ids)
     table = weights(args, vocab_size)
     check_tensors(folder, {w.name: w.shape for w in table}, tensors.stored)
 
@@ -144,18 +160,18 @@ def to_hf(
         out.mkdir(parents=True, exist_ok=True)
         for stale in (*out.glob("model*.safetensors"), out / INDEX, out / "config.json"):
             stale.unlink(missing_ok=True)
-        files = _shards(table, kept, max_shard_bytes)
-        where, total = {}, 0
+        files = _shards(table, entries, max_shard_bytes)
+        weight_map, total = {}, 0
         for number, shard in enumerate(files, 1):
             name = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
             content = {}
             for w in shard:
-                content |= zip(w.parts, w.split(tensors.read(w.name).to(kept[w.name][1])), strict=True)
+                content |= zip(w.parts, w.split(tensors.read(w.name).to(entries[w.name][1])), strict=True)
             save_file(content, out / name, metadata={"format": "pt"})
-            where |= dict.fromkeys(content, name)
+            weight_map |= dict.fromkeys(content, name)
             total += sum(x.nbytes for x in content.values())
         if len(files) > 1:
-            _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if tokenizer:
             _copy_tokenizer(tokenizer, out)
         if not (out / "generation_config.json").is_file():
@@ -166,7 +182,7 @@ def to_hf(
 
 
 def _shards(table: list[Weight], stored: dict[str, tuple], limit: float) -> list[list[Weight]]:
-    """The weights in order, in files of at most `limit` bytes, or of one weight."""
+    """Divide the weights in order into files of at most `limit` bytes each. A larger weight gets a file of its own."""
     shards: list[list[Weight]] = [[]]
     size = 0
     for w in table:
@@ -185,9 +201,12 @@ def _generation(token_ids: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_folder(source: Path, args: argparse.Namespace) -> Path | None:
-    """The folder of tokenizer files of a Megatron checkpoint: beside it, or what the args of its run name."""
-    near = (source / TOKENIZER, source.parent / TOKENIZER, Path(getattr(args, "tokenizer_model", None) or ""))
-    return next((path for path in near if path.is_dir() and path != Path()), None)
+    """Return the folder with the tokenizer files of a Megatron checkpoint, or None if there is none.
+
+    It is next to the checkpoint, or named in the args of the run.
+    """
+    candidates = (source / TOKENIZER, source.parent / TOKENIZER, Path(getattr(args, "tokenizer_model", None) or ""))
+    return next((path for path in candidates if path.is_dir() and path != Path()), None)
 
 
 def _copy_tokenizer(source: Path, out: Path):
@@ -198,25 +217,42 @@ def _copy_tokenizer(source: Path, out: Path):
 
 
 def main(argv: list[str]) -> None:
-    """Convert, and compare the logits of both sides.
+    """Convert a folder, and compare the logits of both sides.
+
+    Args:
+        argv: arguments of the command.
 
     Raises:
-        UsageError: see `to_megatron` and `to_hf`; or both sides are different models.
+        UsageError: the source cannot be converted, the output folder cannot be used, or the logits differ.
     """
     parser = argparse.ArgumentParser(prog="python -m hgrn2_megatron convert", description=__doc__.split("\n")[0])
-    parser.add_argument("source", type=Path, help="Hugging Face folder, or Megatron checkpoint")
-    parser.add_argument("out", type=Path, help="folder for the other one")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written; the default keeps each one's")
+    parser.add_argument("source", type=Path, help="folder to convert: a Hugging Face folder or a Megatron checkpoint")
+    parser.add_argument("out", type=Path, help="folder to write, in the other format")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights to write; the default keeps the dtype of each weight"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    parser.add_argument("--no-check", action="store_true", help="do not compare the logits of both, for large models")
-    parser.add_argument("--max-shard-size", type=float, default=5, metavar="GB", help="of a safetensors file")
-    parser.add_argument("--vocab-size", type=int, help="tokens without Megatron's padding, where its args do not say")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the logits of both sides, which takes long for a large model",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=5,
+        metavar="GB",
+        help="largest size of a safetensors file in GB; default 5",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, help="number of tokens without Megatron's padding, if the checkpoint does not tell it"
+    )
     args = parser.parse_args(argv)
     if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
-        raise UsageError(f"{args.out} is not empty: name another folder, or give --overwrite")
+        raise UsageError(f"{args.out} is not empty: give another folder, or --overwrite")
     if args.out.resolve() == args.source.resolve():
-        raise UsageError(f"{args.out} is what is to be converted: name another folder")
-    # what torch and Megatron say of single processes and of each other's formats
+        raise UsageError(f"{args.out} is also the folder to convert: give another output folder")
+    # torch and Megatron warn about single processes and about each other's formats.
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from_hf, dtype = (args.source / "config.json").is_file(), DTYPES.get(args.dtype)
@@ -225,7 +261,7 @@ def main(argv: list[str]) -> None:
     else:
         write = to_hf(args.source, args.out, dtype, args.vocab_size, args.max_shard_size * 1e9)
     write()
-    print(f"{args.source} converted to {args.out}", flush=True)
+    print(f"Converted {args.source} to {args.out}.", flush=True)
     if not args.no_check:
         from hgrn2_megatron.conversion import check
 

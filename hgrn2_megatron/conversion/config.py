@@ -1,4 +1,4 @@
-"""fla's HGRN2 config on Hugging Face and the args of a Megatron checkpoint, each from the other.
+"""Conversion between the config.json of fla's HGRN2 models and the args of a Megatron checkpoint.
 
 Source: fla-org/flash-linear-attention 0.6.0, fla/models/hgrn2/configuration_hgrn2.py and
 fla/models/configuration_utils.py.
@@ -11,12 +11,12 @@ from typing import Any
 from hgrn2_megatron.arguments import GPT, MODULE, full_spec, glu_width
 from hgrn2_megatron.config import ATTENTION, HGRN2, HGRN2Config, UsageError
 
-# Megatron's default for --make-vocab-size-divisible-by, which every usual TP size divides
+# Megatron's default for --make-vocab-size-divisible-by. Every usual TP size divides it.
 VOCAB_MULTIPLE = 128
 
 
 def query_groups(args: argparse.Namespace) -> int:
-    """Heads of keys and values in an attention layer."""
+    """Return the number of heads of keys and values in an attention layer."""
     return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
@@ -25,35 +25,48 @@ def _refuse(field: str, value: Any, reason: str):
 
 
 def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
-    """Megatron's args of the model that a config.json describes.
+    """Return Megatron's args of the model that a config.json describes.
 
     Args:
-        config: of fla's HGRN2Config, of any release; absent fields have fla's defaults.
+        config: content of the config.json of an HGRN2 model from any release of fla. A missing field has fla's default.
 
     Returns:
-        What a checkpoint says of its model: all that --use-checkpoint-args reads, and what is compared on loading.
+        The args that describe the model in a checkpoint. They include all that --use-checkpoint-args reads, and all
+        that is compared on loading.
 
     Raises:
-        UsageError: it names the field that has no place in Megatron's model.
+        UsageError: Megatron's model cannot express a field of the config. The error names the field.
     """
     c = {"hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "norm_eps": 1e-6} | config
     if c.get("model_type") != "hgrn2":
-        _refuse("model_type", c.get("model_type"), "only hgrn2 is converted")
+        _refuse("model_type", c.get("model_type"), "only models of the type hgrn2 can be converted")
     if c.get("use_short_conv"):
-        _refuse("use_short_conv", True, "there are no short convolutions here")
+        _refuse("use_short_conv", True, "HGRN2 layers in Megatron have no short convolutions")
     if c.get("attnres_block_size") is not None:
-        _refuse("attnres_block_size", c["attnres_block_size"], "there are no attention residuals here")
+        _refuse("attnres_block_size", c["attnres_block_size"], "HGRN2 layers in Megatron have no attention residuals")
     if c.get("hidden_act", "swish") not in ("swish", "silu"):
-        _refuse("hidden_act", c["hidden_act"], "the channel mixer here is a SiLU-gated linear unit (swish)")
+        _refuse(
+            "hidden_act",
+            c["hidden_act"],
+            "the channel mixer in Megatron is a SiLU-gated linear unit; give swish or silu",
+        )
     if c.get("elementwise_affine", True) is False:
-        _refuse("elementwise_affine", False, "the mixer's norm has a weight here")
+        _refuse(
+            "elementwise_affine",
+            False,
+            "the norm of the mixer in Megatron has a weight; fla's default true is the only choice",
+        )
     if c.get("quantization_config"):
-        _refuse("quantization_config", c["quantization_config"], "convert the weights before they were quantized")
+        _refuse(
+            "quantization_config",
+            c["quantization_config"],
+            "quantized weights cannot be converted; give the folder of the original weights",
+        )
     d, depth, vocab = c["hidden_size"], c["num_hidden_layers"], c["vocab_size"]
     expand = c.get("expand_ratio", 128)
     if expand is None:
         if not c.get("num_heads") or d % c["num_heads"]:
-            _refuse("num_heads", c.get("num_heads"), "without expand_ratio it must divide hidden_size")
+            _refuse("num_heads", c.get("num_heads"), f"without expand_ratio it must divide hidden_size, which is {d}")
         expand = d // c["num_heads"]
     attention = _attention(c.get("attn"), d, depth)
     width = c.get("intermediate_size") or glu_width(d, c.get("hidden_ratio") or 4)
@@ -100,7 +113,8 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
         padded_vocab_size=VOCAB_MULTIPLE * -(-vocab // VOCAB_MULTIPLE),
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
-        # of neither: what only one of Megatron's implementations saves beside the weights starts fresh on loading
+        # This is neither of Megatron's implementations. So what only one of them saves besides the weights starts fresh
+        # on loading.
         transformer_impl="huggingface",
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
@@ -109,7 +123,16 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
 
 
 def _attention(attn: Any, hidden_size: int, depth: int) -> dict[str, Any]:
-    """The one description of a hybrid's attention layers, with "layers" empty for a pure model."""
+    """Return one description of all attention layers of a hybrid. In a pure model its "layers" are empty.
+
+    Args:
+        attn: the field `attn` of config.json: a dict, a list of dicts, or None.
+        hidden_size: width of the model.
+        depth: number of layers of the model.
+
+    Raises:
+        UsageError: Megatron's attention cannot express the description.
+    """
     specs = [attn] if isinstance(attn, dict) else list(attn or ())
     for spec in specs:
         if not {"layers", "num_heads"} <= spec.keys() or not set(spec["layers"]) <= set(range(depth)):
@@ -120,16 +143,24 @@ def _attention(attn: Any, hidden_size: int, depth: int) -> dict[str, Any]:
     for spec in specs:
         for name, value in spec.items():
             if name not in ("layers", "num_heads", "num_kv_heads", "rope_theta") and value:
-                _refuse(f"attn {name}", value, "Megatron's attention here has nothing for it")
+                _refuse(f"attn {name}", value, "attention layers of a converted model cannot have it")
             if name != "layers" and value != merged.get(name):
-                _refuse(f"attn {name}", value, f"it is {merged.get(name)} in other layers, and must be equal in all")
+                _refuse(
+                    f"attn {name}",
+                    value,
+                    f"it is {merged.get(name)} in other attention layers, and must be the same in all of them",
+                )
     heads, groups = merged["num_heads"], merged.get("num_kv_heads") or merged["num_heads"]
     if hidden_size % heads or heads % groups:
-        _refuse("attn num_heads", heads, f"it must divide hidden_size {hidden_size}, and num_kv_heads {groups} it")
+        _refuse(
+            "attn num_heads",
+            heads,
+            f"it must divide hidden_size, {hidden_size}, and be a multiple of num_kv_heads, {groups}",
+        )
     return merged
 
 
-# of a Megatron model, what fla's has no place for: attribute -> flag, where it is set
+# Settings of a Megatron model that fla's format cannot express if they are set: attribute -> flag.
 NOT_IN_FLA = {
     "num_experts": "--num-experts",
     "mtp_num_layers": "--mtp-num-layers",
@@ -152,34 +183,38 @@ NOT_IN_FLA_ATTENTION = {
 
 
 def hf_config(args: argparse.Namespace, vocab_size: int, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a Megatron model.
+    """Return the content of config.json for a Megatron model.
 
     Args:
-        args: of the run that saved it.
-        vocab_size: without Megatron's padding.
-        dtype: of the weights: "bfloat16", "float32", "float16".
-        token_ids: bos_token_id and kin, which Megatron does not know.
+        args: args of the run that saved the model.
+        vocab_size: number of tokens without Megatron's padding.
+        dtype: dtype of the weights: "bfloat16", "float32" or "float16".
+        token_ids: ids of special tokens, such as bos_token_id, which Megatron does not know.
 
     Raises:
-        UsageError: a model that fla's format cannot say, by flag.
+        UsageError: fla's format cannot express the model. The error names the flag.
     """
     spec = full_spec(list(getattr(args, "spec", None) or ["none"]))
     if spec != [MODULE, GPT]:
-        raise UsageError(f"the checkpoint is of --spec {' '.join(spec or ())}: only --spec hgrn2 is converted")
+        raise UsageError(f"the checkpoint has --spec {' '.join(spec or ())}: only --spec hgrn2 can be converted")
     hgrn2, d = HGRN2Config.of(args), args.hidden_size
     if hgrn2.norm_eps != HGRN2Config.norm_eps:
-        raise UsageError(f"--hgrn2-norm-eps is {hgrn2.norm_eps}: fla's models have {HGRN2Config.norm_eps} fixed")
+        raise UsageError(
+            f"--hgrn2-norm-eps is {hgrn2.norm_eps} in the checkpoint: fla's models always use {HGRN2Config.norm_eps}"
+        )
     layers = [layer for layer in range(args.num_layers) if not hgrn2.is_hgrn2_layer(layer)]
     for name, flag in (NOT_IN_FLA | (NOT_IN_FLA_ATTENTION if layers else {})).items():
         if getattr(args, name, None):
-            raise UsageError(f"{flag} is set in the checkpoint: fla's HGRN2 models have nothing for it")
+            raise UsageError(f"{flag} is set in the checkpoint: fla's format for HGRN2 models cannot express it")
     attn = None
     if layers:
         needed = {"position_embedding_type": "rope", "kv_channels": d // args.num_attention_heads}
         for name, value in (needed | {"rotary_percent": 1.0, "softmax_type": "vanilla"}).items():
             if getattr(args, name, None) not in (None, value):
                 flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} is {getattr(args, name)}: attention in fla's HGRN2 models has {value}")
+                raise UsageError(
+                    f"{flag} is {getattr(args, name)} in the checkpoint: it must be {value} in fla's HGRN2 models"
+                )
         attn = {
             "layers": layers,
             "num_heads": args.num_attention_heads,

@@ -1,4 +1,4 @@
-"""Tensors and settings of a Hugging Face folder and of a Megatron checkpoint, read one by one and without a model."""
+"""Readers of Hugging Face folders and Megatron checkpoints, which read single tensors and settings without a model."""
 
 import argparse
 import json
@@ -16,54 +16,64 @@ from hgrn2_megatron.config import UsageError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX, TRACKER = "model.safetensors.index.json", "latest_checkpointed_iteration.txt"
-# of the one optimizer, or of several for different weights
+# Names of the optimizer's tensors begin so, with one optimizer or with several for different weights.
 OPTIMIZER = ("optimizer.", "chained_")
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        UsageError: the file is not valid JSON.
+    """
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from error
+        raise UsageError(f"{path} is not valid JSON: {error}. Copy the file again") from error
 
 
 class HFTensors:
     """The tensors of a Hugging Face folder by name, in one safetensors file or several.
 
     Args:
-        folder: where the files are.
-        width: of the channel mixer, by which a gate and its up projection in one matrix are told apart.
+        folder: folder with the files.
+        width: intermediate size of the channel mixer. A gate matrix of twice this height also holds the up projection.
 
     Attributes:
         stored: name -> (shape, dtype).
 
     Raises:
-        UsageError: a file is missing, cut off, or has a dtype that is no model's.
+        UsageError: a file is missing or cut off, or has an unknown dtype.
     """
 
     def __init__(self, folder: Path, width: int):
         index, whole = folder / INDEX, folder / "model.safetensors"
         names = sorted(set((read_json(index).get("weight_map") or {}).values())) if index.is_file() else [whole.name]
         self.stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        # name -> (file, name in it, rows)
+        # name -> (file, name in the file, rows)
         self._where: dict[str, tuple[Any, str, slice]] = {}
         for path in (folder / name for name in names):
             try:
                 file = safe_open(path, "pt")
             except FileNotFoundError as error:
-                raise UsageError(f"{path} is missing: weights are read from safetensors files alone") from error
+                raise UsageError(f"{path} is missing: weights are read from safetensors files only") from error
             except SafetensorError as error:
-                raise UsageError(f"{path} is damaged or cut off, get it again: {error}") from error
+                raise UsageError(f"{path} is damaged or cut off, copy it again: {error}") from error
             for name in file.keys():
                 part = file.get_slice(name)
                 if part.get_dtype() not in DTYPES:
-                    raise UsageError(f"{path}: {name} has dtype {part.get_dtype()}, not one of {[*DTYPES]}")
+                    raise UsageError(
+                        f"{path}: {name} has dtype {part.get_dtype()}, it must be one of {', '.join(DTYPES)}"
+                    )
                 self.stored[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
                 self._where[name] = (file, name, slice(None))
         self._split_gates(width)
 
     def _split_gates(self, width: int):
-        """Name the halves of what fla kept as one matrix before February 2025: gate over up, under the gate's name."""
+        """Split matrices that hold gate and up projection into two entries.
+
+        Before February 2025 fla stored both as one matrix under the gate's name, with the gate in the upper half.
+        """
         for gate, ((rows, *rest), dtype) in list(self.stored.items()):
             up = gate.replace("gate_proj", "up_proj")
             if not gate.endswith("mlp.gate_proj.weight") or up in self.stored or rows != 2 * width:
@@ -73,12 +83,16 @@ class HFTensors:
                 self._where[name] = (self._where[gate][0], gate, half)
 
     def read(self, name: str) -> Tensor:
+        """Return one tensor, with the shape and dtype in `stored`."""
         file, stored, rows = self._where[name]
         return file.get_slice(stored)[rows]
 
 
 class MegatronTensors:
     """The weights of a torch_dist checkpoint by name, without the optimizer's state.
+
+    Args:
+        folder: folder of one iteration.
 
     Attributes:
         stored: name -> (shape, dtype).
@@ -92,7 +106,7 @@ class MegatronTensors:
         try:
             metadata = self._reader.read_metadata()
         except OSError as error:
-            raise UsageError(f"{folder} is no complete checkpoint: {error}") from error
+            raise UsageError(f"{folder} is not a complete checkpoint, give another one: {error}") from error
         self.stored = {
             name: (tuple(entry.size), entry.properties.dtype)
             for name, entry in metadata.state_dict_metadata.items()
@@ -103,23 +117,33 @@ class MegatronTensors:
             if not index.fqn.startswith(OPTIMIZER) and (
                 not path.is_file() or path.stat().st_size < place.offset + place.length
             ):
-                raise UsageError(f"{path} is missing or cut off: {index.fqn} is not in it")
+                raise UsageError(f"{path} is missing or cut off: {index.fqn} is not in it. Copy the file again")
 
     def read(self, name: str) -> Tensor:
+        """Return one tensor, with the shape and dtype in `stored`.
+
+        Raises:
+            UsageError: the tensor cannot be read.
+        """
         shape, dtype = self.stored[name]
         x = torch.empty(shape, dtype=dtype)
         try:
             dcp.load({name: x}, storage_reader=self._reader, no_dist=True)
         except (CheckpointException, OSError) as error:
-            raise UsageError(f"{self._reader.path}: {name} cannot be read: {error}") from error
+            raise UsageError(
+                f"{self._reader.path}: {name} cannot be read, copy the checkpoint again: {error}"
+            ) from error
         return x
 
 
 def checkpoint_folder(source: Path) -> Path:
-    """The folder of the one iteration that `--load source` would take.
+    """Return the folder of the iteration that `--load source` would take.
+
+    Args:
+        source: folder for `--load`, or the folder of one iteration.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no checkpoint.
     """
     tracker, folder = source / TRACKER, source
     if tracker.is_file():
@@ -133,10 +157,13 @@ def checkpoint_folder(source: Path) -> Path:
 
 
 def read_args(folder: Path) -> argparse.Namespace:
-    """The args of the run that saved a checkpoint.
+    """Return the args of the run that saved a checkpoint.
+
+    Args:
+        folder: folder of one iteration.
 
     Raises:
-        UsageError: it has none.
+        UsageError: the checkpoint has no args.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -146,14 +173,21 @@ def read_args(folder: Path) -> argparse.Namespace:
     try:
         return load_common_state_dict(str(folder))["args"]
     except (CheckpointingException, CheckpointException, KeyError) as error:
-        raise UsageError(f"{folder} does not say of what model it is: it has no args of a run") from error
+        raise UsageError(
+            f"{folder} does not describe its model, because it has no args: give a checkpoint that a training run saved"
+        ) from error
 
 
 def check_tensors(where: Path, expected: dict[str, tuple[int, ...]], stored: dict[str, tuple]):
-    """Compare the names and shapes that a model has with those that are there.
+    """Compare the names and shapes of a model's tensors with the stored ones.
+
+    Args:
+        where: folder, for the error.
+        expected: name -> shape of each tensor of the model.
+        stored: name -> (shape, dtype) of each stored tensor.
 
     Raises:
-        UsageError: it names the first tensor that is missing, too many, or of another shape.
+        UsageError: a tensor is missing, does not belong to the model, or has another shape. The error names it.
     """
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     for names, what in ((missing, "is missing"), (extra, "has no place in the model that its config describes")):
@@ -161,4 +195,4 @@ def check_tensors(where: Path, expected: dict[str, tuple[int, ...]], stored: dic
             raise UsageError(f"{where}: {names[0]} {what}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
     for name, shape in expected.items():
         if stored[name][0] != shape:
-            raise UsageError(f"{where}: {name} has shape {stored[name][0]}, by the config it is {shape}")
+            raise UsageError(f"{where}: {name} has shape {stored[name][0]}, by the config it must be {shape}")

@@ -316,7 +316,7 @@ def test_flags_that_only_fuse_are_taken(tmp_path):
         (lambda w: w.update({"model.layers.7.extra": torch.ones(2)}), "model.layers.7.extra has no place"),
         (
             lambda w: w.update({"model.lower_bounds": torch.ones(4, HIDDEN)}),
-            r"model.lower_bounds has shape \(4, 64\), by the config it is \(3, 64\)",
+            r"model.lower_bounds has shape \(4, 64\), by the config it must be \(3, 64\)",
         ),
         (lambda w: w.update({"model.norm.weight": torch.ones(HIDDEN).long()}), "model.norm.weight has dtype I64"),
     ],
@@ -385,10 +385,10 @@ def test_a_checkpoint_that_is_cut_off(damage, tmp_path):
     assert not (tmp_path / "out").exists()
     folder = run(write_hf(tmp_path / "again"), tmp_path / "megatron", "--overwrite")
     (folder / "release" / "common.pt").unlink()
-    with pytest.raises(UsageError, match="does not say of what model it is"):
+    with pytest.raises(UsageError, match="does not describe its model"):
         run(folder, tmp_path / "out")
     (folder / "release" / ".metadata").unlink()
-    with pytest.raises(UsageError, match="is no complete checkpoint"):
+    with pytest.raises(UsageError, match="is not a complete checkpoint"):
         run(folder, tmp_path / "out")
 
 
@@ -413,7 +413,7 @@ def test_what_is_there_is_not_overwritten(checkpoint, tmp_path):
     run(checkpoint, out, "--overwrite", "--max-shard-size", 1e-4)
     run(checkpoint, out, "--overwrite")
     assert [file.name for file in out.glob("model*")] == ["model.safetensors"] and (out / "notes").is_file()
-    with pytest.raises(UsageError, match="is what is to be converted"):
+    with pytest.raises(UsageError, match="is also the folder to convert"):
         run(out, out, "--overwrite")
 
 
