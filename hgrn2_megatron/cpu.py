@@ -1,4 +1,6 @@
-"""The CPU mode, which runs Megatron's training loop over gloo on a machine without a GPU. It does nothing with CUDA.
+"""The CPU mode, which runs Megatron's training loop over gloo on a machine without a GPU.
+
+On a machine with CUDA, `install` does nothing.
 
 Megatron writes its device as the literal "cuda", so the device is replaced in torch. A TorchFunctionMode changes this
 name to "cpu" in every call that makes or moves a tensor. The functions of torch.cuda that the loop calls answer for the
@@ -80,7 +82,7 @@ def install() -> None:
     Call it before anything imports Megatron, which decides at its import what to compile.
 
     Raises:
-        RuntimeError: Megatron or PyTorch is an unknown release.
+        RuntimeError: the installed Megatron or PyTorch is an unknown release.
     """
     if not needed() or installed():
         return

@@ -47,7 +47,7 @@ def advance(qfv: Tensor, lower_bound: Tensor | None, context, layer_number: int)
     first = context.batch_size_offset
     states = cache[layer_number][0][0, first : first + b]
     if context.sequence_len_offset == 0:
-        # These are still the states of the batch before.
+        # The cache still has the states of the previous batch.
         states.zero_()
     if s == 1:
         q, f, v = qfv.unbind(-2)

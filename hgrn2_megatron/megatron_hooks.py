@@ -29,7 +29,7 @@ def install_layers(placeholder: type, stack_spec) -> None:
         stack_spec: spec of a HybridModel. A TransformerBlock with this spec gets an error.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -89,7 +89,7 @@ def install_loss() -> None:
     model passes its own. An output_processor of the caller is left alone.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     from megatron.core.models.gpt import GPTModel
 
@@ -132,7 +132,7 @@ def install_generation() -> None:
     in the first step that flash-attn is missing.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     from megatron.core.inference.config import MambaInferenceStateConfig
     from megatron.core.inference.contexts import DynamicInferenceContext
@@ -171,7 +171,7 @@ def install_graphs() -> None:
     reach the graph.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     from megatron.core.full_cuda_graph import StaticBufferLoader
 
@@ -194,7 +194,7 @@ def extra_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         The same parser.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     is_hgrn2 = arguments.is_hgrn2_spec(arguments.spec_of(sys.argv[1:]))
     # The spec may come from the checkpoint.
@@ -224,7 +224,7 @@ def install_arguments(defaults: dict) -> None:
         defaults: attribute -> default value in the parser.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     import megatron.training.arguments as megatron_arguments
 
@@ -241,7 +241,7 @@ def install_training() -> None:
     The plugin checks flags in the validation, because there they are final, including those from a checkpoint.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as megatron_arguments
@@ -281,7 +281,7 @@ def install_reports() -> None:
     """Wrap Megatron's reports of floating-point operations and memory, which would count HGRN2 layers as attention.
 
     Raises:
-        RuntimeError: Megatron is an unknown release.
+        RuntimeError: the installed Megatron is an unknown release.
     """
     import megatron.training.theoretical_memory_usage as memory
     import megatron.training.training as training

@@ -308,7 +308,7 @@ def _recompute_in_backward(x: Tensor, user: Tensor) -> None:
             return recompute().as_strided(*packed)
 
     for saved in _saved_tensors_between(x.grad_fn, user.grad_fn):
-        # The saved tensor has hooks of other code, or this PyTorch is too old to tell.
+        # Skip a tensor that has hooks of other code. An old PyTorch does not tell, and there this skips all tensors.
         if getattr(saved, "unpack_hook", saved) is not None:
             continue
         data = saved.data

@@ -138,13 +138,13 @@ class _Permute(torch.autograd.Function):
         return gradient.index_select(1, inverse), None, None
 
 
-def bytes_sent(num_states: int, num_moved: int, H: int, K: int, cp: int, itemsize: int) -> float:
+def bytes_sent(num_states: int, num_gathered: int, H: int, K: int, cp: int, itemsize: int) -> float:
     """Return how many bytes a rank sends to the others in a layer's forward and backward, as the mean over the ranks.
 
     Args:
         num_states: number of sequences whose states are exchanged. A whole stream counts as 1, however many documents
             it holds.
-        num_moved: number of tokens per rank that belong to gathered sequences.
+        num_gathered: number of tokens per rank that belong to gathered sequences.
         H, K: heads per rank, and channels per head.
         cp: number of context-parallel ranks.
         itemsize: bytes per number of q, f, v and o.
@@ -153,5 +153,5 @@ def bytes_sent(num_states: int, num_moved: int, H: int, K: int, cp: int, itemsiz
     # are padded, so that every rank takes the same number.
     states = num_states * 2 * -(-H * K // cp) * cp * (2 * K + 1) * 4
     # q, f and v are sent, and o comes back
-    tokens = num_moved * 4 * H * K * itemsize
+    tokens = num_gathered * 4 * H * K * itemsize
     return 2 * (states + tokens) * (cp - 1) / cp
