@@ -37,7 +37,8 @@ class Exchange:
             reverse: whether these are gradients, which go backwards in time.
 
         Returns:
-            A function that waits for the exchange and returns the states that enter the pieces, [2 n, H, K, V].
+            A function that waits for the exchange and returns the states, or their gradients, that enter the pieces,
+            [2 n, H, K, V].
         """
         cp, (pieces, H, K, V) = self.group.size(), state.shape
         share = -(-H * K // cp)
