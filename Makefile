@@ -8,7 +8,8 @@ OLDER := $(VENV)/megatron-core-0.18.2
 NEWER := $(VENV)/triton-3.8.0
 # the kernel tests that also run with the newest Triton, in at most three minutes on two cores
 FITS := tests/kernels/test_compile.py::test_kernels_compile_and_fit
-NEWER_TESTS := '$(FITS)[90-fp32-128]' '$(FITS)[90-bf16-128]' tests/kernels/test_launch.py tests/kernels/test_step.py
+NEWER_TESTS := '$(FITS)[90-fp32-128]' '$(FITS)[90-bf16-128]' tests/kernels/test_launch.py tests/kernels/test_step.py \
+	tests/kernels/test_hopper.py::test_every_form_compiles_and_fits
 # one process runs all tests of a file, because they share fixtures; at most four such processes run at once
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 

@@ -2,9 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+import triton
 
 from hgrn2_kernels import combine_states
 
+TRITON_RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 CEILING = {torch.float64: 1e-11, torch.float32: 1e-5}
 NAMES = ("o", "final_state", "dq", "df", "dv", "dlower_bound", "dinitial_state")
 

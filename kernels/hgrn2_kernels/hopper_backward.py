@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from hgrn2_kernels.hopper_backward_roles import fetch_state, make_operands, walk
-from hgrn2_kernels.hopper_math import fetch, segment_of
+from hgrn2_kernels.hopper_math import barrier, fetch, segment_of
 
 
 @gluon.jit(do_not_specialize=["T", "NT", "NC", "parts", "SEGMENTS", "LENGTH"])
@@ -102,7 +102,7 @@ def hopper_backward_kernel(
     mbarrier.init(h_full, count=1)
     mbarrier.init(op_full, count=1)
     mbarrier.init(op_empty, count=1)
-    gl.thread_barrier()
+    barrier()
     m_last = t + (n_chunks - 1) * C
     for n in gl.static_range(2):
         fetch(f, i_b, m_last - n * C, end, i_h, f_s.index(n), fq_full.index(n), 4 * C * K, PACKED, n < n_chunks)

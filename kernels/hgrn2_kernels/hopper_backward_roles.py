@@ -17,6 +17,7 @@ from hgrn2_kernels.hopper_math import (
     LIMIT,
     LOG2E,
     UNIT,
+    barrier,
     exp2,
     fetch,
     gate,
@@ -112,7 +113,7 @@ def make_operands(
             x = warpgroup_mma(q_s.index(slot * blocks + block).permute((1, 0)), here(eye_s), zero, use_acc=False)
             qd_s.index(block).store((silu(x, inverse_scale) * exp2(e + beyond[:, None])).to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(op_full, count=1)
 
 
@@ -213,14 +214,14 @@ def walk(
         q_sum, dscores, scores = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, dscores, scores])
         # the stores of dq and df of the previous chunk have read their slots
         tma.store_wait(0)
-        gl.thread_barrier()
+        barrier()
         # [reader, writer] for dv, and [query, key]; entries on the other side may be infinite, and are replaced
         here(p_s).store(gl.where(o_i <= o_j, scores, 0.0).to(gl.bfloat16))
         here(d_s).store(gl.where(o_i >= o_j, dscores, 0.0).to(gl.bfloat16))
         # this overwrites the state of the forward, which all warps have read
         here(h_s).store(stored)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         p_bands = bands + (i_c * H + i_h) * (K // 64)
         n_bands = gl.load(p_bands)
         n_bands = gl.maximum(n_bands, gl.load(p_bands + 1))
@@ -238,10 +239,10 @@ def walk(
         out = warpgroup_mma(here(p_s), here(do_s), out, is_async=True)
         q_sum, state, out = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, state, out])
         # all warps have read do, whose slot receives dv
-        gl.thread_barrier()
+        barrier()
         here(do_s).store(out.to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         store(dv, i_b, start, end, i_h, here(do_s), PACKED)
         state = state * half[:, None]
         balance = here(qd_s).load(tile).to(gl.float32) * q_sum
@@ -252,11 +253,11 @@ def walk(
         b_dq = (q_sum * s * (1.0 + x * (1.0 - s * inverse_scale))).to(gl.bfloat16)
         # all warps have read q, and the store of dv has read its slot, which receives the next do
         tma.store_wait(0)
-        gl.thread_barrier()
+        barrier()
         fetch(do, i_b, start - C, end, i_h, here(do_s), do_full, 2 * C * V, PACKED, more)
         q_s.index(slot).permute((1, 0)).store(b_dq)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         store(dq, i_b, start, end, i_h, q_s.index(slot), PACKED)
         k_sum = warpgroup_mma(here(h_s), here(v_s).permute((1, 0)), tile_zero, use_acc=False)
         # all that is written, from which the balance takes what is written behind a gate
@@ -265,7 +266,7 @@ def walk(
         k_dk = here(kd_s).load(tile).to(gl.float32) * k_sum
         balance -= k_dk
         # all warps have read the operands, v and the states
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(op_empty, count=1)
         fetch_state(states, ((i_c - 1) * H + i_h) * K, here(h_s), h_full, 2 * K * V, more)
         fetch(v, i_b, start - C, end, i_h, here(v_s), v_full, 2 * C * V, PACKED, more)
@@ -290,10 +291,10 @@ def walk(
             within = gl.load(p_bands + o_k // 64) == 0
             db_sum += gl.where(within, gl.sum(db, 1), 0.0)
         # all warps have read f
-        gl.thread_barrier()
+        barrier()
         f_s.index(slot).permute((1, 0)).store(b_df.to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         store(df, i_b, start, end, i_h, f_s.index(slot), PACKED)
     if BOUNDED:
         at = (i_h * K + o_k).to(gl.int64) * NC + parts + i_s

@@ -20,7 +20,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hgrn2_kernels.hopper_math import BANDS, LIMIT, UNIT, exp2, fetch, gate, load_bound, segment_of, silu, store
+from hgrn2_kernels.hopper_math import (
+    BANDS,
+    LIMIT,
+    UNIT,
+    barrier,
+    exp2,
+    fetch,
+    gate,
+    load_bound,
+    segment_of,
+    silu,
+    store,
+)
 
 
 @gluon.jit
@@ -88,7 +100,7 @@ def make_operands(
         x = warpgroup_mma(q_s.index(slot).permute((1, 0)), eye_s, zero, use_acc=False)
         qd_s.index(slot).store((silu(x, inverse_scale) * exp2(e)).to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(op_full.index(slot), count=1)
         # all warps have read q and f
         later = t + (n + 2) * C
@@ -152,10 +164,10 @@ def walk(
         state = state * half[:, None]
         # the previous store of a state has read h_s; the store of o may still be running
         tma.store_wait(1)
-        gl.thread_barrier()
+        barrier()
         h_s.store(state.to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         tma.async_copy_shared_to_global(states, [((i_first + n) * H + i_h) * K, 0], h_s)
         out = warpgroup_mma(qd.permute((1, 0)), h_s, out_zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
@@ -166,7 +178,7 @@ def walk(
         fence_async_shared()
         # the previous store of o has read its slot, which receives the next v
         tma.store_wait(1)
-        gl.thread_barrier()
+        barrier()
         other = v_s.index(1 - slot)
         fetch(v, i_b, t + (n + 1) * C, end, i_h, other, v_full.index(1 - slot), 2 * C * V, PACKED, n + 1 < n_chunks)
         mbarrier.wait(v_full.index(slot), phase)
@@ -174,12 +186,12 @@ def walk(
         state = warpgroup_mma(kd, v_s.index(slot), state, is_async=True)
         out, state = warpgroup_mma_wait(num_outstanding=0, deps=[out, state])
         # all warps have read the operands and v, whose slot receives o
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(op_empty.index(slot), count=1)
         v_s.index(slot).store(out.to(gl.bfloat16))
         state = state * half[:, None]
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         store(o, i_b, t + n * C, end, i_h, v_s.index(slot), PACKED)
     if FINAL:
         o_k = gl.arange(0, K, layout=by_row)
@@ -255,7 +267,7 @@ def hopper_forward_kernel(
         mbarrier.init(v_full.index(n), count=1)
         mbarrier.init(op_full.index(n), count=1)
         mbarrier.init(op_empty.index(n), count=1)
-    gl.thread_barrier()
+    barrier()
     for n in gl.static_range(2):
         fetch(f, i_b, t + n * C, end, i_h, f_s.index(n), fq_full.index(n), 4 * C * K, PACKED, n < n_chunks)
         fetch(q, i_b, t + n * C, end, i_h, q_s.index(n), fq_full.index(n), 0, PACKED, n < n_chunks)

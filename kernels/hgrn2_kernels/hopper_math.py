@@ -17,6 +17,8 @@ BANDS = gl.constexpr(triton_math.BANDS.value)
 UNIT = gl.constexpr(triton_math.UNIT.value)
 # the index at which a sequence ends in the descriptor of packed sequences, see `descriptor` in hopper.py
 BORDER = gl.constexpr(2**30)
+# the barrier of all threads in a group of warps, which Triton renamed between 3.6 and 3.7.1
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit

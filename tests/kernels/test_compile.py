@@ -4,14 +4,13 @@ import json
 
 import harness
 import pytest
-import triton
+from operator_cases import TRITON_RELEASE
 
 # bytes of shared memory that one block may take (CUDA programming guide, compute capabilities)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 # Bytes of stack that a thread may take, for registers that are spilled. The exact forms spill most. A kernel that does
 # not fit at all takes many kilobytes. In fp32 chunk_gradient takes 1896 bytes with Triton 3.8, and less with 3.6.
-STACK = {"bf16": 1400, "fp32": 1800 if RELEASE < (3, 8) else 2000}
+STACK = {"bf16": 1400, "fp32": 1800 if TRITON_RELEASE < (3, 8) else 2000}
 
 
 @pytest.mark.parametrize(

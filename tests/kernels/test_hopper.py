@@ -8,7 +8,7 @@ import json
 import harness
 import pytest
 import torch
-from operator_cases import ALL_GATES, NAMES, make_inputs, relative_error, run
+from operator_cases import ALL_GATES, NAMES, TRITON_RELEASE, make_inputs, relative_error, run
 
 from hgrn2_kernels import dispatch, hopper, recurrent_hgrn2
 from hgrn2_kernels.chunk_plan import Chunks, Segments
@@ -241,5 +241,6 @@ def test_every_form_compiles_and_fits():
     assert len(kernels) == 14
     for kernel in kernels:
         assert kernel["shared"] <= 227 * 1024, kernel
-        # bytes a thread spills; more than that, and the products run one by one
-        assert kernel["stack"] <= (32 if "forward" in kernel["kernel"] else 240), kernel
+        # Bytes of stack per thread, for spilled registers. With more of them the products run one after the other.
+        limit = 32 if "forward" in kernel["kernel"] else 240 if TRITON_RELEASE < (3, 8) else 256
+        assert kernel["stack"] <= limit, kernel
