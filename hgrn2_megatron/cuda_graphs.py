@@ -1,4 +1,7 @@
-"""CUDA graphs: refuse what Megatron cannot capture, and set what a capture needs of the pipeline's schedule."""
+"""CUDA graphs: refuse settings that cannot be captured, and set up the pipeline's schedule for a capture.
+
+docs/reference/cuda-graphs.md lists what can be captured.
+"""
 
 from megatron.core.transformer.enums import AttnBackend
 
@@ -7,37 +10,41 @@ from hgrn2_megatron.settings import Settings, megatron_release, refuse
 
 
 def _experts_wait_for_the_host(s: Settings) -> bool:
-    """Whether a graph would hold experts that take as many tokens as there are, which the host must know."""
+    """Return whether a graph would hold experts without a capacity, whose number of tokens the host must know."""
     if not (s.num_moe_experts or s.num_experts):
         return False
     padded = s.moe_expert_capacity_factor and s.moe_pad_expert_input_to_capacity
     modules = {getattr(module, "name", module) for module in s.cuda_graph_modules or []}
-    around = s.cuda_graph_impl == "local" and modules and modules <= {"moe_router", "moe_preprocess"}
-    return not (padded or around)
+    only_around_experts = s.cuda_graph_impl == "local" and modules and modules <= {"moe_router", "moe_preprocess"}
+    return not (padded or only_around_experts)
 
 
 def _own_modules_would_train(s: Settings) -> bool:
-    """Whether graphs of layers would train Megatron's own modules, whose norms it does not see save their inputs."""
+    """Return whether graphs of layers would train with Megatron's own modules.
+
+    The gradients are then NaN on Megatron 0.19. Most likely it frees the input of a captured layer, because it does not
+    see that PyTorch's RMSNorm saves this input for the backward.
+    """
     trains = s.train_iters or s.train_samples
     return bool(s.cuda_graph_impl == "local" and s.transformer_impl == "local" and trains)
 
 
 def _stages_are_not_captured(s: Settings) -> bool:
-    """Whether graphs of layers would be of pipeline stages that Megatron captures wrongly, or not at all.
+    """Return whether Megatron would capture the layers of these pipeline stages wrongly, or not at all.
 
-    It stops at what micro-batches share, the positions of attention layers; and 0.20-dev adds up the gradients of the
-    first micro-batch alone.
+    Megatron stops at tensors that micro-batches share, such as the positions of attention layers. Megatron 0.20-dev
+    adds up the gradients of the first micro-batch only.
     """
     stages = s.cuda_graph_impl == "local" and (s.pipeline_model_parallel_size or 1) > 1
     return stages and (ATTENTION in s.layer_pattern or megatron_release() >= (0, 20))
 
 
 def _fused_attention_multiple(s: Settings) -> int:
-    """What the length must be a multiple of for fused attention in a graph; 1 where none is bound to be there.
+    """Return the number that must divide the sequence length because of fused attention in a graph.
 
-    cuDNN up to 9.15 is wrong in graphs of training at lengths that are no multiple of 128. Transformer Engine knows,
-    but takes another kernel for graphs of layers alone, and has none for context parallelism, which cuts the sequence
-    into two pieces a rank.
+    It is 1 where fused attention is not certain to be in a graph. cuDNN up to 9.15 is wrong in graphs of training at
+    lengths that are no multiple of 128. Transformer Engine takes another kernel at such lengths, but only in graphs of
+    layers and not under context parallelism, which cuts the sequence into two chunks per rank.
     """
     cp = s.context_parallel_size or 1
     may_be_fused = s.transformer_impl != "local" and s.attention_backend != AttnBackend.unfused
@@ -47,25 +54,24 @@ def _fused_attention_multiple(s: Settings) -> int:
     return 128 * (2 * cp if cp > 1 else 1)
 
 
-# What does not go with --cuda-graph-impl: a test of the settings, the flag, and what to do instead. The settings have
-# the fields of HGRN2Config too.
+# Features that cannot be used with --cuda-graph-impl. The functions read the run's settings and those of HGRN2Config.
 NOT_WITH_CUDA_GRAPHS = (
-    (lambda s: s.sft, "--sft", "every batch has other borders of documents"),
+    (lambda s: s.sft, "--sft", "drop one of the two flags, because the document borders change from batch to batch"),
     (
         lambda s: s.dataloader_inter_document_masking,
         "--dataloader-inter-document-masking",
-        "every batch has other borders of documents",
+        "drop one of the two flags, because the document borders change from batch to batch",
     ),
     (
         _experts_wait_for_the_host,
-        "--num-experts of any number of tokens",
+        "--num-experts without a capacity",
         "give --moe-expert-capacity-factor and --moe-pad-expert-input-to-capacity, or --cuda-graph-impl local "
         "--cuda-graph-modules moe_router",
     ),
     (
         _own_modules_would_train,
         "--transformer-impl local",
-        "Megatron would free what the backward reads; give transformer_engine, or --cuda-graph-impl full_iteration",
+        "give transformer_engine, or --cuda-graph-impl full_iteration, because the gradients could be NaN",
     ),
     (
         _stages_are_not_captured,
@@ -74,36 +80,37 @@ NOT_WITH_CUDA_GRAPHS = (
     ),
     (
         lambda s: (s.seq_length or 0) % _fused_attention_multiple(s),
-        "fused attention layers at such a --seq-length",
-        "give a multiple of 128, under context parallelism of 256 x --context-parallel-size",
+        "fused attention layers at this --seq-length",
+        "give a multiple of 128, or with context parallelism a multiple of 256 times --context-parallel-size",
     ),
 )
 
 
 def check(s: Settings, hgrn2: HGRN2Config):
-    """Refuse settings that do not go with the CUDA graphs they ask for.
+    """Refuse settings that cannot be used with the CUDA graphs they ask for.
 
     Args:
         s: settings of this run.
-        hgrn2: HGRN2 part of the model, whose layer pattern says whether there is attention.
+        hgrn2: HGRN2 settings. The layer pattern tells whether the model has attention layers.
 
     Raises:
-        UsageError: it names the flag that does not go with `--cuda-graph-impl`.
+        UsageError: a setting cannot be used with `--cuda-graph-impl`. The message names its flag.
     """
     if s.cuda_graph_impl not in (None, "none"):
-        why = f"--cuda-graph-impl {s.cuda_graph_impl} does not go with {{}}"
+        why = f"--cuda-graph-impl {s.cuda_graph_impl} cannot be used with {{}}"
         refuse(Settings(hgrn2, s), NOT_WITH_CUDA_GRAPHS, why)
 
 
 def settle(config) -> None:
-    """Where CUDA graphs are asked for, set what they need of the pipeline's schedule.
+    """Change the config so that the pipeline's schedule works with CUDA graphs, if the config asks for them.
 
     Args:
-        config: Megatron's, which the schedule reads in every step.
+        config: Megatron's TransformerConfig, which the schedule reads in every step.
     """
     if config.cuda_graph_impl == "none":
         return
-    # a stage's output is a view of its graph's memory: there is nothing to free, and the schedule would insist
+    # A stage's output is a view of its graph's memory. It cannot be freed, and the schedule would raise an error.
     config.deallocate_pipeline_outputs = False
-    # a wait of the host, for the batched sends of older PyTorch; a capture allows none
+    # With this on, the host waits after batched sends, which older PyTorch needs. A capture does not allow the host to
+    # wait.
     config.batch_p2p_sync = False

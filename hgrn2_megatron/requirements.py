@@ -1,6 +1,6 @@
-"""What an HGRN2 model needs of Megatron's other flags, and what is not supported yet: refused before training.
+"""Check Megatron's flags before training: refuse those that HGRN2 cannot train with, and warn of those that do nothing.
 
-docs/flags.md is the same table for people.
+docs/reference/refusals.md lists every refusal.
 """
 
 import torch.nn.functional as F
@@ -13,17 +13,18 @@ PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
 
 
 def check(settings: Settings, stack: bool = False) -> list[str]:
-    """Refuse what cannot train HGRN2.
+    """Refuse settings that cannot train HGRN2.
 
     Args:
         settings: Megatron's args, its TransformerConfig, or both.
-        stack: whether they are those of a HybridModel instead of a GPT.
+        stack: True for a HybridModel, False for a GPT.
 
     Returns:
-        Warnings: what trains, but cannot be exported as a published HGRN2 checkpoint, or does nothing.
+        Warnings about settings that train. They name values that published HGRN2 models do not have, and flags that
+        have no effect in this model.
 
     Raises:
-        UsageError: naming the flag to change.
+        UsageError: a setting cannot train HGRN2. The message names the flag to change.
     """
     hgrn2 = HGRN2Config.of_stack(settings) if stack else HGRN2Config.of(settings)
     _check_block(settings, hgrn2)
@@ -41,97 +42,100 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
 
 
 def _check_block(s: Settings, hgrn2: HGRN2Config):
-    """The block around the mixer: what makes it an HGRN2 block."""
+    """Check that the block around the mixer is an HGRN2 block."""
     if s.normalization != "RMSNorm":
         raise UsageError(
-            f"--normalization {s.normalization}: an HGRN2 block uses RMSNorm; give --normalization RMSNorm"
+            f"--normalization is {s.normalization}, but an HGRN2 block uses RMSNorm: give --normalization RMSNorm"
         )
     if s.add_bias_linear:
-        raise UsageError("an HGRN2 block has no linear biases: give --disable-bias-linear")
+        raise UsageError("the linear layers of an HGRN2 block have no biases: give --disable-bias-linear")
     if s.add_qkv_bias and ATTENTION not in hgrn2.layer_pattern:
-        raise UsageError("--add-qkv-bias: an HGRN2 layer has no biases; drop the flag")
+        raise UsageError("--add-qkv-bias is for attention layers, and this model has none: drop the flag")
     gated = s.gated_linear_unit if s.gated_linear_unit is not None else s.swiglu
     silu = s.activation_func in (None, F.silu) and not s.quick_geglu and not s.squared_relu
     if not (gated and silu):
         raise UsageError(
-            "the channel mixer of HGRN2 is a SiLU-gated linear unit: give --swiglu, "
-            "without --quick-geglu or --squared-relu"
+            "the channel mixer of an HGRN2 block is a SiLU-gated linear unit, but the flags ask for another one: "
+            "give --swiglu, and drop --quick-geglu and --squared-relu"
         )
     if s.position_embedding_type in ("learned_absolute", "relative"):
         raise UsageError(
-            f"--position-embedding-type {s.position_embedding_type}: HGRN2 has no learned positions; "
+            f"--position-embedding-type is {s.position_embedding_type}, but HGRN2 has no learned positions: "
             "give none, or rope for the attention layers of a hybrid"
         )
     if s.apply_residual_connection_post_layernorm:
-        raise UsageError("--apply-residual-connection-post-layernorm is another block than HGRN2's; drop it")
+        raise UsageError(
+            "--apply-residual-connection-post-layernorm takes the residual after the norm, but an HGRN2 block takes it "
+            "before the norm: drop the flag"
+        )
     if s.layernorm_zero_centered_gamma:
-        raise UsageError("--apply-layernorm-1p is not supported with HGRN2 layers; drop it")
+        raise UsageError("--apply-layernorm-1p is not supported with HGRN2 layers: drop the flag")
 
 
-# (whether the settings ask for it, the flag, what to do instead)
+# Each row has a function that returns whether the settings ask for a feature, its flag, and what to do instead.
 UNSUPPORTED = (
     (
         lambda s: s.multi_latent_attention,
         "--multi-latent-attention",
         "use grouped-query attention in a hybrid",
     ),
-    (lambda s: s.mtp_num_layers, "--mtp-num-layers", "drop it"),
-    (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop it"),
+    (lambda s: s.mtp_num_layers, "--mtp-num-layers", "drop the flag"),
+    (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop the flag"),
     (
         lambda s: s.heterogeneous_layers_config_path or s.heterogeneous_layers_config_encoded_json,
         "--heterogeneous-layers-config-path or --heterogeneous-layers-config-encoded-json",
-        "drop it",
+        "drop the flag",
     ),
-    (lambda s: s.enable_mhc_connections, "--enable-mhc-connections", "drop it"),
+    (lambda s: s.enable_mhc_connections, "--enable-mhc-connections", "drop the flag"),
     (
         lambda s: s.transformer_impl == "inference_optimized",
         "--transformer-impl inference_optimized",
-        "use local",
+        "give --transformer-impl local",
     ),
     (
         lambda s: s.external_cuda_graph or s.cuda_graph_impl == "transformer_engine",
         "--cuda-graph-impl transformer_engine",
-        "give local or full_iteration: its graphs of a layer would give the lower bounds no gradient",
+        "give local or full_iteration, because a graph of Transformer Engine would give the lower bounds no gradient",
     ),
-    (lambda s: s.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"),
-    (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"),
-    (lambda s: s.hybrid_context_parallel, "--hybrid-context-parallel", "drop it"),
+    (lambda s: s.use_megatron_fsdp, "--use-megatron-fsdp", "give --use-distributed-optimizer"),
+    (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "give --use-distributed-optimizer"),
+    (lambda s: s.hybrid_context_parallel, "--hybrid-context-parallel", "drop the flag"),
     (
         lambda s: s.reset_attention_mask,
         "--reset-attention-mask",
-        "the recurrence sees no mask, so documents would leak into each other unnoticed: give "
-        "--dataloader-inter-document-masking",
+        "give --dataloader-inter-document-masking, because the recurrence reads no mask and would carry its state "
+        "from one document into the next",
     ),
     (
         lambda s: s.reset_position_ids,
         "--reset-position-ids",
-        "the recurrence has no positions, so documents would leak into each other unnoticed: give "
-        "--dataloader-inter-document-masking",
+        "give --dataloader-inter-document-masking, because the recurrence reads no positions and would carry its state "
+        "from one document into the next",
     ),
     (
-        # nothing of a mixer would be offloaded
+        # Megatron would offload none of the mixer's activations
         lambda s: s.fine_grained_activation_offloading,
         "--fine-grained-activation-offloading",
-        "recompute instead, with --recompute-granularity selective or full",
+        "recompute activations instead, with --recompute-granularity selective or full",
     ),
-    (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop it"),
-    (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop it"),
-    (lambda s: s.fp4, "--fp4-format", "use --fp8-format or bf16"),
+    (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop the flag"),
+    (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop the flag"),
+    (lambda s: s.fp4, "--fp4-format", "give --fp8-format or --bf16"),
 )
 UNSUPPORTED_IN_GPT = (
     (
         lambda s: s.hybrid_layer_pattern,
         "--hybrid-layer-pattern in a GPT",
-        "mix layers with --hgrn2-layer-pattern, or give pretrain_hybrid.py --spec hgrn2_megatron.spec hgrn2_stack",
+        "give --hgrn2-layer-pattern, or run pretrain_hybrid.py with --spec hgrn2_megatron.spec hgrn2_stack",
     ),
 )
 UNSUPPORTED_IN_STACK = (
-    # HybridModel would train without positions
+    # HybridModel does not know mrope and would train without positions
     (lambda s: s.position_embedding_type == "mrope", "--position-embedding-type mrope in a HybridModel", "give rope"),
     (
         lambda s: EXPERTS in s.hybrid_layer_pattern and not (s.num_moe_experts or s.num_experts),
-        "E in --hybrid-layer-pattern without --num-experts",
-        "give it, or write - for an MLP",
+        "an E in --hybrid-layer-pattern without --num-experts",
+        "give --num-experts, or write - for an MLP",
     ),
 )
 
@@ -143,19 +147,19 @@ def _check_unsupported(s: Settings, table: tuple):
 
         if not HAVE_TE:
             raise UsageError(
-                "--transformer-impl transformer_engine, but Transformer Engine cannot be imported: "
+                "--transformer-impl is transformer_engine, but Transformer Engine cannot be imported: "
                 "install transformer-engine[pytorch], or give --transformer-impl local"
             )
 
 
 def _check_stages(s: Settings):
-    """The `|` of a HybridModel's pattern, of which Megatron would speak as of an interleaved schedule."""
+    """Check the `|` of a HybridModel's pattern. Megatron's own error would be about an interleaved schedule."""
     stages = s.pipeline_model_parallel_size or 1
     if not stages_fit(s.hybrid_layer_pattern, stages):
         raise UsageError(
             f"--hybrid-layer-pattern {s.hybrid_layer_pattern!r} has {s.hybrid_layer_pattern.count(PIPE) + 1} segments "
-            f"for --pipeline-model-parallel-size {stages}: write one segment a stage, or as many for each of them; "
-            "one stage takes no |"
+            f"for --pipeline-model-parallel-size {stages}: write one segment per stage, or the same number of segments "
+            "for each stage, and no | for a single stage"
         )
 
 
@@ -165,13 +169,13 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
     flag = "--sft" if s.sft else "--dataloader-inter-document-masking"
     if has_own_attention(s, hgrn2):
         raise UsageError(
-            f"{flag} packs sequences, which Megatron's own attention does not take: give --transformer-impl "
+            f"{flag} packs sequences, which Megatron's own attention layers do not support: give --transformer-impl "
             "transformer_engine, or a layer pattern without attention"
         )
     if (s.pipeline_model_parallel_size or 1) > 1 and (s.micro_batch_size or 1) > 1:
         raise UsageError(
-            f"{flag} makes one sequence of a micro-batch, and Megatron's pipeline hands on the shape of several: "
-            "give --micro-batch-size 1"
+            f"{flag} packs a micro-batch into one sequence, but with --micro-batch-size {s.micro_batch_size} the "
+            f"pipeline expects {s.micro_batch_size} sequences: give --micro-batch-size 1"
         )
 
 
@@ -180,51 +184,57 @@ def _check_context_parallel(s: Settings, hgrn2: HGRN2Config):
         return
     if has_own_attention(s, hgrn2):
         raise UsageError(
-            "--context-parallel-size above 1: Megatron's own attention does not take it; give --transformer-impl "
-            "transformer_engine, or a layer pattern without attention"
+            f"--context-parallel-size is {s.context_parallel_size}, but Megatron's own attention layers support only "
+            "1: give --transformer-impl transformer_engine, or a layer pattern without attention"
         )
     if ATTENTION in hgrn2.layer_pattern and s.dataloader_inter_document_masking and not s.sft:
         raise UsageError(
-            "--dataloader-inter-document-masking with --context-parallel-size above 1 deals out the whole stream, and "
-            "Megatron's attention takes documents to be cut one by one: use a layer pattern without attention"
+            f"--dataloader-inter-document-masking with --context-parallel-size {s.context_parallel_size} divides the "
+            "whole stream of documents among the ranks, but attention layers expect each document to be divided by "
+            "itself: give a layer pattern without attention"
         )
 
 
 def has_own_attention(s: Settings, hgrn2: HGRN2Config) -> bool:
-    """Whether there are attention layers of Megatron's own modules, which do not take what Transformer Engine's do."""
+    """Return whether the model has attention layers of Megatron's own, which support less than Transformer Engine's."""
     return ATTENTION in hgrn2.layer_pattern and s.transformer_impl == "local"
 
 
 def _check_dimensions(s: Settings, hgrn2: HGRN2Config):
     if s.hidden_size is None:
-        return  # Megatron itself says that it is missing
+        return  # Megatron itself reports that the flag is missing
     tp = s.tensor_model_parallel_size or 1
     heads = hgrn2.num_heads(s.hidden_size)
     if heads % tp:
         raise UsageError(
             f"--tensor-model-parallel-size {tp} does not divide the {heads} HGRN2 heads "
-            f"(--hidden-size {s.hidden_size} / --hgrn2-expand-ratio {hgrn2.expand_ratio}): change one of them"
+            f"(--hidden-size {s.hidden_size} / --hgrn2-expand-ratio {hgrn2.expand_ratio}): change one of the three"
         )
     if s.fp8:
         multiple = 32 if s.fp8_recipe == "mxfp8" else 16
         local = s.hidden_size // tp
         if local % multiple:
             raise UsageError(
-                f"--fp8-format {s.fp8} ({s.fp8_recipe}) needs the {local} channels of a TP rank to be a multiple "
-                f"of {multiple}: change --hidden-size {s.hidden_size} or --tensor-model-parallel-size {tp}"
+                f"--fp8-format {s.fp8} with --fp8-recipe {s.fp8_recipe} needs a multiple of {multiple} channels per "
+                f"tensor-parallel rank, but each rank has {local}: change --hidden-size {s.hidden_size} or "
+                f"--tensor-model-parallel-size {tp}"
             )
 
 
-# what --hgrn2-loss-chunk-size does not go with, as above
+# Features that cannot be used with --hgrn2-loss-chunk-size, in rows like those of UNSUPPORTED.
 NOT_WITH_CHUNKED_LOSS = (
-    (lambda s: s.cross_entropy_loss_fusion, "--cross-entropy-loss-fusion", "drop one of them"),
-    (lambda s: s.defer_embedding_wgrad_compute, "--defer-embedding-wgrad-compute", "drop one of them"),
-    (lambda s: s.fp8_output_proj, "--fp8-output-proj", "drop one of them"),
-    (lambda s: s.logit_dtype, "--output-logit-dtype", "drop it: the loss is computed in fp32 from the model's dtype"),
+    (lambda s: s.cross_entropy_loss_fusion, "--cross-entropy-loss-fusion", "drop one of the two flags"),
+    (lambda s: s.defer_embedding_wgrad_compute, "--defer-embedding-wgrad-compute", "drop one of the two flags"),
+    (lambda s: s.fp8_output_proj, "--fp8-output-proj", "drop one of the two flags"),
+    (
+        lambda s: s.logit_dtype,
+        "--output-logit-dtype",
+        "drop it, because the loss is computed in fp32 from logits in the model's dtype",
+    ),
     (
         lambda s: (s.tensor_parallel_num_weight_shards or 1) > (s.tensor_model_parallel_size or 1),
         "--tensor-parallel-num-weight-shards",
-        "drop one of them",
+        "drop one of the two flags",
     ),
 )
 
@@ -234,25 +244,27 @@ def _check_loss(s: Settings, stack: bool):
     if size is None:
         return
     if size < 1:
-        raise UsageError(f"--hgrn2-loss-chunk-size must be at least 1, got {size}")
+        raise UsageError(f"--hgrn2-loss-chunk-size is {size}, but a chunk has at least 1 token: give a larger number")
     if stack:
         raise UsageError(
-            "--hgrn2-loss-chunk-size is for a GPT, and Megatron's HybridModel computes its loss itself: drop it, "
-            "or give pretrain_gpt.py --spec hgrn2"
+            "--hgrn2-loss-chunk-size is for a GPT, but this is a HybridModel, which computes its loss itself: drop the "
+            "flag, or run pretrain_gpt.py with --spec hgrn2"
         )
-    refuse(s, NOT_WITH_CHUNKED_LOSS, "--hgrn2-loss-chunk-size does not go with {}")
+    refuse(s, NOT_WITH_CHUNKED_LOSS, "--hgrn2-loss-chunk-size cannot be used with {}")
 
 
 def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
     warnings = []
     if s.layernorm_epsilon != PUBLISHED_BLOCK_EPS:
-        warnings.append(f"--norm-epsilon is {s.layernorm_epsilon}; published HGRN2 models use {PUBLISHED_BLOCK_EPS}")
+        warnings.append(
+            f"--norm-epsilon is {s.layernorm_epsilon}, but published HGRN2 models use {PUBLISHED_BLOCK_EPS}"
+        )
     if hgrn2.norm_eps != PUBLISHED_MIXER_EPS:
         warnings.append(
-            f"--hgrn2-norm-eps is {hgrn2.norm_eps}; the published weight format has no place for another "
-            f"than {PUBLISHED_MIXER_EPS}, so this model cannot be exported"
+            f"--hgrn2-norm-eps is {hgrn2.norm_eps}, but the published weight format allows only {PUBLISHED_MIXER_EPS}, "
+            "so this model cannot be exported"
         )
     idle = megatron_flags.without_effect(s, global_args(), ATTENTION in hgrn2.layer_pattern, stack)
     if idle:
-        warnings.append(f"no effect in this model: {', '.join(idle)}; docs/flags.md says where each has one")
+        warnings.append(f"these flags have no effect in this model: {', '.join(idle)}; see docs/reference/flags.md")
     return warnings

@@ -1,4 +1,4 @@
-"""Read the settings of a run from Megatron's args and config, and refuse those in a table."""
+"""Read the settings of a run from Megatron's args and config, and refuse settings by a table."""
 
 import sys
 from typing import Any
@@ -9,7 +9,10 @@ from hgrn2_megatron.config import UsageError
 
 
 class Settings:
-    """One view of Megatron's args and TransformerConfig: the first source that has a name wins, None if none has."""
+    """View of several objects that hold settings, such as Megatron's args and its TransformerConfig.
+
+    An attribute comes from the first object that has it. It is None if no object has it.
+    """
 
     def __init__(self, *sources: Any):
         self._sources = [s for s in sources if s is not None]
@@ -28,21 +31,22 @@ def megatron_release() -> tuple[int, int]:
 
 
 def global_args():
-    """Megatron's command line where its training loop runs; None where only megatron.core is used."""
+    """Return Megatron's parsed command line, or None where only megatron.core is used."""
     global_vars = sys.modules.get("megatron.training.global_vars")
     return getattr(global_vars, "_GLOBAL_ARGS", None)
 
 
 def refuse(s: Settings, table: tuple, why: str):
-    """Refuse the first entry of a table that the settings ask for.
+    """Refuse the first feature of a table that the settings ask for.
 
     Args:
         s: settings of this run.
-        table: entries of a function that says whether the settings ask for it, the flag, and what to do instead.
-        why: reason, with `{}` in the place of the flag.
+        table: rows of three: a function that returns whether the settings ask for the feature, its flag, and what to
+            do instead.
+        why: first part of the message, with `{}` in the place of the flag.
 
     Raises:
-        UsageError: it names the flag and what to do instead.
+        UsageError: the settings ask for a feature of the table. The message names its flag and what to do instead.
     """
     for asked, flag, instead in table:
         if asked(s):

@@ -155,7 +155,7 @@ CHUNKED_LOSS_CLASHES = [
 def test_what_the_loss_by_chunks_does_not_go_with_is_refused_by_flag(changes, flag):
     check(Settings(hgrn2_settings(**changes)))
     check(Settings(hgrn2_settings(hgrn2_loss_chunk_size=8192)))
-    with pytest.raises(UsageError, match=f"--hgrn2-loss-chunk-size does not go with {flag}: "):
+    with pytest.raises(UsageError, match=f"--hgrn2-loss-chunk-size cannot be used with {flag}: "):
         check(Settings(hgrn2_settings(hgrn2_loss_chunk_size=8192, **changes)))
 
 
@@ -170,11 +170,11 @@ HYBRID = {"hgrn2_layer_pattern": "H*", "transformer_impl": "transformer_engine"}
 CP2, PP2 = {"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 UNFUSED = {"attention_backend": AttnBackend.unfused}
 STAGES = "--pipeline-model-parallel-size above 1, with attention layers or from megatron-core 0.20 on"
-SHORT = "fused attention layers at such a --seq-length"
+SHORT = "fused attention layers at this --seq-length"
 CUDA_GRAPH_CLASHES = [
     (CUDA_GRAPHS, {"sft": True}, "--sft"),
     (CUDA_GRAPHS, {"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
-    (CUDA_GRAPHS, EXPERTS, "--num-experts of any number of tokens"),
+    (CUDA_GRAPHS, EXPERTS, "--num-experts without a capacity"),
     (["local"], {"train_iters": 8}, "--transformer-impl local"),
     (["local"], {"train_samples": 8}, "--transformer-impl local"),
     (["local"], HYBRID | PP2, STAGES),
@@ -205,7 +205,7 @@ def test_what_cuda_graphs_do_not_go_with_is_refused_by_flag(impls, changes, flag
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     check(Settings(hgrn2_settings(**changes)))
     for impl in impls:
-        with pytest.raises(UsageError, match=f"--cuda-graph-impl {impl} does not go with {re.escape(flag)}: "):
+        with pytest.raises(UsageError, match=f"--cuda-graph-impl {impl} cannot be used with {re.escape(flag)}: "):
             check(Settings(hgrn2_settings(cuda_graph_impl=impl, **changes)))
 
 
@@ -252,7 +252,7 @@ def test_a_hybrid_model_is_captured_as_the_gpt_is(monkeypatch):
     for impl in CUDA_GRAPHS:
         check(stack(cuda_graph_impl=impl, seq_length=64, hybrid_layer_pattern="M-M-"), stack=True)
         check(stack(cuda_graph_impl=impl, seq_length=256), stack=True)
-    with pytest.raises(UsageError, match="does not go with fused attention layers at such a --seq-length: "):
+    with pytest.raises(UsageError, match="cannot be used with fused attention layers at this --seq-length: "):
         check(stack(cuda_graph_impl="full_iteration", seq_length=64), stack=True)
 
 
@@ -295,9 +295,9 @@ def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
     [
         ({"hybrid_layer_pattern": None}, "needs --hybrid-layer-pattern"),
         ({"hybrid_layer_pattern": "M-/M-"}, "multi-token prediction"),
-        ({"hybrid_layer_pattern": "M-G-"}, "do not go with HGRN2, G:"),
-        ({"hybrid_layer_pattern": "M-D-"}, "do not go with HGRN2, D:"),
-        ({"hybrid_layer_pattern": "M-+-"}, r"do not go with HGRN2, \+:"),
+        ({"hybrid_layer_pattern": "M-G-"}, "cannot have, G:"),
+        ({"hybrid_layer_pattern": "M-D-"}, "cannot have, D:"),
+        ({"hybrid_layer_pattern": "M-+-"}, r"cannot have, \+:"),
         ({"hybrid_layer_pattern": "*-*-"}, "has no M:"),
         ({"hgrn2_layer_pattern": "H*"}, "--hgrn2-layer-pattern 'H\\*' is for a GPT"),
         ({"hybrid_layer_pattern": "MEM-"}, "--num-experts"),

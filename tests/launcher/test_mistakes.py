@@ -39,7 +39,7 @@ def launch(flags: str):
         ("--spec hgrn2 --cuda-graph-impl transformer_engine", "--cuda-graph-impl transformer_engine"),
         (
             "--spec hgrn2 --cuda-graph-impl local --num-experts 2",
-            "--cuda-graph-impl local does not go with --num-experts",
+            "--cuda-graph-impl local cannot be used with --num-experts",
         ),
         ("--hgrn2-loss-chunk-size 8", "--hgrn2-loss-chunk-size 8 would do nothing without --spec hgrn2"),
         ("--spec hgrn2_stack --hybrid-layer-pattern M-G-", "--hybrid-layer-pattern 'M-G-'"),
