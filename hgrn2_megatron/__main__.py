@@ -1,7 +1,7 @@
 """The launcher: `torchrun ... -m hgrn2_megatron pretrain_gpt.py --spec hgrn2 ...` runs any unmodified Megatron script.
 
-It takes the one-word spec, refuses one that cannot be imported, adds the `--hgrn2-*` flags, sets what makes a true
-HGRN2 block where the user is silent, and turns the CPU mode on where there is no CUDA device.
+It accepts the one-word spec, and refuses a spec that cannot be imported. It adds the `--hgrn2-*` flags and sets the
+defaults of an HGRN2 block. On a machine without a CUDA device it turns the CPU mode on.
 """
 
 import importlib
@@ -13,54 +13,63 @@ import sys
 from hgrn2_megatron.config import UsageError
 
 USAGE = """usage: [torchrun ...] -m hgrn2_megatron SCRIPT [Megatron's flags] --spec hgrn2 [--hgrn2-* flags]
-       python -m hgrn2_megatron doctor      what this machine has, and whether it computes HGRN2
+       python -m hgrn2_megatron doctor      check this machine and the HGRN2 operator on it
        python -m hgrn2_megatron patch MEGATRON_LM [--check | --reverse]
                                             make --spec hgrn2 work in a checkout without this launcher
        python -m hgrn2_megatron convert SOURCE OUT [--dtype bf16|fp32] [--no-check] [...]
-                                            a Hugging Face model of fla's HGRN2 to a Megatron checkpoint, or back"""
+                                            convert a Hugging Face model of fla's HGRN2 to a Megatron checkpoint,
+                                            or a Megatron checkpoint to a Hugging Face model"""
 
 
 def check_spec(spec: list[str] | None) -> None:
-    """Refuse a spec that is unknown or cannot be imported, for which Megatron 0.19 would silently train attention.
+    """Refuse a spec that is unknown or cannot be imported. Megatron 0.19 would silently train attention instead.
 
     Args:
-        spec: the words of --spec, None where it is not given.
+        spec: words of --spec, or None if it is not given.
 
     Raises:
-        UsageError: it says what is wrong with the spec.
+        UsageError: the spec is unknown, or it cannot be imported.
     """
     from hgrn2_megatron import arguments
 
     match arguments.full_spec(spec):
         case [module, name]:
             _import_spec(module, name)
-        # the one word that some Megatron scripts know, and those that a patched Megatron does
+        # Some Megatron scripts know the word "local". A patched Megatron knows the names of the entry points.
         case [word] if (
             word != "local" and word not in importlib.metadata.entry_points(group="megatron.layer_specs").names
         ):
-            raise UsageError(f"--spec {word}: unknown; did you mean --spec hgrn2?")
+            raise UsageError(f"--spec {word} is not known: did you mean --spec hgrn2?")
 
 
 def _import_spec(module: str, name: str) -> None:
     try:
         found = hasattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise UsageError(f"--spec {module} {name} cannot be imported: {error}") from error
+        raise UsageError(
+            f"--spec {module} {name} cannot be imported: {error}. Correct the name of the module, or install it"
+        ) from error
     if not found:
-        raise UsageError(f"--spec {module} {name}: module {module} has no {name}")
+        raise UsageError(
+            f"--spec {module} {name} is wrong, because the module {module} has no {name}: correct the second word"
+        )
 
 
 def launch(argv: list[str]) -> None:
-    """Run `argv[0]` as a script with the rest as its command line, with HGRN2 known to Megatron."""
+    """Run `argv[0]` as a script, with the rest of `argv` as its command line, after Megatron has learned of HGRN2.
+
+    Raises:
+        UsageError: the script is not a file, or its `--spec` is wrong.
+    """
     script = argv[0]
     if not os.path.isfile(script):
-        raise UsageError(f"{script} is not a file; {USAGE}")
-    # as python does for a script: its folder first, so that a checkout's megatron is the one imported
+        raise UsageError(f"{script} is not a file: give the path of a Megatron script\n{USAGE}")
+    # Python itself puts a script's folder first, so that the script imports the megatron of its own checkout.
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
 
     from hgrn2_megatron import cpu
 
-    # before anything imports Megatron, which decides at import whether to compile
+    # This comes before the first import of Megatron, which decides at import whether to compile.
     cpu.install()
     from hgrn2_megatron import arguments, megatron_hooks
 

@@ -1,4 +1,4 @@
-"""The `--hgrn2-*` flags, the values the launcher sets where the user is silent, and the typed config they ride on."""
+"""The `--hgrn2-*` flags, the defaults that the launcher sets, and the TransformerConfig that holds the flags."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config, UsageErr
 
 MODULE, GPT, STACK = "hgrn2_megatron.spec", "hgrn2", "hgrn2_stack"
 
-# Megatron's attribute -> the value of a true HGRN2 block
+# Megatron's attribute -> the launcher's default, which makes an HGRN2 block if the user gives no other value
 SILENT = {
     "normalization": "RMSNorm",
     "layernorm_epsilon": 1e-6,
@@ -21,40 +21,43 @@ SILENT = {
     "swiglu": True,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
-    # decided once the layer pattern is known
+    # fill_silent sets it, because it depends on the layer pattern
     "position_embedding_type": None,
-    # s x s booleans a sample, which no HGRN2 layer reads and causal attention makes for itself
+    # The mask has s x s booleans per sample. No HGRN2 layer reads it, and causal attention makes its own.
     "create_attention_mask_in_dataloader": False,
-    # of the states in Megatron's dynamic batching
+    # dtype of the recurrent states in Megatron's dynamic batching
     "mamba_inference_ssm_states_dtype": "fp32",
 }
-# the block as TransformerConfig has it, for models that are built without Megatron's command line
+# The same block as fields of TransformerConfig, for models that are built without Megatron's command line.
 _COMMON = ("normalization", "layernorm_epsilon", "add_bias_linear", "hidden_dropout", "attention_dropout")
 BLOCK: dict[str, Any] = dict(gated_linear_unit=True, activation_func=F.silu, **{name: SILENT[name] for name in _COMMON})
 
 
-# Megatron's attribute -> the extension of NVIDIA apex without which its default stops a run
+# Megatron's attribute -> the extension of NVIDIA apex that it needs. Megatron turns these attributes on by default, and
+# stops the run if the extension is missing.
 EXTENSIONS = {
     "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
-    # in attention of Megatron's own in 16 bits
+    # used by Megatron's own attention in 16 bits
     "masked_softmax_fusion": "scaled_masked_softmax_cuda",
 }
 
 
 def silent_defaults() -> dict:
-    """Parser defaults of an HGRN2 run: attribute -> value where the user gives no flag."""
+    """Return the parser's defaults for an HGRN2 run: attribute -> value if the user does not give the flag."""
     missing = {name: False for name, module in EXTENSIONS.items() if importlib.util.find_spec(module) is None}
     return SILENT | missing
 
 
 @dataclasses.dataclass
 class HGRN2TransformerConfig(TransformerConfig):
-    """TransformerConfig with the `hgrn2_*` fields of HGRN2Config, as the launcher builds it.
+    """TransformerConfig with the plugin's settings as `hgrn2_*` fields. A run through the launcher builds it.
 
     Attributes:
-        hgrn2_packed_layout: how packed sequences are dealt out to context parallel ranks, "documents" or "stream";
-            None where Megatron's command line says so.
-        hgrn2_loss_chunk_size: tokens whose logits exist at a time in training; None for Megatron's own loss.
+        hgrn2_expand_ratio: see HGRN2Config, also for the next three fields.
+        hgrn2_packed_layout: how context-parallel ranks divide packed sequences. "documents" cuts each document by
+            itself, and "stream" cuts the whole stream. None leaves the choice to Megatron's command line.
+        hgrn2_loss_chunk_size: number of tokens whose logits exist at a time in training. None leaves the loss to
+            Megatron.
     """
 
     hgrn2_expand_ratio: int = HGRN2Config.expand_ratio
@@ -66,11 +69,11 @@ class HGRN2TransformerConfig(TransformerConfig):
 
 
 def spec_of(argv: list[str]) -> list[str] | None:
-    """The words of `--spec` on a command line, None where it is not given.
+    """Return the words of `--spec` on a command line, or None if it is not given.
 
     Raises:
-        UsageError: there is a YAML file too, and an HGRN2 model in either: Megatron then drops all other flags, and
-            takes no spec from the file.
+        UsageError: the command line has `--yaml-cfg`, and the command line or the YAML file names an HGRN2 model.
+            Megatron ignores all other flags beside a YAML file, and reads no spec from it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--spec", nargs="*")
@@ -80,29 +83,30 @@ def spec_of(argv: list[str]) -> list[str] | None:
         file = Path(given.yaml_cfg)
         if is_hgrn2_spec(given.spec) or (file.is_file() and "hgrn2" in file.read_text()):
             raise UsageError(
-                f"--yaml-cfg {given.yaml_cfg}: Megatron drops every flag beside a YAML file, takes no spec from it and "
-                "would train attention; give all flags on the command line"
+                f"--yaml-cfg {given.yaml_cfg} does not work with HGRN2, because Megatron ignores all other flags "
+                "beside a YAML file, reads no spec from it, and would train attention: drop --yaml-cfg and give all "
+                "flags on the command line"
             )
     return given.spec
 
 
 def full_spec(spec: list[str] | None) -> list[str] | None:
-    """A spec as checkpoints keep it: the two words for which the one word of an HGRN2 model stands, others as is."""
+    """Return a spec as checkpoints keep it: one word for an HGRN2 model becomes two. Other specs stay as given."""
     return [MODULE, *spec] if spec in ([GPT], [STACK]) else spec
 
 
 def is_hgrn2_spec(spec: list[str] | None) -> bool:
-    """Whether Megatron's `args.spec`, of one word or two, names an HGRN2 model, a GPT or a HybridModel."""
+    """Return whether Megatron's `args.spec`, in one word or two, names an HGRN2 model: a GPT or a HybridModel."""
     return spec is not None and full_spec(list(spec)) in ([MODULE, GPT], [MODULE, STACK])
 
 
 def is_stack_spec(spec: list[str] | None) -> bool:
-    """Whether Megatron's `args.spec`, of one word or two, names the HGRN2 HybridModel."""
+    """Return whether Megatron's `args.spec`, in one word or two, names the HGRN2 HybridModel."""
     return spec is not None and full_spec(list(spec)) == [MODULE, STACK]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Register the plugin's flags, once: the launcher and a patched Megatron both do."""
+    """Register the plugin's flags. Both the launcher and a patched Megatron do so, and the second call does nothing."""
     if parser.get_default("hgrn2_expand_ratio") is not None:
         return parser
     group = parser.add_argument_group("hgrn2")
@@ -110,37 +114,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--hgrn2-expand-ratio",
         type=int,
         default=HGRN2Config.expand_ratio,
-        help="key and gate dimension of a head; the model has hidden_size / expand_ratio heads",
+        help="number of key and gate channels per head; an HGRN2 layer has hidden_size / expand_ratio heads "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--hgrn2-layer-pattern",
         default=HGRN2Config.layer_pattern,
-        help="H (HGRN2) and * (attention), repeated over the depth of the model, for example 'HHH*'",
+        help="layers of a GPT: H is an HGRN2 layer and * an attention layer; the pattern, for example 'HHH*', repeats "
+        "over the depth of the model (default: %(default)s)",
     )
     group.add_argument(
         "--hgrn2-lower-bounds",
         choices=LOWER_BOUNDS,
         default=HGRN2Config.lower_bounds,
-        help="lower bounds of the forget gates: learned over depth, or none",
+        help="lower bounds of the forget gates: 'learned' gives each layer its own learned bounds, 'none' trains "
+        "without bounds (default: %(default)s)",
     )
     group.add_argument(
         "--hgrn2-norm-eps",
         type=float,
         default=HGRN2Config.norm_eps,
-        help="epsilon of the RMSNorm inside the HGRN2 mixer; --norm-epsilon is that of the block's norms",
+        help="epsilon of the RMSNorm inside the HGRN2 mixer; --norm-epsilon sets the epsilon of all other norms "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--hgrn2-loss-chunk-size",
         type=int,
         metavar="TOKENS",
-        help="compute output layer and cross-entropy by chunks of so many of a rank's tokens, so that the logits of no "
-        "more exist at a time; without it Megatron makes those of the whole micro-batch",
+        help="compute the output layer and the cross-entropy in chunks of this many of a rank's tokens, so that only "
+        "one chunk's logits exist at a time; by default Megatron computes the logits of the whole micro-batch at once",
     )
     return parser
 
 
 def glu_width(hidden_size: int, ratio: int = 4) -> int:
-    """Width of the channel mixer that has the parameters of an MLP of `ratio` hidden sizes, a multiple of 256.
+    """Return the width of the gated channel mixer, rounded up to a multiple of 256.
+
+    At this width its three matrices have as many parameters as the two of an MLP of width `ratio * hidden_size`.
 
     Source: fla's HGRN2MLP.
     """
@@ -148,11 +158,11 @@ def glu_width(hidden_size: int, ratio: int = 4) -> int:
 
 
 def fill_silent(args: argparse.Namespace):
-    """Settle what depends on other flags: positions on the layer pattern, GLU width on the hidden size."""
+    """Set the defaults that depend on other flags: the position embedding and the width of the channel mixer."""
     if args.position_embedding_type is None:
         pattern = getattr(args, "hybrid_layer_pattern", None) or args.hgrn2_layer_pattern
         args.position_embedding_type = "rope" if ATTENTION in pattern else "none"
     if args.ffn_hidden_size is None and args.hidden_size is not None:
         args.ffn_hidden_size = glu_width(args.hidden_size)
-    # Megatron's tools/run_text_generation_server.py asks for the flag under a name that it does not have
+    # Megatron's tools/run_text_generation_server.py reads this name, which no flag sets
     args.inference_max_sequence_length = getattr(args, "inference_max_seq_length", None)
