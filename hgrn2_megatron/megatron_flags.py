@@ -1,7 +1,7 @@
-"""Megatron's flags of attention, Mamba and layers in an HGRN2 model: each is taken, refused, or without effect.
+"""Table of Megatron's flags for attention, Mamba and layers: an HGRN2 model takes, refuses or ignores each of them.
 
-docs/flags.md is the same table for people; requirements.py refuses. What a user gives without effect is said in one
-line.
+requirements.py refuses flags, and prints one warning that names the given flags without effect.
+docs/reference/flags.md has the same table.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 
 
 class Effect(enum.Enum):
-    """Where a flag does something."""
+    """The models and layers in which a flag has an effect."""
 
     EVERYWHERE = "taken"
     ATTENTION = "taken by attention layers"
@@ -27,12 +27,12 @@ class Effect(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Flags that share an effect.
+    """Group of flags that have the same effect.
 
     Attributes:
-        names: Megatron's attributes, of any supported release.
-        effect: where the flags do something.
-        what: of what they are, in words.
+        names: Megatron's attributes. Some exist only in some supported releases.
+        effect: models and layers in which the flags have an effect.
+        what: phrase that tells a user what the flags set.
     """
 
     names: tuple[str, ...]
@@ -47,26 +47,30 @@ def _row(effect: Effect, what: str, names: str) -> Row:
 TABLE = (
     _row(
         Effect.ATTENTION,
-        "heads of attention",
+        "number and size of attention heads",
         "group_query_attention num_query_groups kv_channels",
     ),
-    _row(Effect.EVERYWHERE, "heads of attention; Megatron requires it", "num_attention_heads"),
+    _row(Effect.EVERYWHERE, "number of attention heads; Megatron requires this flag", "num_attention_heads"),
     _row(
         Effect.ATTENTION,
-        "norms and clipping of queries and keys",
+        "normalization and clipping of queries and keys",
         "qk_layernorm qk_l2_norm qk_clip qk_clip_alpha qk_clip_threshold apply_wd_to_qk_layernorm "
         "log_max_attention_logit",
     ),
     _row(
         Effect.ATTENTION,
-        "softmax, windows, output gate",
+        "softmax, windows and output gate of attention",
         "softmax_type attention_softmax_in_fp32 apply_query_key_layer_scaling attention_dropout window_size "
         "window_attn_skip_freq attention_output_gate mup_attn_scale_power mup_base_head_dim",
     ),
-    _row(Effect.ATTENTION, "biases; refused without attention layers", "add_qkv_bias"),
     _row(
         Effect.ATTENTION,
-        "kernels of attention, its split of sequences, Muon's split of its projection",
+        "biases of queries, keys and values; refused in a model without attention layers",
+        "add_qkv_bias",
+    ),
+    _row(
+        Effect.ATTENTION,
+        "attention kernels, how context parallelism splits attention, and how Muon splits its projection",
         "attention_backend flash_attention_version use_kitchen_attention kitchen_attention_backend flash_decode "
         "cp_comm_type hierarchical_context_parallel_sizes muon_split_qkv",
     ),
@@ -79,23 +83,23 @@ TABLE = (
     ),
     _row(
         Effect.ATTENTION_OF_GPT,
-        "rotary positions that HybridModel does not know; mrope itself is refused there",
+        "rotary positions that HybridModel ignores; it refuses --position-embedding-type mrope",
         "use_rope_scaling rope_scaling_factor mrope_section",
     ),
     _row(
         Effect.EVERYWHERE,
-        "positions by Megatron's own rules, fusions that do nothing without attention",
+        "longest position, position embedding, and fusions that only attention layers use",
         "max_position_embeddings add_position_embedding apply_rope_fusion masked_softmax_fusion",
     ),
     _row(
         Effect.NOWHERE,
-        "attention that Megatron has no more, or positions that are refused",
+        "attention that Megatron no longer has, and positions that are refused",
         "use_flash_attn relative_attention_num_buckets relative_attention_max_distance",
     ),
-    _row(Effect.REFUSED, "latent attention", "multi_latent_attention"),
+    _row(Effect.REFUSED, "multi-head latent attention", "multi_latent_attention"),
     _row(
         Effect.NOWHERE,
-        "details of latent attention",
+        "details of multi-head latent attention",
         "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim cache_mla_latents mla_down_proj_fusion "
         "rope_type",
     ),
@@ -115,39 +119,39 @@ TABLE = (
     ),
     _row(
         Effect.NOWHERE,
-        "Mamba's layers, in whose place HGRN2's are",
+        "Mamba layers, which HGRN2 layers replace",
         "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path "
         "mamba_training_ssm_states_dtype mamba_inference_conv_states_dtype "
         "inference_dynamic_batching_prefix_caching_mamba_gb",
     ),
     _row(
         Effect.EVERYWHERE,
-        "states in the dynamic engine; another dtype than fp32 is refused there",
+        "recurrent states in the dynamic engine, which refuses every dtype except fp32",
         "mamba_inference_ssm_states_dtype inference_dynamic_batching_mamba_memory_ratio",
     ),
     _row(
         Effect.EVERYWHERE,
-        "depth, and how stages divide it",
+        "number of layers, how pipeline stages divide them, and whether they are frozen",
         "num_layers encoder_num_layers decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
         "num_layers_per_virtual_pipeline_stage freeze_all_layers",
     ),
-    _row(Effect.NOWHERE, "depth of T5's decoder", "decoder_num_layers"),
-    _row(Effect.GPT, "which layers have experts; in a HybridModel E says so", "moe_layer_freq"),
+    _row(Effect.NOWHERE, "number of layers in T5's decoder", "decoder_num_layers"),
+    _row(Effect.GPT, "layers that have experts; a HybridModel has E in its pattern instead", "moe_layer_freq"),
     _row(
         Effect.EVERYWHERE,
         "layers of a HybridModel; refused in a GPT",
         "hybrid_layer_pattern hybrid_override_pattern is_hybrid_model",
     ),
-    _row(Effect.EVERYWHERE, "the model", "spec"),
-    _row(Effect.REFUSED, "flags in a YAML file, where Megatron reads no spec", "yaml_cfg"),
+    _row(Effect.EVERYWHERE, "model to build", "spec"),
+    _row(Effect.REFUSED, "YAML file with flags, from which Megatron reads no spec", "yaml_cfg"),
     _row(
         Effect.REFUSED,
-        "layers that differ from each other, or have several streams",
+        "layers that differ from each other, and several residual streams",
         "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json enable_mhc_connections",
     ),
     _row(
         Effect.NOWHERE,
-        "details of several streams",
+        "details of several residual streams",
         "mhc_num_residual_streams mhc_sinkhorn_iterations mhc_init_gating_factor mhc_recompute_layer_num",
     ),
     _row(Effect.REFUSED, "multi-token prediction", "mtp_num_layers"),
@@ -157,21 +161,25 @@ TABLE = (
         "mtp_loss_scaling_factor mtp_use_repeated_layer mtp_hybrid_override_pattern mtp_standalone mtp_detach_heads "
         "mtp_hsm",
     ),
-    _row(Effect.REFUSED, "masks and positions of packed documents", "reset_attention_mask reset_position_ids"),
+    _row(
+        Effect.REFUSED,
+        "attention masks and positions that start again at each document",
+        "reset_attention_mask reset_position_ids",
+    ),
     _row(
         Effect.EVERYWHERE,
-        "no mask is made where you are silent",
+        "attention mask from the data loader, which the launcher turns off by default",
         "create_attention_mask_in_dataloader",
     ),
 )
 
-# what Megatron makes of the names of dtypes while it validates
+# Megatron replaces these names of dtypes while it validates its args.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @functools.cache
 def command_line() -> dict[str, argparse.Action]:
-    """Megatron's flags by the attribute that each sets, with the defaults that they have in this run."""
+    """Return Megatron's flags: attribute -> argparse action, with the defaults of this run."""
     import megatron.training.arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -180,13 +188,15 @@ def command_line() -> dict[str, argparse.Action]:
 
 
 def without_effect(settings: Any, args: argparse.Namespace | None, attention: bool, stack: bool) -> list[str]:
-    """The flags that are given and do nothing in this model, those that its defaults do not have.
+    """Return the flags that the user gives but that have no effect in this model.
+
+    A flag counts as given if its value differs from the default.
 
     Args:
-        settings: Megatron's TransformerConfig, or what has its attributes; read where there is no command line.
-        args: Megatron's; None where only megatron.core is used.
+        settings: Megatron's TransformerConfig, or an object with its attributes. It is read if `args` is None.
+        args: Megatron's args, or None where only megatron.core is used.
         attention: whether the model has attention layers.
-        stack: whether it is a HybridModel.
+        stack: True for a HybridModel, False for a GPT.
     """
     taken = {Effect.EVERYWHERE, Effect.REFUSED}
     taken |= {Effect.ATTENTION} if attention else set()
@@ -207,7 +217,7 @@ def _is_given(settings: Any, name: str, default: Any) -> bool:
     if value is None or value == default or isinstance(default, str) and value == DTYPES.get(default):
         return False
     match name:
-        # what Megatron, or the launcher, puts where nobody says anything
+        # Megatron or the launcher sets these values if the user gives none.
         case "kv_channels":
             return value != settings.hidden_size // settings.num_attention_heads
         case "num_query_groups":

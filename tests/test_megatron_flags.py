@@ -83,7 +83,7 @@ def test_every_row_is_of_a_flag():
 
 
 def test_the_docs_have_the_same_table():
-    docs = (harness.ROOT / "docs" / "flags.md").read_text()
+    docs = (harness.ROOT / "docs" / "reference" / "flags.md").read_text()
     flags = command_line()
 
     def flag(name):
@@ -152,7 +152,7 @@ def test_attention_layers_take_their_flags_and_hgrn2_layers_do_not(name, logits)
 
 def warned(settings, stack: bool = False) -> list[str]:
     """Flags in the warning of a model that is built without a command line."""
-    lines = [line for line in check(Settings(settings), stack=stack) if line.startswith("no effect in this model: ")]
+    lines = [line for line in check(Settings(settings), stack=stack) if line.startswith("these flags have no effect")]
     assert len(lines) <= 1
     return re.findall(r"--[\w-]+", lines[0].split(";")[0]) if lines else []
 
@@ -200,7 +200,7 @@ def test_a_run_names_what_has_no_effect_in_one_line(model):
     plain, output = train(*spec, "--train-iters", 2, script=script)
     assert "HGRN2 warning" not in output
     losses, output = train(*spec, *FLAGS, script=script)
-    (line,) = re.findall(r"HGRN2 warning: no effect in this model: (.*); ", output)
+    (line,) = re.findall(r"HGRN2 warning: these flags have no effect in this model: (.*); ", output)
     assert line.split(", ") == [flag for flag in NAMED if flag not in taken]
     assert (losses == plain) is model.startswith("pure")
 
