@@ -1,7 +1,7 @@
-"""Checkpoints of other runs: what of plain attention's, or of the other transformer implementation's, can be loaded.
+"""Refuse checkpoints of other models, and load the weights that this model shares with an attention model.
 
-Megatron reads a distributed checkpoint by a dict of the entries that it wants. What a run here does not have in
-common with the run that saved is taken out of that dict and keeps the value it has, so that nothing is loaded wrong.
+Megatron reads a distributed checkpoint by a dict of the entries that it wants. An entry that means something else in
+the checkpoint, or does not exist there, is taken out of this dict. Its weights then keep their initial values.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from hgrn2_megatron.config import ATTENTION, HGRN2, PIPE, HGRN2Config, UsageErro
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
-# Megatron's flag -> its attribute, of what decides the shapes and the meaning of the weights outside the mixers
+# Megatron's flag -> its attribute, for the flags that decide the shapes and the meaning of weights outside the mixers
 BLOCK_FLAGS = {
     "--num-layers": "num_layers",
     "--hidden-size": "hidden_size",
@@ -36,7 +36,7 @@ BLOCK_FLAGS = {
     "--multi-latent-attention": "multi_latent_attention",
     "--experimental-attention-variant": "experimental_attention_variant",
 }
-# and of the attention layers
+# The same for the weights of the attention layers.
 ATTENTION_FLAGS = {
     "--num-attention-heads": "num_attention_heads",
     "--kv-channels": "kv_channels",
@@ -46,28 +46,35 @@ ATTENTION_FLAGS = {
     "--rotary-percent": "rotary_percent",
 }
 
-# what a checkpoint says of its model, beside what Megatron itself restores
+# args that --use-checkpoint-args restores in addition to those that Megatron itself restores
 CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Config)) + ("layernorm_epsilon",)
 
 
 def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
-    """Take the model's own flags from a checkpoint's args, as --use-checkpoint-args does for Megatron's.
+    """Copy the plugin's flags from a checkpoint's args into `args`, as --use-checkpoint-args does for Megatron's flags.
 
-    Megatron has put the checkpoint's spec and, where the command line has none, its layer pattern into args by now. The
-    stages in that pattern are those of the run that saved.
+    Before this call Megatron has copied the checkpoint's spec into `args`. It has also copied the checkpoint's hybrid
+    layer pattern if the command line has none. If that pattern does not fit this run's pipeline stages, its `|` are
+    removed.
+
+    Args:
+        args: of this run; changed in place.
+        checkpoint_args: of the run that saved.
 
     Raises:
-        UsageError: the checkpoint's spec is another than this run's.
+        UsageError: the checkpoint has another spec than this run.
     """
     if not is_hgrn2_spec(args.spec):
-        raise UsageError(f"--use-checkpoint-args: the checkpoint is of --spec {' '.join(args.spec)}; drop the flag")
+        raise UsageError(
+            f"--use-checkpoint-args would take --spec {' '.join(args.spec)} from the checkpoint: drop the flag"
+        )
     asked = spec_of(sys.argv[1:])
     if asked is not None:
         _refuse_other_form(asked, args.spec)
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if pattern and not stages_fit(pattern, args.pipeline_model_parallel_size):
         args.hybrid_layer_pattern = pattern.replace(PIPE, "")
-    # every run through the launcher saves the plugin's flags; they mean something where the model is HGRN2
+    # Every run through the launcher saves the plugin's flags, but only those of an HGRN2 model mean something.
     saved_is_hgrn2 = is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
     for name in CHECKPOINT_ARGS if saved_is_hgrn2 else ("layernorm_epsilon",):
         if hasattr(checkpoint_args, name):
@@ -75,14 +82,14 @@ def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
 
 
 def _refuse_other_form(spec_here: list[str], saved_spec: list[str]):
-    """Refuse a checkpoint of a GPT for a HybridModel, and the other way round.
+    """Refuse a GPT's checkpoint for a HybridModel, and a HybridModel's checkpoint for a GPT.
 
     Args:
         spec_here: this run's spec, which names an HGRN2 model.
         saved_spec: the checkpoint's spec, which names an HGRN2 model too.
 
     Raises:
-        UsageError: it says which script takes the checkpoint.
+        UsageError: one is a GPT and the other a HybridModel. The message names the script that loads the checkpoint.
     """
     stack = is_stack_spec(saved_spec)
     if is_stack_spec(spec_here) == stack:
@@ -90,13 +97,13 @@ def _refuse_other_form(spec_here: list[str], saved_spec: list[str]):
     script, spec, model = ("pretrain_hybrid.py", STACK, "HybridModel") if stack else ("pretrain_gpt.py", GPT, "GPT")
     here, there = (" ".join(full_spec(list(words)) or ()) for words in (spec_here, saved_spec))
     raise UsageError(
-        f"--spec is {here} here and {there} in the checkpoint to load: weights of a {model} have other names, so "
+        f"--spec is {here} here and {there} in the checkpoint to load: the weights of a {model} have other names, so "
         f"run {script} with --spec {spec} and --use-checkpoint-args, or train without --load"
     )
 
 
 def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distributed: bool):
-    """Refuse a checkpoint whose weights would mean something else here.
+    """Refuse a checkpoint whose weights would mean something else in this run's model.
 
     Args:
         args: of this run.
@@ -104,12 +111,13 @@ def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distrib
         distributed: whether the checkpoint's format is torch_dist.
 
     Raises:
-        UsageError: it names the flag that differs, or the one to add.
+        UsageError: the checkpoint does not fit. The message names the flag that differs, or the flag to add.
     """
     is_hgrn2, saved_is_hgrn2 = is_hgrn2_spec(args.spec), is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
     if saved_is_hgrn2 and not is_hgrn2:
         raise UsageError(
-            "the checkpoint to load is of an HGRN2 model: give --spec hgrn2 (or hgrn2_stack), or train without --load"
+            "the checkpoint to load is of an HGRN2 model, but --spec is not: give --spec hgrn2 (or hgrn2_stack), or "
+            "train without --load"
         )
     if not is_hgrn2:
         return
@@ -121,41 +129,46 @@ def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distrib
     if not distributed and saved != args.transformer_impl:
         raise UsageError(
             f"--transformer-impl is {args.transformer_impl} here and {saved} in the checkpoint to load: "
-            "only checkpoints of --ckpt-format torch_dist go from one to the other"
+            f"give --transformer-impl {saved}, or save the checkpoint with --ckpt-format torch_dist, which both load"
         )
 
 
 def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
-    """Compare two HGRN2 models: what decides the meaning and the names of the weights, before they are loaded.
+    """Refuse a checkpoint of another HGRN2 model, before its weights are loaded.
 
-    Megatron would read a checkpoint of other heads without a word, as their projections have the same shapes, and
-    end in a list of weights that are missing where the depth or the pattern differs.
+    Megatron would silently load a checkpoint with another number of heads, because its projections have the same
+    shapes. If the depth or the pattern differs, Megatron's own error is a list of missing weights.
+
+    Args:
+        args: of this run.
+        checkpoint_args: of the run that saved.
 
     Raises:
-        UsageError: the checkpoint is of another model; it names the flag.
+        UsageError: the two models differ. The message names the first flag that differs.
     """
     _refuse_other_form(args.spec, checkpoint_args.spec)
     here, saved = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
     pairs: dict[str, tuple] = {}
     if is_stack_spec(args.spec):
-        pairs["--hybrid-layer-pattern"] = (_symbols(args), _symbols(checkpoint_args))
+        pairs["--hybrid-layer-pattern"] = (_without_stages(args), _without_stages(checkpoint_args))
     else:
         depth = args.num_layers
         pairs["--num-layers"] = (depth, checkpoint_args.num_layers)
-        pairs["--hgrn2-layer-pattern"] = (_letters(here, depth), _letters(saved, depth))
+        pairs["--hgrn2-layer-pattern"] = (_whole_pattern(here, depth), _whole_pattern(saved, depth))
     pairs["--hgrn2-expand-ratio"] = (here.expand_ratio, saved.expand_ratio)
     pairs["--hgrn2-lower-bounds"] = (here.lower_bounds, saved.lower_bounds)
     refuse_differences(
-        pairs, "give what the checkpoint has, drop the flag and add --use-checkpoint-args, or train without --load"
+        pairs, "give the checkpoint's value, or drop the flag and add --use-checkpoint-args, or train without --load"
     )
 
 
-def _letters(config: HGRN2Config, depth: int) -> str:
+def _whole_pattern(config: HGRN2Config, depth: int) -> str:
+    """Return the layer pattern with one letter for each of `depth` layers."""
     return "".join(HGRN2 if config.is_hgrn2_layer(layer) else ATTENTION for layer in range(depth))
 
 
-def _symbols(args: argparse.Namespace) -> str:
-    """A HybridModel's layers; where stages divide them is no part of the model."""
+def _without_stages(args: argparse.Namespace) -> str:
+    """Return a HybridModel's layer pattern without `|`, because the pipeline stages are not part of the model."""
     return (getattr(args, "hybrid_layer_pattern", None) or "").replace(PIPE, "")
 
 
@@ -163,11 +176,11 @@ def refuse_differences(pairs: dict, instead: str):
     """Refuse the first difference between this run and a checkpoint.
 
     Args:
-        pairs: flag -> its value (here, in the checkpoint).
-        instead: what to do.
+        pairs: flag -> (value in this run, value in the checkpoint).
+        instead: end of the message, which tells the user what to do instead.
 
     Raises:
-        UsageError: it names the flag.
+        UsageError: a value differs. The message names its flag.
     """
     for flag, (given, saved) in pairs.items():
         if given != saved:
@@ -175,28 +188,34 @@ def refuse_differences(pairs: dict, instead: str):
 
 
 def _check_attention(args, checkpoint_args, distributed: bool):
+    """Refuse a checkpoint of an attention model, unless this run can take weights from it."""
     if is_stack_spec(args.spec):
         raise UsageError(
-            "the checkpoint to load is not of an HGRN2 model: a HybridModel takes nothing from such; use --spec hgrn2 "
-            "with --finetune in pretrain_gpt.py, or train without --load"
+            "the checkpoint to load is not of an HGRN2 model, and a HybridModel takes no weights from other models: "
+            "run pretrain_gpt.py with --spec hgrn2 and --finetune, or train without --load"
         )
     if not args.finetune:
         raise UsageError(
-            "the checkpoint to load is not of an HGRN2 model: give --finetune to take over what is equal and start "
-            "the rest and the optimizer fresh, or train without --load"
+            "the checkpoint to load is not of an HGRN2 model: give --finetune to load the weights that both models "
+            "share and start the others and the optimizer fresh, or train without --load"
         )
     if not distributed:
-        raise UsageError("--finetune from an attention model needs a checkpoint of --ckpt-format torch_dist")
+        raise UsageError(
+            "--finetune takes weights from an attention model only if its checkpoint is of --ckpt-format torch_dist: "
+            "save it in this format"
+        )
     has_attention = ATTENTION in HGRN2Config.of(args).layer_pattern
     flags = BLOCK_FLAGS | (ATTENTION_FLAGS if has_attention else {})
     both = (args, checkpoint_args)
-    # a flag that another release does not know is off
+    # A flag that the other run's Megatron release does not know counts as off.
     pairs = {flag: tuple(getattr(run, name, None) or None for run in both) for flag, name in flags.items()}
     if has_attention:
         pairs["--num-query-groups"] = tuple(map(_num_query_groups, both))
     if has_attention or checkpoint_args.position_embedding_type == "learned_absolute":
         pairs["--position-embedding-type"] = tuple(run.position_embedding_type for run in both)
-    refuse_differences(pairs, "an attention model gives its weights only to the same block; change one of the two")
+    refuse_differences(
+        pairs, "weights can be taken from an attention model only if the flag has the same value, so change it"
+    )
 
 
 def _num_query_groups(args) -> int:
@@ -206,16 +225,16 @@ def _num_query_groups(args) -> int:
 def adapt(
     args: argparse.Namespace, wanted: dict, checkpoint_args: argparse.Namespace, checkpoint: str
 ) -> argparse.Namespace:
-    """Fit what Megatron wants of a distributed checkpoint to what there is, in place.
+    """Adapt Megatron's dict of wanted entries to the entries that a distributed checkpoint has.
 
     Args:
-        args: of this run, checked with those of the checkpoint.
-        wanted: sharded state dict, of the model and whatever else is to be loaded.
+        args: of this run, already checked against those of the checkpoint.
+        wanted: sharded state dict of the model and of everything else that Megatron loads; changed in place.
         checkpoint_args: of the run that saved.
-        checkpoint: its folder.
+        checkpoint: folder of the checkpoint.
 
     Returns:
-        args to load with.
+        Args with which Megatron must load the checkpoint.
     """
     from_attention = not is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
     saved_impl = getattr(checkpoint_args, "transformer_impl", args.transformer_impl)
@@ -229,29 +248,33 @@ def adapt(
 
 
 def _keep(entry: ShardedBase) -> LocalNonpersistentObject:
-    """An entry that is not read: the module keeps its own value."""
+    """Return an entry that Megatron does not read, so that the module keeps its own value."""
     return LocalNonpersistentObject(entry.data)
 
 
 def _keep_extra_states(wanted: dict, stored: dict):
-    """Transformer Engine has FP8 state where Megatron's own modules, and their checkpoints, have none."""
+    """Do not load Transformer Engine's FP8 states that a checkpoint of Megatron's own modules does not have."""
 
-    def adapt(entry):
+    def adapt_entry(entry):
         if isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state") and entry.unique_key not in stored:
             return _keep(entry)
         return entry
 
-    dict_list_map_inplace(adapt, wanted)
+    dict_list_map_inplace(adapt_entry, wanted)
 
 
 def _from_attention(args, wanted: dict, stored: dict) -> argparse.Namespace:
-    """Want of an attention checkpoint what an HGRN2 model has in common with it; say what that is."""
+    """Take out of `wanted` the entries that an attention checkpoint does not have, and print what will be loaded.
+
+    Returns:
+        A copy of `args` with which Megatron can load the other entries.
+    """
     hgrn2 = HGRN2Config.of(args)
     fresh = [layer for layer in range(args.num_layers) if hgrn2.is_hgrn2_layer(layer)]
     fresh_keys = (*(f"decoder.layers.{layer}.self_attention." for layer in fresh), "decoder.hgrn2_bounds.")
     stacked = not any(LAYER.match(key) for key in stored)
 
-    def adapt(entry):
+    def adapt_entry(entry):
         if not isinstance(entry, ShardedBase):
             return entry
         if entry.key.startswith(fresh_keys):
@@ -261,25 +284,25 @@ def _from_attention(args, wanted: dict, stored: dict) -> argparse.Namespace:
 
     for name, chunk in wanted.items():
         if re.fullmatch(r"model\d*", name):
-            dict_list_map_inplace(adapt, chunk)
+            dict_list_map_inplace(adapt_entry, chunk)
     if torch.distributed.get_rank() == 0:
         print(
-            f"HGRN2: {args.num_layers - len(fresh)} of {args.num_layers} mixers and all else that is equal from an "
-            f"attention checkpoint; starting fresh: the mixers of layers {', '.join(str(n + 1) for n in fresh)} with "
-            "their input norms, the lower bounds, the optimizer",
+            f"HGRN2: loading {args.num_layers - len(fresh)} of {args.num_layers} mixers and all other shared weights "
+            "from an attention checkpoint; starting fresh: the mixers of layers "
+            f"{', '.join(str(n + 1) for n in fresh)} with their input norms, the lower bounds, the optimizer",
             flush=True,
         )
-    # Megatron wants every part of what it reads wanted by somebody, and nobody wants the attention of an HGRN2 layer
+    # Megatron checks that the ranks together read every part of an entry. No rank reads the attention of HGRN2 layers.
     args = copy.copy(args)
     args.ckpt_load_validate_sharding_integrity = False
     return args
 
 
 def _layer_of_stack(entry: ShardedBase, layer: re.Match, num_layers: int) -> ShardedBase:
-    """The same entry where a stack of equal layers was saved as one entry with a first axis of layers.
+    """Return an entry that reads one layer from a checkpoint whose entries hold all layers along their first axis.
 
-    Megatron's own way to say so is for a run that reads all of the stack. So the axis is an ordinary one here, of
-    length 1 in what is read.
+    Megatron's own form of such an entry is for a run that reads all layers. So the axis of layers is an ordinary axis
+    here, and the entry reads a length of 1 along it.
     """
     key, index = f"decoder.layers.{entry.key[layer.end() :]}", int(layer[1])
     if isinstance(entry, ShardedObject):

@@ -1,4 +1,4 @@
-"""Patches of how Megatron saves and loads checkpoints, one function each."""
+"""Patches of Megatron's functions that save and load checkpoints. Each patch is one function."""
 
 import itertools
 
@@ -9,10 +9,11 @@ from hgrn2_megatron.settings import megatron_release
 
 
 def install_saving() -> None:
-    """Wrap what divides a checkpoint's tensors among the ranks that could save or load them.
+    """Wrap the function that divides a checkpoint's tensors among the ranks that could save or load them.
 
-    Megatron divides by rank, so it makes every replica that one rank holds the main one, and then refuses to save a
-    tensor with two. A rank with virtual pipeline stages holds a replica of the lower bounds for each. One is enough.
+    Megatron chooses a rank to save a tensor, and makes every replica of the tensor on this rank a main one. It then
+    refuses to save a tensor that has two main replicas. The lower bounds can have two, because a rank holds a replica
+    for each of its virtual pipeline stages. The wrapper keeps one main replica per rank.
     """
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -20,7 +21,7 @@ def install_saving() -> None:
     from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
 
     def is_replica(shard) -> bool:
-        # the last number of an id counts data parallel ranks, the others are 0 in the model's own copy
+        # The last number of an id counts data-parallel ranks. The other numbers are 0 for the main replica.
         return isinstance(shard.replica_id, tuple) and any(shard.replica_id[:-1])
 
     def make(distribute):
@@ -33,7 +34,7 @@ def install_saving() -> None:
                     further.append(shard)
                 held.add(name)
             distribute(sharded_state_dict, parallelization_group, precomputed_distribution)
-            # no distribution: a single rank, which keeps the ids as they were
+            # Without a distribution there is a single rank, which keeps the ids.
             for shard in further if precomputed_distribution else []:
                 shard.replica_id = 1
 
@@ -44,11 +45,11 @@ def install_saving() -> None:
 
 
 def install_optimizer() -> None:
-    """Wrap what the distributed optimizer saves with --dist-ckpt-optim-fully-reshardable, before megatron-core 0.20.
+    """Correct what the distributed optimizer saves with --dist-ckpt-optim-fully-reshardable before megatron-core 0.20.
 
-    It cuts parameters out of buffers without padding at places that count the padding between buckets, and so saves and
-    loads parts of the wrong parameters. The lower bounds have a bucket of their own, which makes padding more likely.
-    Megatron mended it in pull request 5077.
+    The optimizer cuts parameters out of buffers without padding, but its offsets count the padding between buckets. So
+    it saves and loads parts of the wrong parameters. The lower bounds have a bucket of their own, which makes padding
+    more likely. Megatron's pull request 5077 fixed this.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -72,7 +73,7 @@ def install_optimizer() -> None:
 
 
 def _without_padding(buffer) -> dict:
-    """Where each parameter lies in a gradient buffer whose buckets follow each other without padding."""
+    """Return each parameter's place in a gradient buffer whose buckets have no padding between them."""
     paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
     before = [0, *itertools.accumulate(paddings)]
     return {
@@ -82,14 +83,14 @@ def _without_padding(buffer) -> dict:
 
 
 def install_checkpoint() -> None:
-    """Wrap the two readers of megatron.training.checkpointing: refuse or adapt checkpoints of other models.
+    """Wrap the two functions that read checkpoints, to refuse or adapt checkpoints of other models.
 
-    Megatron reads a checkpoint twice, first what it says of itself and then its weights. In between it has no hook,
-    and what it then finds missing, or finds of the right shape, it takes.
+    Megatron reads a checkpoint twice: first its args, then its weights. It has no hook between the two. By itself it
+    loads every weight that has the right shape, even if the weight means something else in this model.
     """
     import megatron.training.checkpointing as checkpointing
 
-    # --use-checkpoint-args reads a checkpoint whose args need not be those of the command line
+    # The list is not empty while --use-checkpoint-args reads the checkpoint's args, which may differ from the run's.
     restoring = []
 
     def make_restore(load_args_from_checkpoint):
@@ -107,7 +108,7 @@ def install_checkpoint() -> None:
         return wrapped
 
     def make_base_load(load_base_checkpoint):
-        # of the last reading of what a checkpoint says of itself: its args, its folder
+        # args and folder of the distributed checkpoint whose args were read last
         distributed = []
 
         def wrapped(load_dir, args, rank0=False, sharded_state_dict=None, *rest, **kwargs):

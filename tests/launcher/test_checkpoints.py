@@ -125,7 +125,7 @@ def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Names
 
 def test_a_hybrid_model_takes_nothing_from_other_models():
     stack = dict(spec=(arguments.MODULE, arguments.STACK), hybrid_layer_pattern="M-*-")
-    with pytest.raises(UsageError, match="a HybridModel takes nothing"):
+    with pytest.raises(UsageError, match="a HybridModel takes no weights"):
         checkpoint.check(args_of(**stack), args_of(spec=None, hybrid_layer_pattern="M-*-"), distributed=True)
     checkpoint.check(args_of(**stack), args_of(**stack), distributed=True)
 
