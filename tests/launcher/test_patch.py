@@ -43,7 +43,7 @@ def test_a_patch_applies_once_and_is_taken_back_to_the_same_bytes(tree, capsys):
         return capsys.readouterr().out
 
     before = contents(tree)
-    assert "not applied to, and matches" in run("--check") and "nothing to do" in run("--reverse")
+    assert "not applied to, but matches" in run("--check") and "nothing to do" in run("--reverse")
     assert contents(tree) == before
     assert f"applied to {tree}: {SPEC_UTILS}" in run()
     after = contents(tree)
@@ -51,14 +51,14 @@ def test_a_patch_applies_once_and_is_taken_back_to_the_same_bytes(tree, capsys):
     assert changed == set(patch.files_of(patch.find_patch(tree)))
     assert "is applied to" in run("--check") and "already applied" in run()
     assert contents(tree) == after
-    assert "taken back" in run("--reverse")
+    assert "reversed in" in run("--reverse")
     assert contents(tree) == before
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        (INFO, "MINOR = 19", "MINOR = 99", "is Megatron 0.99, and there are patches for 0.18, 0.19, 0.20"),
+        (INFO, "MINOR = 19", "MINOR = 99", "is Megatron 0.99, but there are patches only for 0.18, 0.19, 0.20"),
         (SPEC_UTILS, "base_path, name = module_path", "path, name = module_path", "megatron-0.19.patch does not match"),
     ],
     ids=["unknown-release", "changed-tree"],
@@ -74,7 +74,7 @@ def test_a_tree_that_no_patch_matches_is_refused_and_left_alone(name, old, new, 
 
 
 def test_a_folder_without_megatron_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="is no Megatron-LM"):
+    with pytest.raises(UsageError, match="is not a Megatron-LM checkout"):
         patch.main([str(tmp_path)])
 
 
