@@ -1,4 +1,4 @@
-"""HGRN2 for Megatron: a gated linear RNN in the place of attention."""
+"""HGRN2 for NVIDIA Megatron: a gated linear RNN that takes the place of attention."""
 
 from hgrn2_megatron.config import HGRN2Config, UsageError
 

@@ -1,7 +1,6 @@
-"""Give a stack of layers the lower bounds that its layers share, and print the line that says what was built.
+"""Give a stack of layers the lower bounds that its layers share, and print the line that describes the model.
 
-A stack is Megatron's TransformerBlock in a GPT, or HGRN2Stack in a HybridModel. What CUDA graphs need is in
-cuda_graphs.py.
+A stack is Megatron's TransformerBlock in a GPT, or HGRN2Stack in a HybridModel.
 """
 
 from hgrn2_megatron.config import HGRN2Config
@@ -9,17 +8,17 @@ from hgrn2_megatron.lower_bounds import LowerBounds
 
 
 def create_bounds(stack, hgrn2: HGRN2Config, num_rows: int) -> LowerBounds | None:
-    """Return the stack's replica of the lower bounds, or None where bounds are off.
+    """Return the stack's replica of the lower bounds, or None if the model has no lower bounds.
 
     Args:
-        stack: has `config`, `pg_collection` and `pre_process`, which Megatron gives only to the model's first chunk.
+        stack: module with `config`, `pg_collection` and `pre_process`, which is True on the model's first chunk.
         hgrn2: HGRN2 settings of the model.
-        num_rows: rows of the table, one for each layer of the whole model that mixes tokens.
+        num_rows: number of rows of the table: one for each layer of the whole model that mixes tokens.
     """
     if hgrn2.lower_bounds == "none":
         return None
     config = stack.config
-    # Megatron sums the gradients of parameters that every pipeline stage has if it is told that there are some
+    # With this field on, Megatron sums the gradients of parameters that every pipeline stage has a replica of.
     config.has_cond_embedder = True
     return LowerBounds(
         num_rows,
@@ -33,11 +32,11 @@ def create_bounds(stack, hgrn2: HGRN2Config, num_rows: int) -> LowerBounds | Non
 
 
 def share_bounds(stack, rows: list[int]) -> None:
-    """Give `stack.hgrn2_bounds` to the stack's HGRN2 layers, or, where it has none of these, to its output.
+    """Connect `stack.hgrn2_bounds` to the stack's HGRN2 layers, or to its output if it has no HGRN2 layer.
 
     Args:
-        stack: has its `layers` built.
-        rows: row of the table for each layer. The rows of attention layers are not read.
+        stack: module whose `layers` are built.
+        rows: row of the table for each layer of the stack. Layers without an HGRN2 mixer ignore theirs.
     """
     if stack.hgrn2_bounds is None:
         return
@@ -53,7 +52,7 @@ def share_bounds(stack, rows: list[int]) -> None:
 
 
 def banner(config, hgrn2: HGRN2Config, num_layers: int, warnings: list[str]) -> None:
-    """Print the warnings, and one line that says what was built, on rank 0."""
+    """Print the warnings and one line that describes the model, on rank 0."""
     import torch
 
     from hgrn2_kernels import implementation

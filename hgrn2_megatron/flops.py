@@ -1,4 +1,7 @@
-"""Floating-point operations of an HGRN2 model, for the TFLOP/s that Megatron logs: it knows no custom layer."""
+"""Floating-point operations of an HGRN2 model, for the TFLOP/s that Megatron logs.
+
+Megatron's own count does not know custom layers.
+"""
 
 import argparse
 import copy
@@ -9,15 +12,15 @@ from hgrn2_megatron.config import HGRN2Config
 
 
 def model_flops(args: argparse.Namespace, tokens: int, count: Callable[[argparse.Namespace], float]) -> float:
-    """Operations of a forward and backward over `tokens` tokens, a multiplication and an addition being two.
+    """Return the floating-point operations of a forward and backward over `tokens` tokens.
 
-    An HGRN2 layer is counted as what it computes token by token, whatever its kernels do: four projections, the state's
-    update and the output read from it.
+    A multiplication and an addition count as two operations. The count of an HGRN2 layer is that of the recurrence and
+    does not depend on the kernels. It has four projections, the update of the state, and the output read from it.
 
     Args:
-        args: Megatron's, validated.
-        tokens: real ones, of the global batch.
-        count: Megatron's own count over the same tokens, of other args.
+        args: Megatron's validated args.
+        tokens: number of tokens in the global batch, without padding.
+        count: function that returns Megatron's own count over the same tokens for given args.
     """
     others = copy.copy(args)
     if is_stack_spec(args.spec):
@@ -28,7 +31,7 @@ def model_flops(args: argparse.Namespace, tokens: int, count: Callable[[argparse
     else:
         hgrn2 = HGRN2Config.of(args)
         num_hgrn2 = hgrn2.num_hgrn2_layers(args.num_layers)
-        # Megatron's count is of attention in every layer, and linear in this
+        # Megatron counts attention in every layer, and its count is linear in kv_channels.
         others.kv_channels = 0
         rest = count(others)
         rest += (count(copy.copy(args)) - rest) * (1 - num_hgrn2 / args.num_layers)

@@ -1,4 +1,4 @@
-"""Specs of a stack's layers: HGRN2 or attention, dense or expert, of Transformer Engine's or Megatron's modules."""
+"""Layer specs: HGRN2 or attention, with an MLP or experts, from Transformer Engine's modules or Megatron's own."""
 
 import dataclasses
 
@@ -22,13 +22,13 @@ from hgrn2_megatron.norm import LocalRMSNorm
 def transformer_block_submodules(
     config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
-    """Return the layer specs of one pipeline stage's TransformerBlock, and its final norm.
+    """Return the layer specs and the final norm of one pipeline stage's TransformerBlock.
 
-    Starts from the layers Megatron itself would build (attention with a dense MLP or experts, by its own flags)
-    and puts the HGRN2 mixer where the layer pattern says so.
+    The function starts from the layers that Megatron itself would build: attention with an MLP or experts, according to
+    its own flags. It then puts the HGRN2 mixer into the layers that the layer pattern names.
 
     Args:
-        config: Megatron's, already checked by `requirements.check`.
+        config: Megatron's TransformerConfig, already checked by `requirements.check`.
         vp_stage: virtual pipeline stage, or None.
         pp_rank: pipeline rank.
     """
@@ -45,7 +45,7 @@ def transformer_block_submodules(
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:
-    """Return whether experts are the channel mixer of `layer` (0-based over all layers)."""
+    """Return whether the channel mixer of `layer` is experts. `layer` counts from 0 over all pipeline stages."""
     if not config.num_moe_experts:
         return False
     frequency = config.moe_layer_freq
@@ -57,12 +57,12 @@ def _use_te(config: TransformerConfig) -> bool:
 
 
 def final_norm(config: TransformerConfig):
-    """Builder of the norm behind the last layer."""
+    """Return the class of the norm after the last layer."""
     return TESpecProvider().layer_norm() if _use_te(config) else LocalRMSNorm
 
 
 def stock_layers(config: TransformerConfig) -> list[ModuleSpec]:
-    """The attention layers that Megatron itself would build for the whole model, with norms that know SP."""
+    """Return specs of the attention layers that Megatron would build for all stages, with norms that support SP."""
     use_te = _use_te(config)
     specs = get_gpt_decoder_layer_specs(
         config, use_te, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
@@ -73,7 +73,7 @@ def stock_layers(config: TransformerConfig) -> list[ModuleSpec]:
 def _with_norms(spec: ModuleSpec, experts: bool) -> ModuleSpec:
     keys_map = dict(spec.submodules.sharded_state_dict_keys_map)
     if experts:
-        # Transformer Engine fuses no norm into experts, and saves it under its own name
+        # Transformer Engine does not fuse the norm into experts, and saves it under the norm's own name.
         keys_map.pop("pre_mlp_layernorm.")
     norms = dict(input_layernorm=LocalRMSNorm, pre_mlp_layernorm=LocalRMSNorm)
     submodules = dataclasses.replace(spec.submodules, **norms, sharded_state_dict_keys_map=keys_map)
@@ -81,36 +81,36 @@ def _with_norms(spec: ModuleSpec, experts: bool) -> ModuleSpec:
 
 
 class _WithBound:
-    """A layer whose lower bound is an input of its CUDA graph, where Megatron captures each layer by itself.
+    """Layer that passes its lower bound into its CUDA graph as an input, if Megatron captures each layer by itself.
 
-    The graph's backward gives gradients to its inputs and to the layer's own parameters alone, and the bounds' table is
-    the stack's. The bound takes the place of attention_bias, which Megatron hands on to the mixer.
+    The backward of a graph gives gradients only to its inputs and to the layer's own parameters, but the table of
+    bounds belongs to the stack. The bound takes the place of attention_bias, which Megatron passes on to the mixer.
     """
 
     def __call__(self, *args, **kwargs):
-        # in generation nobody wants a gradient, and the graph makes the bound itself
+        # Generation needs no gradient, so the graph computes the bound itself.
         if self.config.cuda_graph_impl == "local" and kwargs.get("inference_context") is None:
             kwargs["attention_bias"] = self.self_attention.lower_bound()
         return super().__call__(*args, **kwargs)
 
 
 class HGRN2Layer(_WithBound, TransformerLayer):
-    """Megatron's layer with an HGRN2 mixer."""
+    """Megatron's TransformerLayer with an HGRN2 mixer."""
 
 
 class HGRN2MoELayer(_WithBound, MoETransformerLayer):
-    """Megatron's layer of experts with an HGRN2 mixer."""
+    """Megatron's MoETransformerLayer with an HGRN2 mixer."""
 
 
 WITH_BOUND = {TransformerLayer: HGRN2Layer, MoETransformerLayer: HGRN2MoELayer}
 
 
 def with_mixer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
-    """The same layer with the HGRN2 mixer in the place of self attention."""
+    """Return the spec of the same layer with the HGRN2 mixer in the place of self-attention."""
     use_te, submodules = _use_te(config), spec.submodules
     backend = TESpecProvider() if use_te else LocalSpecProvider()
-    # Transformer Engine fuses the input norm into in_proj; the separate norm is saved under the fused one's
-    # name, as Megatron does for attention, so that checkpoints of both implementations interchange
+    # Transformer Engine fuses the input norm into in_proj. A separate norm is saved under the name of the fused one, as
+    # Megatron does for attention, so that each implementation can load the other's checkpoints.
     in_proj = backend.column_parallel_layer_norm_linear() if use_te else backend.column_parallel_linear()
     keys_map = {} if use_te else {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
     submodules = dataclasses.replace(

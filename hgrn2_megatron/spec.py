@@ -23,22 +23,25 @@ from hgrn2_megatron.config import UsageError
 
 
 class HGRN2Placeholder(BaseTransformerLayer):
-    """Placeholder for the layers of an HGRN2 model, which a TransformerBlock replaces and nothing builds.
+    """Placeholder for the layers of an HGRN2 model. It is never built.
 
-    A static spec is the one form every supported Megatron release takes, but it cannot know which of a hybrid's
-    layers it will become. The hook on TransformerBlock puts the real layer specs in its place.
+    Every supported Megatron release accepts a static spec, but a static spec cannot know which layer of a hybrid it is
+    for. The hook on TransformerBlock replaces the placeholder with the real spec of each layer.
+
+    Raises:
+        UsageError: Megatron builds the placeholder, which happens if a HybridModel gets the spec of a GPT.
     """
 
     def __init__(self, *args, **kwargs):
         raise UsageError(
-            "--spec hgrn2_megatron.spec hgrn2 is for a GPT (pretrain_gpt.py): "
+            "--spec hgrn2_megatron.spec hgrn2 is for a GPT (pretrain_gpt.py), but this is a HybridModel: "
             "give HybridModel --spec hgrn2_megatron.spec hgrn2_stack"
         )
 
 
 hgrn2 = ModuleSpec(module=HGRN2Placeholder)
 
-# named, not imported: releases without HybridModel have the GPT form all the same
+# The spec names the module instead of importing it, so that a GPT also works on releases without HybridModel.
 hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
 
 megatron_hooks.install_layers(HGRN2Placeholder, hgrn2_stack)

@@ -1,4 +1,4 @@
-"""HGRN2Stack: the layers of Megatron's HybridModel, with HGRN2 in the place of Mamba (symbol M)."""
+"""HGRN2Stack, the layers of Megatron's HybridModel with HGRN2 in the place of Mamba (symbol M)."""
 
 import copy
 import types
@@ -16,7 +16,7 @@ from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
 from hgrn2_megatron.settings import Settings, global_args
 
-# what Megatron's router calls the losses that it logs, by --moe-router-load-balancing-type
+# value of --moe-router-load-balancing-type -> the name under which Megatron's router logs the loss
 EXPERT_LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -27,21 +27,22 @@ EXPERT_LOSSES = {
 class HGRN2Stack(HybridStack):
     """One pipeline chunk of a HybridModel: HGRN2 at M, attention at *, an MLP at -, experts at E.
 
-    Each layer is one half of a layer of the GPT form, so that "M-M-*-" is the function that a GPT with the pattern
-    "HH*" is. The rows of the lower bounds count what mixes tokens, M and * alike, over the whole pattern.
+    Each layer is one half of a GPT's layer, so "M-M-*-" computes the same function as a GPT with the pattern "HH*".
+    The table of lower bounds has one row for each token mixer of the whole pattern, M and * alike.
 
     Args:
-        config: Megatron's; the `hgrn2_*` fields where the launcher put them. A stage of several knows the whole pattern
-            from Megatron's command line, or, where there is none, from an attribute `hybrid_layer_pattern`.
+        config: Megatron's TransformerConfig, with `hgrn2_*` fields if the launcher built it. With several pipeline
+            stages, the whole pattern comes from Megatron's command line or from an attribute `hybrid_layer_pattern` of
+            the config.
         layer_type_list: symbols of this chunk.
-        pp_layer_offset: symbols before it.
+        pp_layer_offset: number of symbols before this chunk.
         pre_process: whether this is the model's first chunk.
-        post_layer_norm: whether the last chunk ends in a norm.
+        post_layer_norm: whether the last chunk ends with a norm.
         pg_collection: process groups.
-        rest: what else HybridStack takes.
+        rest: further arguments of HybridStack.
 
     Raises:
-        UsageError: a flag or a pattern that cannot train HGRN2.
+        UsageError: a flag or the pattern cannot train HGRN2. The message names the flag to change.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class HGRN2Stack(HybridStack):
         hgrn2 = HGRN2Config.of_stack(Settings(whole, config))
         num_mixers = len(hgrn2.layer_pattern)
 
-        # Megatron's own final norm needs Transformer Engine
+        # Megatron's own final norm needs Transformer Engine, so the norm is added below.
         super().__init__(
             config,
             submodules=stack_submodules(config),
@@ -90,10 +91,10 @@ class HGRN2Stack(HybridStack):
 
 
 def _make_room_for_expert_losses(config: TransformerConfig):
-    """Let every stage log the losses of experts with one value a layer, as stages with experts do.
+    """Make every stage log the losses of experts with one value per layer.
 
-    Before 0.20 Megatron makes room for one value an E of the pattern where a stage has no experts, and its sum over
-    stages then waits forever.
+    Stages with experts do this by themselves. On a stage without experts, Megatron before 0.20 logs one value for each
+    E of the pattern. The sum over stages then waits forever.
     """
     if not config.num_moe_experts:
         return
@@ -104,39 +105,39 @@ def _make_room_for_expert_losses(config: TransformerConfig):
 
 
 def _rows(symbols: str, start: int, length: int) -> list[int]:
-    """For each of `length` layers from `start` on, the mixers before it in the whole pattern."""
+    """Return the number of token mixers before each of `length` layers, the first of which is layer `start`."""
     return [sum(symbol in MIXERS for symbol in symbols[:layer]) for layer in range(start, start + length)]
 
 
 def _check_chunk(pattern: str, own: str, start: int, config: TransformerConfig, pp_group):
-    """That the pattern known here is the one Megatron builds, whole: the depth of the lower bounds hangs on it."""
+    """Check that `pattern` is the whole pattern that Megatron builds. The lower bounds need the whole depth."""
     segments, num_stages = pattern.split(PIPE), pp_group.size()
     chunks = num_stages * (config.virtual_pipeline_model_parallel_size or 1) if num_stages > 1 else 1
     if len(segments) not in (1, chunks):
         raise UsageError(
             f"--hybrid-layer-pattern {pattern!r} has {len(segments)} segments for {chunks} pipeline chunks: "
-            "write one segment a chunk, without | for one stage"
+            "write one segment per chunk, and no | for a single stage"
         )
-    # Megatron itself divides a pattern without | among several stages
+    # Megatron divides a pattern without | among the stages by itself.
     known = own in segments[pp_group.rank() :: num_stages] if len(segments) == chunks else bool(own)
     if not known or not pattern.replace(PIPE, "").startswith(own, start):
         raise UsageError(
-            f"HybridModel builds the layers {own!r} at {start}, but --hybrid-layer-pattern is {pattern!r}: "
-            "give both the same pattern"
+            f"HybridModel builds the layers {own!r} from layer {start} on, but --hybrid-layer-pattern is {pattern!r}: "
+            "give the model and the flag the same pattern"
         )
 
 
 def stack_submodules(config: TransformerConfig) -> HybridStackSubmodules:
-    """Layer specs of the symbols, each one half of a layer that a GPT of the same flags has.
+    """Return the layer spec of each symbol. Each is one half of the layer that a GPT with the same flags has.
 
     Args:
-        config: Megatron's, already checked by `requirements.check`.
+        config: Megatron's TransformerConfig, already checked by `requirements.check`.
     """
     pair = copy.copy(config)
     pair.num_layers, pair.moe_layer_freq = 2, [0, 1]
     dense, experts = stock_layers(pair)
     return HybridStackSubmodules(
-        # what Megatron passes to this slot alone lacks it: the layer's number counts the stages before already
+        # Megatron passes this parameter to every slot but this one. The layer number already counts earlier stages.
         mamba_layer=_mixer_half(with_mixer(dense, config), add_layer_offset=False),
         attention_layer=_mixer_half(dense),
         mlp_layer=_channel_half(dense),
@@ -153,7 +154,7 @@ def _channel_half(spec: ModuleSpec) -> ModuleSpec:
 
 
 def _part(spec: ModuleSpec, params: dict, *names: str) -> ModuleSpec:
-    """A layer that has only the named submodules of another."""
+    """Return the spec of a layer that has only the named submodules of another."""
     names = (*names, "sharded_state_dict_keys_map")
     submodules = TransformerLayerSubmodules(**{name: getattr(spec.submodules, name) for name in names})
     return ModuleSpec(module=spec.module, params=params, submodules=submodules)
