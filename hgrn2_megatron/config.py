@@ -12,7 +12,7 @@ CHANNEL_MIXERS, EXPERTS, PIPE = "-E", "E", "|"
 
 
 class UsageError(ValueError):
-    """A flag or a combination of flags that cannot train HGRN2; the message names the flag to change."""
+    """Error for a flag or a combination of flags that cannot train HGRN2. The message names the flag to change."""
 
 
 def stages_fit(pattern: str, num_stages: int) -> bool:

@@ -42,14 +42,14 @@ def _stages_are_not_captured(s: Settings) -> bool:
 def _fused_attention_multiple(s: Settings) -> int:
     """Return the number that must divide the sequence length because of fused attention in a graph.
 
-    It is 1 where fused attention is not certain to be in a graph. cuDNN up to 9.15 is wrong in graphs of training at
-    lengths that are no multiple of 128. Transformer Engine takes another kernel at such lengths, but only in graphs of
-    layers and not under context parallelism, which cuts the sequence into two chunks per rank.
+    cuDNN up to 9.15 is wrong in graphs of training at lengths that are not a multiple of 128. Transformer Engine takes
+    another kernel at such lengths, but only in graphs of layers, and not under context parallelism, which cuts the
+    sequence into two chunks per rank. The number is 1 where another kernel is taken or attention is never fused.
     """
     cp = s.context_parallel_size or 1
     may_be_fused = s.transformer_impl != "local" and s.attention_backend != AttnBackend.unfused
-    is_bound_to = s.cuda_graph_impl == "full_iteration" or cp > 1
-    if not (ATTENTION in s.layer_pattern and may_be_fused and is_bound_to):
+    has_no_other_kernel = s.cuda_graph_impl == "full_iteration" or cp > 1
+    if not (ATTENTION in s.layer_pattern and may_be_fused and has_no_other_kernel):
         return 1
     return 128 * (2 * cp if cp > 1 else 1)
 
