@@ -28,7 +28,7 @@ class HGRN2Stack(HybridStack):
     """One pipeline chunk of a HybridModel: HGRN2 at M, attention at *, an MLP at -, experts at E.
 
     Each layer is one half of a GPT's layer, so "M-M-*-" computes the same function as a GPT with the pattern "HH*".
-    The table of lower bounds has one row for each token mixer of the whole pattern, M and * alike.
+    The table of lower bounds has one row for each token mixer, M or *, of the whole pattern.
 
     Args:
         config: Megatron's TransformerConfig, with `hgrn2_*` fields if the launcher built it. With several pipeline
