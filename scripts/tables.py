@@ -68,6 +68,11 @@ TABLES = {
         "2026-11-25-evaluation",
         ["command", "heldout_continuation, accuracy", "heldout_bits, bits per byte", "took"],
     ),
+    "kernels-rewritten": (
+        "2026-11-28-kernels-rewritten",
+        ["case", "bits", "forward before, us", "forward after, us", "both before, us", "both after, us"]
+        + ["after / before"],
+    ),
     "decoding-engine": ("2026-11-27-decoding-engine", ["way", "context", "ms per step", "tokens/s"]),
 }
 # columns that do not show their numbers as they stand, with commas between thousands
