@@ -1,13 +1,17 @@
 """The corpus as tokens of a byte-pair encoding that is learned from it, as Megatron's datasets.
 
-    python benchmarks/quality/tokens.py corpus data [--vocab 32768]
+    python benchmarks/quality/tokens.py corpus data [--vocab 32768] [--workers 8]
 
-Writes data/train and data/heldout, .bin and .idx, data/tokenizer.json, and data/data.json: how many bytes and tokens
-each side has, from which a loss becomes bits per byte. The last token of the vocabulary ends a document.
+Writes data/train, data/heldout and data/heldout-sample, .bin and .idx, data/tokenizer.json, and data/data.json: how
+many bytes and tokens each of them has, from which a loss becomes bits per byte. The sample is every fourth held-out
+document; it is what a run is evaluated on meanwhile. The last token of the vocabulary ends a document.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing.pool
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +24,10 @@ sys.path.append(str(EXAMPLES))
 
 from prepare_bytes import IndexedDatasetBuilder, get_bin_path, get_idx_path  # noqa: E402
 
-# one document in so many teaches the vocabulary
-SAMPLE, BATCH = 12, 2000
+# one document in so many teaches the vocabulary, one held-out document in so many is in the sample
+SAMPLE, HELDOUT_SAMPLE, BATCH = 12, 4, 100
+# dataset -> side of the corpus, and of how many documents it takes one
+DATASETS = {"train": ("train", 1), "heldout": ("heldout", 1), "heldout-sample": ("heldout", HELDOUT_SAMPLE)}
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -47,43 +53,61 @@ def learn(corpus: Path, vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def write(tokenizer: Tokenizer, source: Path, prefix: Path, end: int) -> dict[str, int]:
-    """Write one side as a dataset, and count it; the tokens that end documents count as tokens."""
+def start_worker(path: str):
+    """Load the tokenizer in a process of its own, which is to use one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    global tokenizer_of_worker
+    tokenizer_of_worker = Tokenizer.from_file(path)
+
+
+def encode(texts: list[str]) -> tuple[int, list[np.ndarray]]:
+    """Return the bytes and the tokens of some documents, each with the token that ends it."""
+    end = np.uint16(tokenizer_of_worker.get_vocab_size())
+    encoded = tokenizer_of_worker.encode_batch_fast(texts)
+    ids = [np.append(np.array(one.ids, np.uint16), end) for one in encoded]
+    return sum(len(text.encode()) for text in texts), ids
+
+
+def batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    while batch := list(itertools.islice(texts, BATCH)):
+        yield batch
+
+
+def write(pool: multiprocessing.pool.Pool, source: Path, prefix: Path, every: int = 1) -> dict[str, int]:
+    """Write one document of `every` of a side as a dataset, and count them; the tokens that end documents count too."""
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.uint16)
     counts = {"documents": 0, "bytes": 0, "tokens": 0}
-
-    def add(batch: list[str]):
-        for text, encoded in zip(batch, tokenizer.encode_batch_fast(batch), strict=True):
-            ids = np.append(np.array(encoded.ids, np.uint16), np.uint16(end))
+    texts = itertools.islice(documents(source), 0, None, every)
+    for size, encoded in pool.imap(encode, batches(texts)):
+        for ids in encoded:
             builder.add_document(ids, [len(ids)])
-            counts["documents"] += 1
-            counts["bytes"] += len(text.encode())
-            counts["tokens"] += len(ids)
-
-    batch: list[str] = []
-    for text in documents(source):
-        batch.append(text)
-        if len(batch) == BATCH:
-            add(batch)
-            batch = []
-    add(batch)
+        counts["documents"] += len(encoded)
+        counts["bytes"] += size
+        counts["tokens"] += sum(map(len, encoded))
     builder.finalize(get_idx_path(str(prefix)))
     return counts
 
 
-def prepare(corpus: Path, out: Path, vocab: int) -> dict:
-    """Write both sides into `out`; returns what data.json has.
+def prepare(corpus: Path, out: Path, vocab: int, workers: int) -> dict:
+    """Write both sides into `out`, where a tokenizer.json is used if there is one; returns what data.json has.
 
     Raises:
-        ValueError: more tokens than uint16 has, or too few for every byte to be one.
+        ValueError: more tokens than uint16 has, or too few for every byte to be one, or a tokenizer.json of another
+            vocabulary.
     """
     if not 258 <= vocab <= 1 << 16:
         raise ValueError(f"--vocab must be between 258 and 65536, got {vocab}")
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = learn(corpus, vocab)
-    tokenizer.save(str(out / "tokenizer.json"))
-    sides = {side: write(tokenizer, corpus / f"{side}.txt", out / side, vocab - 1) for side in ("train", "heldout")}
-    found = {"vocab": vocab, **sides}
+    learned = out / "tokenizer.json"
+    if not learned.exists():
+        learn(corpus, vocab).save(str(learned))
+    has = Tokenizer.from_file(str(learned)).get_vocab_size() + 1
+    if has != vocab:
+        raise ValueError(f"{learned} has {has} tokens with the one that ends documents, not {vocab}: delete it")
+    found = {"vocab": vocab}
+    with multiprocessing.Pool(workers, start_worker, (str(learned),)) as pool:
+        for name, (side, every) in DATASETS.items():
+            found[name] = write(pool, corpus / f"{side}.txt", out / name, every)
     (out / "data.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
@@ -93,14 +117,15 @@ def main():
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that encode")
     args = parser.parse_args()
     try:
-        found = prepare(args.corpus, args.out, args.vocab)
+        found = prepare(args.corpus, args.out, args.vocab, args.workers)
     except ValueError as error:
         parser.error(str(error))
-    for side in ("train", "heldout"):
-        counts = found[side]
-        print(f"{side}: {counts['tokens']:,} tokens, {counts['bytes'] / counts['tokens']:.2f} bytes each")
+    for name in DATASETS:
+        counts = found[name]
+        print(f"{name}: {counts['tokens']:,} tokens, {counts['bytes'] / counts['tokens']:.2f} bytes each")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+POSITIONS = "positions.json"
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
@@ -21,7 +22,7 @@ from training_log import LAUNCH, TrainingLog, bits, device_flags, run_lines  # n
 
 BLOCK = (
     "--normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu --hidden-dropout 0 "
-    "--attention-dropout 0 --position-embedding-type rope"
+    "--attention-dropout 0 --position-embedding-type rope --cross-entropy-loss-fusion"
 )
 GDN = (
     "--experimental-attention-variant gated_delta_net --linear-num-key-heads {heads} --linear-num-value-heads {heads} "
@@ -87,8 +88,12 @@ def flags_of(model: str, size: str, data: Path, lr: float, seed: int, iterations
         --eval-interval {max(1, iterations // 8)} --full-validation --multiple-validation-sets
         --make-vocab-size-divisible-by 64 --vocab-size {vocab} --tokenizer-type NullTokenizer
     """
-    paths = ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "heldout")]
+    paths = ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "heldout-sample")]
     return [*f"{difference} {BLOCK} {TRAINING} {shape}".split(), *paths]
+
+
+def run_folder(out: Path, model: str, lr: float, seed: int) -> Path:
+    return out / f"{model}-{lr:g}-seed{seed}"
 
 
 def logs(folder: Path) -> list[Path]:
@@ -118,7 +123,7 @@ def train(args: argparse.Namespace) -> bool:
         ValueError: the folder has a run of other flags.
         SystemExit: Megatron failed.
     """
-    folder = args.out / f"{args.model}-{args.lr:g}-seed{args.seed}"
+    folder = run_folder(args.out, args.model, args.lr, args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     flags = [*flags_of(args.model, args.size, args.data, args.lr, args.seed, args.iterations), *device_flags()]
     run = {
@@ -134,11 +139,21 @@ def train(args: argparse.Namespace) -> bool:
     if about.exists() and json.loads(about.read_text()) != run:
         raise ValueError(f"{folder} has a run of other flags or data: give another --out, or delete it")
     about.write_text(json.dumps(run, indent=1) + "\n")
-    checkpoints = str(folder / "checkpoints")
-    flags += ["--save", checkpoints, "--load", checkpoints, "--save-interval", "1000000", "--log-interval", "1"]
+    # runs that start at the same time do not share an index that one of them has half written
+    flags += ["--log-interval", "1", "--data-cache-path", str(folder / "index")]
+    if args.checkpoints:
+        checkpoints = str(folder / "checkpoints")
+        flags += ["--save", checkpoints, "--load", checkpoints, "--save-interval", "1000000"]
     if args.minutes:
         flags += ["--exit-duration-in-mins", str(args.minutes)]
-    script = EXAMPLES / ("pretrain_hybrid.py" if args.model == "mamba2" else "pretrain_gpt.py")
+    if args.lengths:
+        lengths = map(str, args.lengths)
+        flags += ["--measure", str(args.data / "heldout"), "--lengths", *lengths, "--report", str(folder / POSITIONS)]
+    if args.turn:
+        flags += ["--turn", str(args.turn)]
+    if args.model == "mamba2":
+        flags += ["--hybrid-model"]
+    script = Path(__file__).with_name("megatron_run.py")
     log = folder / f"piece.{len(logs(folder))}.log"
     piece = TrainingLog(seq_length=run["seq_length"])
     for line in run_lines([sys.executable, *LAUNCH, str(script), *flags, *args.extra], log):
@@ -159,9 +174,9 @@ def train(args: argparse.Namespace) -> bool:
     return bool(whole.losses) and max(whole.losses) == whole.last and whole.last in whole.heldout
 
 
-def bits_per_byte(loss: float, run: dict) -> float:
-    """A held-out loss in nats per token as bits per byte of the held-out text."""
-    counts = run["data"]["heldout"]
+def bits_per_byte(loss: float, run: dict, dataset: str = "heldout-sample") -> float:
+    """Return a held-out loss in nats per token as bits per byte of the text of a dataset of tokens.py."""
+    counts = run["data"][dataset]
     return bits(loss) * counts["tokens"] / counts["bytes"]
 
 
@@ -177,6 +192,9 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the weights and of the data's order")
     parser.add_argument("--iterations", type=int, help="of the whole training, not of a piece")
     parser.add_argument("--minutes", type=int, help="end after so many, with a checkpoint")
+    parser.add_argument("--checkpoints", action=argparse.BooleanOptionalAction, default=True, help="write them")
+    parser.add_argument("--lengths", type=int, nargs="+", help="measure losses by position at these at the end")
+    parser.add_argument("--turn", type=Path, help="wait for the lock on this file before training")
     parser.add_argument("--every", type=int, default=50, help="iterations from one printed line to the next")
     args = parser.parse_args(words[:end], argparse.Namespace(extra=words[end + 1 :]))
     try:

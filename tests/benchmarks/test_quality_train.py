@@ -25,8 +25,8 @@ def data(tmp_path_factory):
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.syspath_prepend(FOLDER)
         texts = sorted((path.read_bytes() for path in SOURCES), key=len)
-        (folder / "heldout.txt").write_bytes(b"\0".join([*texts[1:4], b""]))
-        (folder / "train.txt").write_bytes(b"\0".join([*texts[4:], b""]))
+        (folder / "heldout.txt").write_bytes(b"\0".join([*texts[1:9], b""]))
+        (folder / "train.txt").write_bytes(b"\0".join([*texts[9:], b""]))
         call("tokens.py", folder, folder / "data", "--vocab", 512)
         yield folder / "data"
 
@@ -43,7 +43,7 @@ def test_tokens_give_the_text_back(data):
     texts = [tokenizer.decode(document[:-1].tolist()) for document in documents]
     assert "\0".join([*texts, ""]).encode() == (data.parent / "heldout.txt").read_bytes()
     assert counts["heldout"] == {
-        "documents": 3,
+        "documents": 8,
         "bytes": sum(len(text.encode()) for text in texts),
         "tokens": sum(map(len, documents)),
     }
@@ -67,7 +67,7 @@ def test_models_train_alike_and_are_drawn(data, tmp_path):
         assert run["done"] and run["tokens"] == 16 * 8 * 64
         tokens, _, found = run["heldout"][-1]
         # log2 of 512 tokens, of so many bytes each, is what a model that knows nothing needs
-        counts = run["data"]["heldout"]
+        counts = run["data"]["heldout-sample"]
         assert tokens == run["tokens"] and found < 0.9 * 9 * counts["tokens"] / counts["bytes"]
         assert f"**{found:.4f}**" in printed
     # the first batch is the same, and no model knows anything of it
