@@ -29,6 +29,8 @@ from train import MODELS, SIZES, run_folder
 HERE = Path(__file__).resolve().parent
 # seconds of a full run beside its iterations: evaluations, checkpoint, measuring by position
 AROUND = 60
+# seconds by which a GPU's first run starts before its second, so that it is the first to have its turn
+LEAD = 10
 START = time.monotonic()
 
 
@@ -81,7 +83,8 @@ def work(lists: dict[str, list[Job]], out: Path):
     """Run each GPU's jobs in their order, two at a time, and return when all have ended."""
     lock = threading.Lock()
 
-    def slot(gpu: str):
+    def slot(gpu: str, number: int):
+        time.sleep(LEAD * number)
         while True:
             with lock:
                 if not lists[gpu]:
@@ -89,7 +92,7 @@ def work(lists: dict[str, list[Job]], out: Path):
                 job = lists[gpu].pop(0)
             job.run(gpu, out)
 
-    threads = [threading.Thread(target=slot, args=(gpu,)) for gpu in lists for _ in range(2)]
+    threads = [threading.Thread(target=slot, args=(gpu, number)) for gpu in lists for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

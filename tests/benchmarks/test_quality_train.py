@@ -106,3 +106,14 @@ def test_glus_make_up_for_larger_mixers():
     for model, mixer in (("mamba2", mamba), ("gdn", gdn)):
         layer = mixer + 3 * hidden * quality.glu_width(model, hidden)
         assert layer == pytest.approx(of_attention, rel=5e-3)
+
+
+def test_full_runs_fit_into_the_time():
+    sys.path.append(str(FOLDER))
+    import side_by_side
+
+    # one model per GPU, and a third whose halves go to the ends of the others
+    around = side_by_side.AROUND
+    assert side_by_side.iterations_within(around + 32.5, [0.5, 1.0], 2) == 32
+    assert side_by_side.iterations_within(2 * around + 48.5, [1.0, 1.0, 1.0], 2) == 32
+    assert side_by_side.iterations_within(around - 1, [1.0], 1) == 0
