@@ -1,23 +1,23 @@
 """Multi-query associative recall: how many pairs HGRN2, attention and a hybrid keep, by width and expand ratio.
 
-    python benchmarks/quality/mqar.py --out mqar.json [--widths 64 128] [--steps 4000]
-        [--workers 4] [--minutes 8]
+    python benchmarks/quality/mqar.py --out mqar.json [--widths 128 64] [--steps 6000]
+        [--workers 6] [--minutes 9]
 
-Trains models of two layers, each by a few learning rates, on one mix of sequence lengths and numbers of pairs, and
-prints the accuracy on held-out sequences, by number of pairs, of the learning rate that did best. A model's
-learning rates train side by side in one process, and several processes share each GPU. All models see the same
-batches in the same order; no sequence comes twice. The JSON file is written anew whenever a model is done, and models
-that it already has from the same settings are not trained again.
+The program trains models of two layers on one mix of sequence lengths and numbers of pairs. Each model is trained with
+a few learning rates and seeds, and the table shows its accuracy on held-out sequences at the learning rate that did
+best. All runs of a model train side by side in one process, and several processes share each GPU. All models see the
+same batches in the same order, and no sequence comes twice.
+
+Models are trained in the order of --widths, so name the most important width first. The program writes the JSON file
+again whenever a model is done, and it does not repeat models that the file already has with the same settings.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
-import importlib.metadata
 import json
 import os
 import queue
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,12 +26,15 @@ from pathlib import Path
 
 import torch
 from kinds import EXPANDS, PATTERNS, Kind, kinds
+from mqar_results import Results, mean_accuracy, table
 from recall import Batch, Size
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
-# of a batch number that no training step has
+# Held-out batches are numbered from here, which is beyond every training step.
 HELD_OUT = 1 << 40
+# Seconds from one line about the progress to the next.
+PROGRESS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +42,30 @@ class Settings:
     """The settings that all models of a table share.
 
     Attributes:
-        sizes: (tokens, pairs) of the sequences, which take turns from step to step.
-        batch: tokens of a step.
-        held_out: sequences of each size that accuracy is measured on, at least one batch.
+        sizes: (tokens, pairs) of the sequences. The sizes take turns from step to step.
+        vocab: tokens in the vocabulary, of which half are keys and half are values.
+        batch: tokens in a step.
+        steps: length of the training.
+        rates: highest learning rates to try.
+        seeds: seeds of the initial weights.
+        held_out: sequences of each size that accuracy is measured on. It is at least one batch.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((64, 4), (128, 8), (256, 16), (512, 32), (512, 64))
     vocab: int = 8192
     batch: int = 16384
-    steps: int = 4000
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    seeds: tuple[int, ...] = (1,)
+    steps: int = 6000
+    rates: tuple[float, ...] = (1e-3, 3e-3, 6e-3)
+    seeds: tuple[int, ...] = (1, 2)
     held_out: int = 1024
 
 
-TINY = Settings(((8, 2), (16, 4)), vocab=32, batch=512, steps=160, rates=(1e-2,), held_out=256)
+TINY = Settings(((8, 2), (16, 4)), vocab=32, batch=512, steps=160, rates=(1e-2,), seeds=(1,), held_out=256)
 WIDTHS = (64, 128, 256, 512)
 
 
 def train(kind: Kind, settings: Settings, graphs: bool) -> dict:
-    """Train a model with each learning rate and seed, side by side; what came of it, as JSON has it."""
+    """Train a model with each learning rate and seed, side by side, and return the results for the JSON."""
     from small_models import Learner, build, draw, start
 
     start()
@@ -106,7 +113,7 @@ def train(kind: Kind, settings: Settings, graphs: bool) -> dict:
 
 
 def compile_kernels(order: list[Kind], settings: Settings):
-    """Run each HGRN2 model forward and backward once for each size, which compiles its kernels, and no more."""
+    """Run each HGRN2 model forward and backward once for each size, which compiles its kernels."""
     from small_models import DTYPE, Recaller, build, start
 
     start()
@@ -138,86 +145,14 @@ def curve(history: Tensor, sizes: list[Size], points: int = 20) -> dict[str, lis
     return found
 
 
-def mean_accuracy(run: dict) -> float:
-    return statistics.mean(run["accuracy"].values())
-
-
-def best(model: dict) -> dict[str, float | None]:
-    """The learning rate with the best mean over sizes and seeds, and its accuracy for each number of pairs."""
-    by_rate: dict[float, list[dict]] = {}
-    for run in model["runs"]:
-        by_rate.setdefault(run["rate"], []).append(run)
-    rate, runs = max(by_rate.items(), key=lambda item: statistics.mean(map(mean_accuracy, item[1])))
-    found = {pairs: statistics.mean(run["accuracy"][pairs] for run in runs) for pairs in runs[0]["accuracy"]}
-    return {"rate": rate, **found}
-
-
-def table(results: dict) -> str:
-    """The models as lines of Markdown, in the order of the list."""
-    pairs = [str(pairs) for _, pairs in results["settings"]["sizes"]]
-    lines = [
-        "| width | mixer | parameters without embeddings | state | learning rate | "
-        + " | ".join(f"{number} pairs" for number in pairs)
-        + " | seconds |",
-        "|---" * (6 + len(pairs)) + "|",
-    ]
-    for model in results["models"]:
-        found = best(model)
-        cells = " | ".join(f"{100 * found[number]:.1f}" for number in pairs)
-        lines.append(
-            f"| {model['width']} | {model['mixer']} | {model['without_embeddings']:,} | {model['state']:,} | "
-            f"{found['rate']:g} | {cells} | {model['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-class Results:
-    """The JSON file: settings, machine, and the models that are done.
-
-    Args:
-        out: the file; models in it stay if it has the same settings and machine.
-        settings: of all models.
-        order: the models of the table, in its order.
-    """
-
-    def __init__(self, out: Path, settings: Settings, order: list[Kind]):
-        self.out, self.order = out, order
-        machine = {
-            "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
-            **{name: importlib.metadata.version(name) for name in ("torch", "triton", "megatron-core")},
-        }
-        # as JSON gives it back
-        self.head = json.loads(json.dumps({"settings": dataclasses.asdict(settings), "machine": machine}))
-        self.models: dict[Kind, dict] = {}
-        if out.exists():
-            before = json.loads(out.read_text())
-            if {name: before[name] for name in self.head} != self.head:
-                raise SystemExit(f"{out} is of other settings or another machine: give another --out, or delete it")
-            for model in before["models"]:
-                self.models[Kind(model["pattern"], model["width"], model["expand"])] = model
-
-    @property
-    def missing(self) -> list[Kind]:
-        return [kind for kind in self.order if kind not in self.models]
-
-    def add(self, kind: Kind, model: dict):
-        self.models[kind] = model
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.all(), indent=1) + "\n")
-
-    def all(self) -> dict:
-        rest = [kind for kind in self.models if kind not in self.order]
-        return {**self.head, "models": [self.models[kind] for kind in [*self.order, *rest] if kind in self.models]}
-
-
 def train_apart(kind: Kind, argv: list[str], devices: queue.Queue, until: float) -> dict:
     """Train one model in a process of its own, on one of the devices.
 
     Returns:
-        What `train` gives.
+        The results of `train`.
 
     Raises:
-        RuntimeError: it failed, or there is no time left; the end of what it printed.
+        RuntimeError: the process failed, and the message has the end of what it printed; or no time is left.
     """
     device = devices.get()
     try:
@@ -252,17 +187,52 @@ def visible_devices(workers: int) -> queue.Queue:
     return devices
 
 
+def train_all(results: Results, argv: list[str], workers: int, seconds: float) -> list[str]:
+    """Train the models that are missing, several at a time, and return the names of those that were not done.
+
+    Args:
+        results: gets each model as soon as it is done.
+        argv: this program's arguments, which each process gets too.
+        workers: processes at a time.
+        seconds: what is not done by then is ended.
+    """
+    begin, failed, order = time.monotonic(), [], results.missing
+    devices = visible_devices(workers)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(train_apart, kind, argv, devices, begin + seconds): kind for kind in order}
+        waiting = set(jobs)
+        while waiting:
+            ended, waiting = concurrent.futures.wait(waiting, PROGRESS, concurrent.futures.FIRST_COMPLETED)
+            for job in ended:
+                kind = jobs[job]
+                name = f"width {kind.width}, {kind.mixer}"
+                try:
+                    results.add(kind, job.result())
+                except RuntimeError as error:
+                    failed.append(name)
+                    print(f"{name}: {error}", flush=True)
+                    continue
+                model = results.models[kind]
+                runs = ", ".join(f"{run['rate']:g}: {100 * mean_accuracy(run):.1f}%" for run in model["runs"])
+                print(f"{name}: {model['seconds']:.0f} s; mean accuracy by learning rate {runs}", flush=True)
+            done = len(jobs) - len(waiting)
+            print(f"after {time.monotonic() - begin:.0f} s: {done} of {len(jobs)} models have ended", flush=True)
+    return failed
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--expand-ratios", type=int, nargs="+", default=EXPANDS, help="those that divide a width")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="in the order of training")
+    parser.add_argument(
+        "--expand-ratios", type=int, nargs="+", default=EXPANDS, help="a width has those that divide it"
+    )
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS, help="attention, hybrid, HGRN2")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates, the same for each model")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of the weights; batches are the same")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of the weights; batches stay the same")
+    parser.add_argument("--steps", type=int, help="length of the training")
     parser.add_argument("--workers", type=int, default=4, help="processes at a time, which share the GPUs")
-    parser.add_argument("--minutes", type=float, default=600, help="what is not done by then is ended and named")
+    parser.add_argument("--minutes", type=float, default=600, help="models not done by then are ended and named")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="a toy size, for a CPU")
     parser.add_argument("--compile", action="store_true", help="compile the kernels and stop; see compile_for_gpu.py")
@@ -288,26 +258,8 @@ def main():
     if args.compile:
         compile_kernels(order, settings)
         return
-    results = Results(args.out, settings, order)
-    devices, until, failed = visible_devices(args.workers), time.monotonic() + 60 * args.minutes, []
-    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-        # the longest first
-        jobs = {
-            pool.submit(train_apart, kind, argv, devices, until): kind
-            for kind in sorted(results.missing, key=lambda kind: -kind.width)
-        }
-        for job in concurrent.futures.as_completed(jobs):
-            kind = jobs[job]
-            name = f"width {kind.width}, {kind.mixer}"
-            try:
-                results.add(kind, job.result())
-            except RuntimeError as error:
-                failed.append(name)
-                print(f"{name}: {error}", flush=True)
-                continue
-            found = results.models[kind]
-            runs = ", ".join(f"{run['rate']:g}: {100 * mean_accuracy(run):.1f}%" for run in found["runs"])
-            print(f"{name}: {found['seconds']:.0f} s; mean accuracy by learning rate {runs}", flush=True)
+    results = Results(args.out, dataclasses.asdict(settings), order)
+    failed = train_all(results, argv, args.workers, 60 * args.minutes)
     print(f"\n{table(results.all())}")
     if failed:
         sys.exit(f"not done: {'; '.join(failed)}")

@@ -35,8 +35,8 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # of attention; RoPE needs more than a few
 HEAD = 64
 WEIGHT_DECAY, CLIP = 0.1, 1.0
-# of the steps
-WARM_UP = 0.05
+# The share of the steps in which the learning rate rises.
+WARM_UP = 0.1
 
 
 def start():
@@ -114,7 +114,7 @@ class Learner:
 
     Args:
         model: with fp32 weights, which become bf16 on a GPU.
-        lr: the highest learning rate; it rises over the first 5% of the steps and falls as a cosine to 0.
+        lr: the highest learning rate; it rises over the first 10% of the steps and falls as a cosine to 0.
         steps: of the whole training.
         batches: an example of each size that will come.
         graphs: whether steps are captured in CUDA graphs.
