@@ -1,17 +1,18 @@
-"""Text to train on, from Debian's packages and Python's library, for machines without a network too.
+"""Build a corpus from Debian's packages and Python's library, and pack it for a machine without a network.
 
     python benchmarks/quality/corpus.py build corpus              # downloads with apt-get; minutes
     python benchmarks/quality/corpus.py pack corpus pieces        # pieces of at most 55 MB, each an xz file of its own
     python benchmarks/quality/corpus.py unpack corpus pieces/*    # one piece at a time or all at once
 
-corpus/train.txt and corpus/heldout.txt hold documents of UTF-8, each ended by a zero byte; corpus/manifest.json says
-which packages they are from, their versions, hashes and licences, and what was left out. The same versions of the
-packages give the same bytes. 2% of the files are held out, whole. A file that repeats another one, or most of whose
-lines other files before it have, is left out, whichever of the two sides either would be on.
+corpus/train.txt and corpus/heldout.txt hold UTF-8 documents, and a zero byte ends each one. corpus/manifest.json names
+the packages with their versions, hashes and licences, and counts the files that were left out. The same versions of the
+packages give the same bytes.
+
+2% of the files are held out as a whole. A file is left out if it repeats an earlier file, or if most of its lines were
+in earlier files. This holds across training and held-out files.
 """
 
 import argparse
-import dataclasses
 import gzip
 import hashlib
 import html
@@ -29,98 +30,25 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from corpus_sources import HTML, SOURCES, Source
+
 HELD_OUT = 0.02
 END = b"\0"
-# bytes of a packed piece, and of a document, beyond which a file is cut at a line's end
-PIECE, DOCUMENT, DICTIONARY = 55_000_000, 1 << 18, 1 << 30
-# bytes of the shortest document, and of a line on the average, beyond which a file is data
+# The most bytes of a packed piece, and of a document. Longer files are cut at the end of a line.
+PIECE, DOCUMENT = 55_000_000, 1 << 18
+# The fewest characters of a file, and the most characters of its average line. Files with longer lines are data.
 SHORTEST, LONGEST_LINE = 256, 300
-# a file whose lines, by this share, were all seen before is a copy; one line in four is looked at
+# A file is a copy if earlier files have this share of its lines. One line in LOOKED_AT counts, and at least FEWEST.
 REPEATED, LOOKED_AT, FEWEST = 0.6, 4, 6
-
-CODE = r"\.(c|h|S|py|go|rs|java|el|pm|pl|pod|hpp|cpp|ipp|pas|pp|inc|rb|vim|rst|txt|md|texi|dts|dtsi|sh)$"
-MAN = r"/man/man\d/[^/]+$"
-HTML = r"\.x?html?$"
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A Debian package.
-
-    Attributes:
-        package: its name.
-        only: pattern of the paths to read, of files in archives within it too.
-        share: of its files, chosen by a hash of their paths.
-        largest: bytes of a file, beyond which it is a table that a program wrote.
-    """
-
-    package: str
-    only: str
-    share: float = 1.0
-    largest: int = 300_000
-
-
-SOURCES = (
-    Source("linux-source-6.1", CODE, 0.22),
-    Source("golang-1.19-src", CODE),
-    Source("rust-src", CODE),
-    Source("openjdk-17-source", CODE, 0.5),
-    Source("libboost1.81-dev", CODE, 0.4),
-    Source("fpc-source-3.2.2", CODE, 0.4),
-    Source("lazarus-src-2.2", CODE, 0.5),
-    Source("emacs-el", CODE),
-    Source("libpython3.11-stdlib", CODE),
-    Source("libpython3.11-testsuite", CODE),
-    Source("python3-django", CODE),
-    Source("python3-sympy", CODE),
-    Source("python3-scipy", CODE),
-    Source("python3-numpy", CODE),
-    Source("python3-matplotlib", CODE),
-    Source("perl-modules-5.36", CODE),
-    Source("perl-doc", CODE),
-    Source("vim-runtime", CODE),
-    Source("manpages", MAN),
-    Source("manpages-dev", MAN),
-    Source("glibc-doc", MAN),
-    Source("freebsd-manpages", MAN),
-    Source("python3.11-doc", HTML),
-    Source("linux-doc-6.1", r"/Documentation/.*\.(rst|txt)$"),
-    Source("rust-doc", r"/html/(book|reference|nomicon|rust-by-example|edition-guide|cargo|rustc|rustdoc)/.*\.html$"),
-    Source("postgresql-doc-15", HTML),
-    Source("git-doc", r"\.txt$"),
-    Source("sqlite3-doc", HTML),
-    Source("llvm-14-doc", HTML, 0.5),
-    Source("cmake-doc", r"\.rst$|" + HTML),
-    Source("apache2-doc", r"/en/.*\.html$"),
-    Source("postfix-doc", HTML),
-    Source("erlang-doc", HTML, 0.5),
-    Source("gap-doc", r"\.txt$"),
-    Source("octave-doc", HTML),
-    Source("debian-handbook", r"/en-US/.*html$"),
-    Source("debian-policy", r"\.txt(\.gz)?$"),
-    Source("developers-reference", r"/developers-reference/[^/]*\.html$"),
-    Source("debian-reference-en", HTML),
-    Source("installation-guide-amd64", r"/en/.*\.html?$"),
-    Source("libreoffice-help-en-us", HTML),
-    Source("gimp-help-en", HTML),
-    Source("dict-gcide", r"\.dict$", largest=DICTIONARY),
-    Source("dict-foldoc", r"\.dict$", largest=DICTIONARY),
-    Source("dict-jargon", r"\.dict$", largest=DICTIONARY),
-    Source("wordnet-base", r"/data\.\w+$", largest=DICTIONARY),
-    Source("bible-kjv-text", r"\.(txt|rawtext)$", largest=DICTIONARY),
-    Source("fortunes", r"/fortunes/[\w-]+$"),
-    Source("fortunes-min", r"/fortunes/[\w-]+$"),
-    Source("miscfiles", r".", largest=DICTIONARY),
-)
 
 
 def share_of(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
+    """Return a number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8]) / 2**64
 
 
 def files_in(archive: tarfile.TarFile, chosen) -> Iterator[tuple[str, bytes]]:
-    """Path and contents of the regular files of a tar archive, and of archives within it, that are `chosen`."""
+    """Yield path and contents of the `chosen` regular files of a tar archive and of the archives within it."""
     for member in archive:
         path = member.name.removeprefix("./")
         if not member.isfile():
@@ -140,17 +68,17 @@ def files_in(archive: tarfile.TarFile, chosen) -> Iterator[tuple[str, bytes]]:
 
 
 def files_of_package(deb: Path, chosen) -> Iterator[tuple[str, bytes]]:
-    """Path and contents of the files of a Debian package that are `chosen`."""
+    """Yield path and contents of the `chosen` files of a Debian package."""
     process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE)
     with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
         yield from files_in(archive, chosen)
     if process.wait():
-        raise RuntimeError(f"dpkg-deb could not read {deb}: delete it, so that it is downloaded again")
+        raise RuntimeError(f"dpkg-deb could not read {deb}: delete it, and it is downloaded again")
 
 
 def files_of_folder(folder: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Relative path and contents of a folder's files, in the order of their paths."""
-    # what is installed beside the standard library
+    """Yield relative path and contents of a folder's files, in the order of their paths."""
+    # Other packages are installed in these folders beside the standard library.
     beside = {"site-packages", "dist-packages"}
     found = {path.relative_to(folder): path for path in folder.rglob(pattern)}
     for name in sorted(found):
@@ -159,7 +87,7 @@ def files_of_folder(folder: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
 
 
 def plain_text(path: str, data: bytes) -> str | None:
-    """A file's text, of HTML what is read; None for what is not text, or too little of it, or generated."""
+    """Return a file's text, without the tags of HTML. Return None if it is not text, too short, or generated."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -178,14 +106,14 @@ def plain_text(path: str, data: bytes) -> str | None:
 
 
 class Seen:
-    """The text that came before: whole files, and a quarter of their lines."""
+    """A record of earlier text: hashes of whole files, and of a quarter of their lines."""
 
     def __init__(self):
         self.files: set[bytes] = set()
         self.lines: set[int] = set()
 
     def add(self, text: str) -> str | None:
-        """Take in a text; returns "exact" or "near" if it repeats others, which it then does not count among."""
+        """Record a text and return None, or return "exact" or "near" if it repeats earlier text."""
         words = " ".join(text.split()).encode()
         whole = hashlib.blake2b(words, digest_size=16).digest()
         if whole in self.files:
@@ -203,14 +131,14 @@ class Seen:
 
 
 def documents(text: str) -> Iterator[bytes]:
-    """A file's text in documents of at most 256 KiB that end at a line's end, each with a zero byte behind it."""
+    """Cut a file's text into documents of at most 256 KiB that end with a line, and yield each with a zero byte."""
     data = text.encode()
     while data:
         end = len(data)
         if end > DOCUMENT:
             end = data.rfind(b"\n", 0, DOCUMENT) + 1
             if not end:
-                # one long line: where a character begins
+                # A line that is too long is cut between two characters.
                 end = DOCUMENT
                 while data[end] & 0xC0 == 0x80:
                     end -= 1
@@ -219,7 +147,7 @@ def documents(text: str) -> Iterator[bytes]:
 
 
 class Writer:
-    """The two sides of the corpus, and the counts of what went into them and what did not."""
+    """A writer of both sides of the corpus, which leaves out repeated files and counts all files."""
 
     def __init__(self, out: Path):
         self.seen = Seen()
@@ -230,7 +158,7 @@ class Writer:
             side.close()
 
     def add(self, source: str, files: Iterator[tuple[str, bytes]], largest: int = Source.largest) -> dict:
-        """Take in the files of one source; how many files and bytes it gave, and how many were left out and why."""
+        """Write the files of one source, and return the numbers of files and bytes, and of files left out by reason."""
         counts = {"files": 0, "bytes": 0, "heldout_files": 0, "heldout_bytes": 0}
         dropped = {"no text": 0, "large": 0, "exact": 0, "near": 0}
         for path, data in files:
@@ -251,10 +179,10 @@ class Writer:
 
 
 def download(package: str, folder: Path) -> Path:
-    """A package's file in the folder, which apt-get downloads to where it is not there yet.
+    """Return the path of a package's file, which apt-get downloads if the folder does not have it.
 
     Raises:
-        RuntimeError: apt-get does not give it.
+        RuntimeError: apt-get does not find the package, or the folder has several versions of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(folder.glob(f"{package}_*.deb"))
@@ -269,7 +197,7 @@ def download(package: str, folder: Path) -> Path:
 
 
 def licences(deb: Path) -> list[str]:
-    """The licences that a package's copyright file names, or that file's first lines where it names none."""
+    """Return the licences that a package's copyright file names, or its first lines if it names none."""
     files = dict(files_of_package(deb, re.compile(r"/doc/[^/]+/copyright$").search))
     copyright = b"\n".join(files.values()).decode(errors="replace")
     named = sorted(set(re.findall(r"^License: *(\S.*?)\s*$", copyright, re.M)))
@@ -277,12 +205,12 @@ def licences(deb: Path) -> list[str]:
 
 
 def build(out: Path, packages: Path, sources: tuple[Source, ...] = SOURCES) -> dict:
-    """Write train.txt, heldout.txt and manifest.json into `out`; returns the manifest.
+    """Write train.txt, heldout.txt and manifest.json into `out`, and return the manifest.
 
     Args:
-        out: folder, made where missing.
-        packages: folder of the .deb files, which are downloaded where missing.
-        sources: the packages, in the order in which they are written.
+        out: folder for the corpus. It is created if it is missing.
+        packages: folder of the .deb files. Missing ones are downloaded.
+        sources: the packages, in the order of writing.
     """
     out.mkdir(parents=True, exist_ok=True)
     writer, manifest = Writer(out), []
@@ -330,12 +258,12 @@ def pack(corpus: Path, out: Path, largest: int = PIECE) -> list[Path]:
     """Write the corpus as xz files of at most `largest` bytes, each of which unpacks without the others.
 
     Returns:
-        The pieces; the manifest goes into the folder as it is.
+        The paths of the pieces. The folder also gets a copy of the manifest.
     """
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(corpus / "manifest.json", out)
     pieces = []
-    # what xz may still hold back when a piece is ended
+    # xz may still hold back this many bytes when a piece ends.
     reserve = min(2_000_000, largest // 4)
     for side in ("heldout", "train"):
         with open(corpus / f"{side}.txt", "rb") as file:
@@ -354,10 +282,12 @@ def pack(corpus: Path, out: Path, largest: int = PIECE) -> list[Path]:
 
 
 def unpack(corpus: Path, pieces: list[Path]) -> None:
-    """Append pieces to the corpus, in the order of their numbers; with the manifest there, check them once all are.
+    """Append pieces to the corpus in the order of their numbers, and compare the whole with the manifest.
+
+    The comparison needs the manifest in the corpus, and it waits until a side has all its bytes.
 
     Raises:
-        ValueError: the text is not what was packed.
+        ValueError: a side differs from the text that was packed.
     """
     corpus.mkdir(parents=True, exist_ok=True)
     for path in sorted(pieces, key=lambda path: path.name):
@@ -376,7 +306,9 @@ def unpack(corpus: Path, pieces: list[Path]) -> None:
         if size >= wanted["bytes"]:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
-                    raise ValueError(f"{path} is not what was packed: delete {corpus} and unpack each piece once")
+                    raise ValueError(
+                        f"{path} differs from the text that was packed: delete {corpus} and unpack each piece once"
+                    )
 
 
 def main():
@@ -384,7 +316,9 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("build", "pack", "unpack"):
         commands.add_parser(name).add_argument("corpus", type=Path)
-    commands.choices["build"].add_argument("--packages", type=Path, help="folder of the .deb files: corpus/packages")
+    commands.choices["build"].add_argument(
+        "--packages", type=Path, help="folder of the .deb files (default: corpus/packages)"
+    )
     commands.choices["pack"].add_argument("out", type=Path)
     commands.choices["unpack"].add_argument("pieces", type=Path, nargs="+")
     args = parser.parse_args()

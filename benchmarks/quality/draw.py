@@ -1,10 +1,10 @@
-"""Tables and pictures of the runs of train.py, and their numbers as JSON.
+"""Draw tables and pictures of the runs of train.py, and write their numbers as JSON.
 
     python benchmarks/quality/draw.py runs/full [--sweep runs/sweep] --json benchmarks/results/quality.json
         [--picture quality.png]
 
-A run's line has its held-out bits per byte at its last evaluation. Of a model's learning rates the best is drawn.
-Seconds are those of training iterations; evaluation and checkpoints are left out.
+The line of a run has the held-out bits per byte of its last evaluation. The picture shows each model at its best
+learning rate. Seconds count training iterations, without evaluations and checkpoints.
 """
 
 import argparse
@@ -14,15 +14,16 @@ from pathlib import Path
 
 from train import POSITIONS, bits_per_byte, merged
 
-# points of a training curve
+# A training curve has at most this many points.
 POINTS = 100
 
 
 def read(folder: Path) -> dict:
-    """A run as JSON has it: what it was, and its curves.
+    """Return a run's settings and curves for the JSON file.
 
     Returns:
-        What run.json says without the flags' paths, and "parameters", "tokens" and "seconds" at the end,
+        The settings of run.json, and:
+        "parameters", "tokens", "iterations" and "seconds" at the end of the run,
         "heldout": [[tokens, seconds, bits per byte], ..] on the sample of the held-out documents,
         "training": [[tokens, mean loss in nats per token], ..],
         "lengths": the losses by position of megatron_run.py on all held-out documents, with "bits_per_byte".
@@ -61,18 +62,19 @@ def read(folder: Path) -> dict:
 
 
 def read_all(folder: Path) -> list[dict]:
-    """The runs in a folder, by model, learning rate and seed.
+    """Return the runs in a folder, sorted by model, learning rate and seed.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the folder has no run.
     """
     runs = [read(about.parent) for about in folder.glob("*/run.json")]
     if not runs:
-        raise ValueError(f"no run of train.py in {folder}: give the folder that its --out named")
+        raise ValueError(f"no run of train.py in {folder}: give the folder that was its --out")
     return sorted(runs, key=lambda run: (run["model"], run["lr"], run["seed"]))
 
 
 def last(run: dict) -> float:
+    """Return the last held-out bits per byte of a run, or infinity if it has none."""
     return run["heldout"][-1][2] if run["heldout"] else float("inf")
 
 
@@ -86,7 +88,7 @@ def best(runs: list[dict]) -> list[dict]:
 
 
 def table(runs: list[dict]) -> str:
-    """All runs as lines of Markdown; those of a model's best learning rate in bold."""
+    """Return all runs as lines of Markdown, with each model's best learning rate in bold."""
     bold = {id(run) for run in best(runs)}
     lengths = sorted({one["length"] for run in runs for one in run["lengths"]})
     columns = [
@@ -152,7 +154,7 @@ def draw_positions(axes, runs: list[dict]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="the folder that train.py's --out named")
+    parser.add_argument("runs", type=Path, help="the folder that was --out of train.py")
     parser.add_argument("--sweep", type=Path, help="the folder of the sweep, for a second table")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--picture", type=Path)

@@ -1,4 +1,4 @@
-"""The small models that are compared: what mixes their tokens, and how wide they are."""
+"""The small models that mqar.py compares, by mixer and width."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ PATTERNS = ("*", "H*", "H")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A model's size and what mixes its tokens.
+    """A model's mixer and size.
 
     Attributes:
-        pattern: H (HGRN2) and * (attention), repeated over the layers.
-        width: hidden size; the GLU is twice as wide.
-        expand: expand ratio of HGRN2 layers, 0 where there are none.
+        pattern: the layers' mixers, H for HGRN2 and * for attention. It repeats until all layers have one.
+        width: hidden size. The GLU is twice as wide.
+        expand: expand ratio of HGRN2 layers, or 0 without such layers.
     """
 
     pattern: str
@@ -28,7 +28,7 @@ class Kind:
 
     @property
     def state(self) -> int:
-        """Numbers of a sequence's state in HGRN2 layers."""
+        """The size of a sequence's state in all HGRN2 layers together, in numbers."""
         layers = (self.pattern * LAYERS)[:LAYERS].count("H")
         return layers * self.width * self.expand
 
@@ -36,10 +36,12 @@ class Kind:
 def kinds(
     widths: tuple[int, ...], expands: tuple[int, ...] = EXPANDS, patterns: tuple[str, ...] = PATTERNS
 ) -> list[Kind]:
-    """The models of the table, by width: attention, the hybrid with the largest expand ratio, HGRN2 with each.
+    """Return the models of the table in the order of widths.
+
+    Each width has attention, a hybrid with the largest expand ratio, and HGRN2 with each expand ratio.
 
     Raises:
-        ValueError: a width that no expand ratio divides.
+        ValueError: no expand ratio divides a width.
     """
     found = []
     for width in widths:

@@ -1,11 +1,16 @@
-"""Megatron's pretraining of one model, which can wait for its turn on a GPU and measure the trained model at the end.
+"""Run Megatron's pretraining of one model with a fast held-out loss, and measure the trained model at the end.
 
-    torchrun --nproc_per_node 1 -m hgrn2_megatron benchmarks/quality/megatron_run.py [--turn FILE] [--measure DATA
-        --lengths 2048 32768 --report FILE] [--hybrid-model] <Megatron's flags>
+    torchrun --nproc_per_node 1 -m hgrn2_megatron benchmarks/quality/megatron_run.py --held-out DATA [--turn FILE]
+        [--measure DATA --lengths 2048 32768 --report FILE] [--hybrid-model] <Megatron's flags>
 
-train.py starts it. With --turn, the run loads everything, and then waits until no other run holds the lock on FILE, so
-that the next run starts up while this one trains. With --measure, it ends with the losses by position of the dataset
-DATA, cut into sequences of each length. A length beyond the trained one shows how the model extrapolates.
+train.py starts this program. At each of Megatron's evaluations, it measures the loss on the whole dataset of
+--held-out once. Megatron's own --full-validation feeds one sequence per micro-batch, and its every step takes a batch
+of them, so it would read the dataset as often as a batch has micro-batches. That took 53 seconds on one H200 where
+545 sequences of 2,048 tokens were held out.
+
+With --turn, the run loads everything and then waits until no other run holds the lock on FILE. So the next run starts
+up while this one trains. With --measure, the run ends with the losses by position on the dataset DATA, which is cut
+into sequences of each length. A length beyond the trained one shows how the model extrapolates.
 """
 
 import argparse
@@ -21,28 +26,34 @@ sys.path.append(str(EXAMPLES))
 
 import pretrain_gpt  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+from megatron.training import get_args, training  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-# numbers in a report's curve of losses by position, and tokens that go through the model at once
-POINTS, TOKENS = 64, 32768
+# A report has this many numbers in its curve of losses by position.
+POINTS = 64
+# This many tokens go through the model at once.
+TOKENS = 32768
 
 
 class Turn:
-    """A lock on a file, held by the run whose turn it is on a GPU. It ends with the process at the latest."""
+    """A lock on a file that the run holds whose turn it is on a GPU. The lock ends with its process at the latest."""
 
     def __init__(self, path: Path):
         self.file = open(path, "w")
 
     def take(self):
+        """Wait until no other process holds the lock, and take it."""
         print(f"waiting for the turn on {self.file.name}", flush=True)
         fcntl.flock(self.file, fcntl.LOCK_EX)
         print("it is this run's turn", flush=True)
 
     def give(self):
+        """Give the lock back."""
         self.file.close()
 
 
 def wait_after_setup(turn: Turn):
-    """Make Megatron wait for its turn after the model and before the training."""
+    """Make Megatron wait for its turn when the model is built and before the training begins."""
     provider = pretrain_gpt.datasets_provider
 
     def datasets_provider(*args, **options):
@@ -53,26 +64,37 @@ def wait_after_setup(turn: Turn):
     pretrain_gpt.datasets_provider = datasets_provider
 
 
-def keep_model() -> list[torch.nn.Module]:
-    """Return a list that holds the model once training has begun."""
-    kept: list[torch.nn.Module] = []
-    step = pretrain_gpt.forward_step
+def read_tokens(dataset: Path) -> Tensor:
+    """Return the documents of an indexed dataset one after the other, [tokens] int64."""
+    documents = IndexedDataset(str(dataset))
+    return torch.cat([torch.from_numpy(document.astype("int64")) for document in documents[:]])
 
-    def forward_step(data_iterator, model):
-        kept[:] = [model]
-        return step(data_iterator, model)
 
-    pretrain_gpt.forward_step = forward_step
+def measure_held_out(dataset: Path) -> list[torch.nn.Module]:
+    """Make each of Megatron's evaluations one pass over a dataset, and return a list that then holds the model."""
+    tokens, kept, measured = read_tokens(dataset), [], set()
+
+    def evaluate(prefix, forward_step, data_iterator, model, iteration, *rest, **options):
+        kept[:] = model
+        # Megatron evaluates once more when the training ends.
+        if iteration in measured:
+            return
+        measured.add(iteration)
+        found = losses_by_position(model[0], tokens, get_args().seq_length)
+        print(f" validation loss at iteration {iteration} | lm loss value: {found['loss']:.6E} |", flush=True)
+
+    training.evaluate_and_print_results = evaluate
     return kept
 
 
 @torch.no_grad()
-def losses_by_position(model: torch.nn.Module, dataset: IndexedDataset, length: int) -> dict:
-    """Measure a model on a dataset whose documents follow each other, cut into sequences of one length.
+def losses_by_position(model: torch.nn.Module, whole: Tensor, length: int) -> dict:
+    """Measure a model on tokens that are cut into sequences of one length.
 
     Args:
-        model: gives losses [B, T] fp32 of tokens, positions, no mask and labels, each [B, T] int64.
-        dataset: the documents; what is left after the last whole sequence does not count.
+        model: gives losses [B, T] fp32 of tokens, positions, no mask and labels, each [B, T] int64. It is in training
+            mode afterwards.
+        whole: [tokens] int64. The tokens after the last whole sequence do not count.
         length: tokens of a sequence, at least POINTS.
 
     Returns:
@@ -80,12 +102,14 @@ def losses_by_position(model: torch.nn.Module, dataset: IndexedDataset, length: 
         sequence, from its beginning to its end.
 
     Raises:
-        ValueError: the dataset has fewer tokens than one sequence.
+        ValueError: there are fewer tokens than one sequence needs.
     """
-    whole = torch.cat([torch.from_numpy(document.astype("int64")) for document in dataset[:]])
     count = (len(whole) - 1) // length
     if not count:
-        raise ValueError(f"--lengths {length} is more than the {len(whole)} tokens of the dataset: give a shorter one")
+        raise ValueError(
+            f"sequences of {length} do not fit into a dataset of {len(whole)} tokens: give a shorter length"
+        )
+    model.eval()
     device = next(model.parameters()).device
     total = torch.zeros(length, dtype=torch.float64, device=device)
     for start in range(0, count, max(1, TOKENS // length)):
@@ -94,6 +118,7 @@ def losses_by_position(model: torch.nn.Module, dataset: IndexedDataset, length: 
         tokens, labels = piece[:-1].view(size, length), piece[1:].view(size, length)
         positions = torch.arange(length, device=device).expand(size, length)
         total += model(tokens, positions, None, labels=labels).double().sum(0)
+    model.train()
     means = total / count
     return {
         "length": length,
@@ -105,6 +130,7 @@ def losses_by_position(model: torch.nn.Module, dataset: IndexedDataset, length: 
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--turn", type=Path)
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[])
@@ -115,7 +141,7 @@ def main():
     turn = Turn(args.turn) if args.turn else None
     if turn:
         wait_after_setup(turn)
-    kept = keep_model()
+    kept = measure_held_out(args.held_out)
     if args.hybrid_model:
         from megatron.training.argument_utils import hybrid_config_from_args
 
@@ -123,12 +149,9 @@ def main():
     else:
         pretrain_gpt.main()
     if args.measure and kept:
-        (model,) = kept
-        model.eval()
-        dataset = IndexedDataset(str(args.measure))
-        found = []
+        found, tokens = [], read_tokens(args.measure)
         for length in args.lengths:
-            found.append(losses_by_position(model, dataset, length))
+            found.append(losses_by_position(kept[0], tokens, length))
             print(f"sequences of {length}: {found[-1]['loss']:.5f} nats per token", flush=True)
             args.report.write_text(json.dumps(found, indent=1) + "\n")
     if turn:

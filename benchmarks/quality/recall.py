@@ -1,7 +1,7 @@
-"""Sequences of multi-query associative recall (MQAR), made on the device that trains on them.
+"""Draw sequences of multi-query associative recall (MQAR), on the device that trains on them.
 
 A sequence begins with pairs of a key and a value. Then each key comes once more, with gaps between them, and the model
-has to give the key's value there. All else is the filler token 0.
+has to give the key's value there. All other tokens are the filler token 0.
 
 Source: Arora et al., "Zoology", arXiv 2312.04927; its generator (HazyResearch/zoology, multiquery_ar) as the
 configuration of its Figure 2 calls it, with random_non_queries off.
@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# exponent of the gaps' power law, `power_a` in the original
+# The exponent of the gaps' power law, which the original calls `power_a`.
 POWER = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """The shape of a sequence: so many tokens, so many pairs of a key and a value.
+    """The size of a sequence in tokens, and its number of pairs of a key and a value.
 
     Raises:
-        ValueError: the tokens do not hold the pairs and a place for each query.
+        ValueError: the sequence is too short for the pairs and a place for each query.
     """
 
     length: int
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: [batch, length] int64.
-        queries: [batch, pairs] int64, where the queries are, in the order of the keys.
+        queries: [batch, pairs] int64, the positions of the queries in the order of the keys.
         answers: [batch, pairs] int64, the value of each key.
     """
 
@@ -51,10 +51,11 @@ class Batch(NamedTuple):
 
 
 def sequences(size: Size, count: int, vocab: int, generator: torch.Generator) -> Batch:
-    """Draw `count` sequences on the generator's device; nothing waits for the device.
+    """Draw `count` sequences on the generator's device, without waiting for the device.
 
-    Keys are tokens from 1 to vocab / 2 - 1 and values those from vocab / 2 on, all different within a sequence. The
-    places of the queries are drawn one after the other without repeating, place i (from 1) with weight i^(power - 1).
+    Keys are tokens from 1 to vocab / 2 - 1, and values are tokens from vocab / 2 on. All are different within a
+    sequence. The places of the queries are drawn one after the other without repetition. Place i, counted from 1, has
+    the weight i^(power - 1).
 
     Raises:
         ValueError: the vocabulary has fewer keys than a sequence has pairs.
@@ -66,7 +67,7 @@ def sequences(size: Size, count: int, vocab: int, generator: torch.Generator) ->
     keys = 1 + _distinct(count, half - 1, size.pairs, generator)
     values = half + _distinct(count, half, size.pairs, generator)
     places = torch.arange(1, (size.length - context) // 2 + 1, device=device)
-    # the smallest of exponential variables are what drawing without repeating gives, in its order
+    # The order of exponential variables is that of places drawn without repetition.
     times = torch.empty(count, len(places), device=device).exponential_(generator=generator) / places ** (POWER - 1)
     queries = context + 2 * times.topk(size.pairs, largest=False).indices
     tokens = torch.zeros(count, size.length, dtype=torch.int64, device=device)
@@ -75,5 +76,5 @@ def sequences(size: Size, count: int, vocab: int, generator: torch.Generator) ->
 
 
 def _distinct(count: int, choices: int, number: int, generator: torch.Generator) -> Tensor:
-    """[count, number] different numbers below `choices` in each row."""
+    """Draw different numbers below `choices` for each row, [count, number]."""
     return torch.rand(count, choices, generator=generator, device=generator.device).topk(number).indices

@@ -1,16 +1,19 @@
-"""Sweep the learning rate of each model, then train each with its best one, on all GPUs and within a given time.
+"""Sweep the learning rate of each model, then train each model with its best rate, on all GPUs and in a given time.
 
     python benchmarks/quality/side_by_side.py --data data --out runs --gpus 0 1 --seconds 1200
 
-Every run is a process of train.py. Two of them share a GPU: one trains while the next starts up and waits for its turn.
-A run that fails is reported and does not stop the others. Called again, it leaves out what is done.
+Every run is a process of train.py. Two runs share a GPU: one trains while the next starts up and waits for its turn.
+The program reports a run that fails and goes on with the others. Call it again, and it leaves out what is done.
 
-1. The sweep, in runs/sweep: each model with each learning rate, --sweep-iterations long, without checkpoints.
-2. The choice, in runs/choice.json: for each model the rate with the lowest held-out loss. All models get the same
-   number of iterations, as many as the rest of the time allows by the speeds that the sweep measured. The last model
-   is left out where the others alone reach --least-tokens and all together do not.
-3. The full runs, in runs/full: one model per GPU. Where there is one model more than GPUs, its first half trains on the
-   last GPU before that GPU's own model, and its second half on the first GPU after that GPU's own model.
+1. The sweep trains each model with each learning rate for --sweep-iterations, without checkpoints. Its folder is
+   runs/sweep.
+2. The choice takes for each model the rate with the lowest held-out loss. All models get the same number of iterations,
+   as many as the rest of the time allows at the speeds that the sweep measured. If all models together do not reach
+   --least-tokens, but the others do without the last one, the last one is left out. The choice is in runs/choice.json.
+3. The full runs train one model per GPU, in runs/full. If there is one model more than GPUs, its first half trains on
+   the last GPU before that GPU's own model. Its second half trains on the first GPU after that GPU's own model.
+
+README.md beside this file says how long each part takes.
 """
 
 import argparse
@@ -27,14 +30,17 @@ from draw import last, read, read_all
 from train import MODELS, SIZES, run_folder
 
 HERE = Path(__file__).resolve().parent
-# seconds of a full run beside its iterations: evaluations, checkpoint, measuring by position
+# Seconds of a full run that are no iterations: its start, evaluations, the checkpoint, and the losses by position.
 AROUND = 60
-# seconds by which a GPU's first run starts before its second, so that it is the first to have its turn
+# The full runs get this share of the time that is left, because an iteration can take longer than in the sweep.
+SHARE = 0.95
+# A GPU's first run starts this many seconds before its second, so that it takes its turn first.
 LEAD = 10
 START = time.monotonic()
 
 
 def say(text: str):
+    """Print a line with the seconds since the start."""
     print(f"{time.monotonic() - START:6.0f} s  {text}", flush=True)
 
 
@@ -45,7 +51,9 @@ class Job:
     Attributes:
         name: names its console output.
         words: its command line.
-        after: jobs that have to end well before this one starts.
+        after: jobs that have to end without a failure before this one starts.
+        ended: is set when the job has ended.
+        failed: the job failed or could not start.
     """
 
     name: str
@@ -55,11 +63,12 @@ class Job:
     failed: bool = False
 
     def run(self, gpu: str, out: Path):
+        """Wait for the jobs before this one, and run it on a GPU."""
         for job in self.after:
             job.ended.wait()
         if any(job.failed for job in self.after):
             self.failed = True
-            say(f"{self.name}: not started, what it continues from failed")
+            say(f"{self.name}: not started, because the run before it failed")
         else:
             self._run(gpu, out)
         self.ended.set()
@@ -110,21 +119,21 @@ def is_done(args: argparse.Namespace, folder: str, model: str, lr: float) -> boo
 
 
 def sweep(args: argparse.Namespace) -> list[dict]:
-    """Run the sweep; returns its runs as draw.py reads them."""
+    """Run the sweep, and return its runs as draw.py reads them."""
     shared: list[Job] = []
     for lr in args.rates:
         for model in args.models:
             words = words_of(args, "sweep", model, lr, args.sweep_iterations)
             if is_done(args, "sweep", model, lr):
                 continue
-            shared.append(Job(f"sweep-{model}-{lr:g}", [*words, "--no-checkpoints"]))
-    # one list: the GPU that is free takes the next
+            shared.append(Job(f"sweep-{model}-{lr:g}", [*words, "--no-checkpoints", "--evaluations", "1"]))
+    # All GPUs share one list: a GPU that is free takes the next job.
     work({gpu: shared for gpu in args.gpus}, args.out)
     return [run for run in read_all(args.out / "sweep") if run["heldout"] and run["done"]]
 
 
 def seconds_per_iteration(runs: list[dict], model: str) -> float:
-    """The time of a model's median iteration, the fastest of its runs."""
+    """Return the seconds of a model's median iteration in the fastest of its runs."""
     found = [run["tokens"] / run["iterations"] / run["tokens_per_second"] for run in runs if run["model"] == model]
     return min(found)
 
@@ -133,16 +142,16 @@ def iterations_within(seconds: float, times: list[float], gpus: int) -> int:
     """Return how many iterations each model can have within `seconds`, as a multiple of 16.
 
     Args:
-        seconds: on every GPU.
-        times: seconds of an iteration of each model; the one beyond `gpus` is split in two halves.
-        gpus: at most as many models have one to themselves.
+        seconds: time on every GPU.
+        times: seconds of an iteration of each model. One model more than `gpus` is split into two halves.
+        gpus: number of GPUs.
     """
     own, split = times[:gpus], times[gpus:]
     on_each = [[one] for one in own]
     for one in split:
         on_each[0].append(one / 2)
         on_each[-1].append(one / 2)
-    # the second half starts when the first has ended, so together they need one GPU's time at most
+    # The second half starts when the first has ended and when the first GPU's own model is done.
     slowest = max([sum(one) for one in on_each] + [own[0] + one / 2 for one in split])
     jobs = max(len(one) for one in on_each)
     return max(0, int((seconds - AROUND * jobs) / slowest)) // 16 * 16
@@ -152,7 +161,7 @@ def choose(args: argparse.Namespace, runs: list[dict]) -> dict:
     """Choose learning rates and the length of the full runs, and write choice.json.
 
     Raises:
-        ValueError: no model has a run that ended, or no time is left.
+        ValueError: no run of the sweep ended, or too little time is left.
     """
     rates = {}
     for model in args.models:
@@ -161,7 +170,7 @@ def choose(args: argparse.Namespace, runs: list[dict]) -> dict:
             rates[model] = min(of_model, key=last)["lr"]
     if not rates:
         raise ValueError(f"no run of the sweep ended well: see {args.out}/*.console")
-    left = args.seconds - (time.monotonic() - START)
+    left = SHARE * (args.seconds - (time.monotonic() - START))
     times = {model: seconds_per_iteration(runs, model) for model in rates}
     tokens = runs[0]["tokens"] // runs[0]["iterations"]
     models = list(rates)[: len(args.gpus) + 1]
@@ -209,17 +218,17 @@ def full(args: argparse.Namespace, choice: dict):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of tokens.py")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder that tokens.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["attention", "hgrn2", "hybrid"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--gpus", nargs="+", default=["0"])
     parser.add_argument("--size", choices=SIZES, default="125m")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sweep-iterations", type=int, default=150)
-    parser.add_argument("--seconds", type=float, required=True, help="for everything, the sweep included")
-    parser.add_argument("--least-tokens", type=float, default=300e6)
-    parser.add_argument("--most-tokens", type=float, help="of a full run")
+    parser.add_argument("--sweep-iterations", type=int, default=100)
+    parser.add_argument("--seconds", type=float, required=True, help="for everything, with the sweep")
+    parser.add_argument("--least-tokens", type=float, default=300e6, help="of a full run; see step 2")
+    parser.add_argument("--most-tokens", type=float, help="the most tokens of a full run")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 32768])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

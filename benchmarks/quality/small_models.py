@@ -1,7 +1,7 @@
-"""Small models of Megatron's own code, several of them training side by side on one GPU.
+"""Train several small models of Megatron's own code side by side on one GPU.
 
-A step of each is a CUDA graph on a stream of its own, so that neither the host nor the size of its kernels decides how
-fast many small models train. On a CPU the same steps run one after the other.
+A step of a model is a CUDA graph on a stream of its own. So the host does not slow the training down, and the small
+kernels of several models run at the same time. On a CPU the same steps run one after the other.
 """
 # ruff: noqa: E402
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kinds import LAYERS, Kind
 from recall import Batch, Size, sequences
 
-# Megatron compiles a few functions for GPUs, which takes longer than these models train
+# Megatron compiles a few functions for GPUs. That would take longer than the training.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from hgrn2_megatron import cpu
@@ -43,15 +43,15 @@ WARM_UP = 0.1
 
 
 def start():
-    """Set Megatron up for one process without torchrun; with gloo no thread of NCCL disturbs a capture."""
+    """Set Megatron up for one process without torchrun, on gloo, because a thread of NCCL would disturb a capture."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    # this tracker does not look at the generator's state, which a capture does not allow
+    # This tracker does not read the generator's state. A capture does not allow that.
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
 
 
 def build(kind: Kind, vocab: int, length: int, seed: int) -> GPTModel:
-    """A GPT of two layers as Megatron builds one, with its own (unfused) modules and tied embeddings."""
+    """Build a GPT of two layers from Megatron's own unfused modules, with tied embeddings."""
     torch.manual_seed(seed)
     settings = dict(
         **BLOCK,
@@ -63,7 +63,7 @@ def build(kind: Kind, vocab: int, length: int, seed: int) -> GPTModel:
         bf16=ON_GPU,
         transformer_impl="local",
         init_method_std=INITIAL * kind.width**-0.5,
-        # the same draws on every device
+        # All devices draw the same weights.
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -86,7 +86,7 @@ def build(kind: Kind, vocab: int, length: int, seed: int) -> GPTModel:
 
 
 class Recaller:
-    """A model that is asked at the queries of a batch alone: its output layer sees nothing else."""
+    """A model whose output layer computes only the queries of a batch."""
 
     def __init__(self, model: GPTModel):
         self.model = model
@@ -94,32 +94,32 @@ class Recaller:
         model.output_layer.register_forward_pre_hook(self._at_queries)
 
     def _at_queries(self, layer, args: tuple) -> tuple:
-        """Return the hidden states at the queries, [pairs, b, h], out of all of them, [s, b, h]."""
+        """Return the hidden states at the queries, [pairs, b, h], from those at all positions, [s, b, h]."""
         hidden, *rest = args
         index = self.queries.t().unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return hidden.gather(0, index), *rest
 
     def logits(self, batch: Batch) -> Tensor:
-        """[batch, pairs, vocab]"""
+        """Return the logits at the queries, [batch, pairs, vocab]."""
         self.queries = batch.queries
         return self.model(batch.tokens, None, None)
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The mean loss over the queries, the logits, and the gradient of each parameter."""
+        """Return the mean loss over the queries, the logits, and the gradient of each parameter."""
         logits = self.logits(batch)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.answers.flatten())
         return loss.detach(), logits.detach(), torch.autograd.grad(loss, list(self.model.parameters()))
 
 
 class Learner:
-    """A model and its AdamW, which keeps fp32 copies of the weights; weights of more than one dimension decay.
+    """A model and its AdamW optimizer with fp32 copies of the weights. Only matrices have weight decay.
 
     Args:
-        model: with fp32 weights, which become bf16 on a GPU.
-        lr: the highest learning rate; it rises over the first 10% of the steps and falls as a cosine to 0.
-        steps: of the whole training.
+        model: a model with fp32 weights, which become bf16 on a GPU.
+        lr: the highest learning rate. The rate rises over the first 10% of the steps and falls as a cosine to 0.
+        steps: length of the whole training.
         batches: an example of each size that will come.
-        graphs: whether steps are captured in CUDA graphs.
+        graphs: capture the steps in CUDA graphs.
     """
 
     def __init__(self, model: GPTModel, lr: float, steps: int, batches: list[Batch], graphs: bool = ON_GPU):
@@ -131,13 +131,13 @@ class Learner:
         vectors = [p for p in self.masters if p.dim() < 2]
         groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True, capturable=graphs)
-        # step -> loss and accuracy
+        # The loss and the accuracy of each step.
         self.history = torch.zeros(steps, 2, device=self.lr.device)
         self.stream = torch.cuda.Stream() if ON_GPU else None
         self.graphs = self._capture(batches) if graphs else {}
 
     def _update(self, batch: Batch) -> Tensor:
-        """One step of training: loss and accuracy, [2] fp32."""
+        """Take one step of training, and return the loss and the accuracy, [2] fp32."""
         loss, logits, gradients = self.recaller.gradients(batch)
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient.float()
@@ -149,7 +149,7 @@ class Learner:
         return torch.stack([loss, right])
 
     def _capture(self, batches: list[Batch]) -> dict:
-        """Return, for each size of batches, a graph, its batch and its result. The weights are as before."""
+        """Return a graph, its batch and its result for each size of batches. The weights do not change."""
         initial, graphs, pool = [p.clone() for p in self.masters], {}, torch.cuda.graph_pool_handle()
         self.stream.wait_stream(torch.cuda.current_stream())
         for example in batches:
@@ -159,7 +159,7 @@ class Learner:
                     self._update(batch)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # other learners' graphs have other streams, and run at the same time
+            # The graphs of other learners have other streams and run at the same time.
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 result = self._update(batch)
             graphs[_shapes(batch)] = graph, batch, result
@@ -172,7 +172,7 @@ class Learner:
         return graphs
 
     def learn(self, batch: Batch):
-        """Take one step; on a GPU on this learner's stream, without waiting for it."""
+        """Take one step. On a GPU it runs on this learner's stream, and nothing waits for it."""
         if self.stream is None:
             return self._learn(batch)
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -195,18 +195,18 @@ class Learner:
 
     @torch.no_grad()
     def accuracy(self, batches: list[Batch]) -> float:
-        """The share of queries whose answer the model finds most likely of the whole vocabulary."""
+        """Return the share of queries at which the right answer is the most likely token of the vocabulary."""
         right = [(self.recaller.logits(batch).argmax(-1) == batch.answers).float().mean() for batch in batches]
         return torch.stack(right).mean().item()
 
 
 def _shapes(batch: Batch) -> tuple[torch.Size, ...]:
-    # as many tokens may hold more or fewer pairs
+    # Batches of the same length can have different numbers of pairs.
     return tuple(x.shape for x in batch)
 
 
 def schedule(step: int, steps: int) -> float:
-    """The factor on the learning rate in step 0, 1, .. of so many."""
+    """Return the factor on the learning rate in a step, counted from 0."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -214,6 +214,6 @@ def schedule(step: int, steps: int) -> float:
 
 
 def draw(size: Size, count: int, vocab: int, seed: int) -> Batch:
-    """Sequences that depend on nothing but these numbers and the kind of device."""
+    """Draw sequences that depend only on the arguments and the kind of device."""
     device = "cuda" if ON_GPU else "cpu"
     return sequences(size, count, vocab, torch.Generator(device).manual_seed(seed))

@@ -1,10 +1,11 @@
-"""The corpus as tokens of a byte-pair encoding that is learned from it, as Megatron's datasets.
+"""Learn a byte-pair encoding from the corpus, and write the corpus as Megatron's datasets of tokens.
 
     python benchmarks/quality/tokens.py corpus data [--vocab 32768] [--workers 8]
 
-Writes data/train, data/heldout and data/heldout-sample, .bin and .idx, data/tokenizer.json, and data/data.json: how
-many bytes and tokens each of them has, from which a loss becomes bits per byte. The sample is every fourth held-out
-document; it is what a run is evaluated on meanwhile. The last token of the vocabulary ends a document.
+The program writes the datasets data/train, data/heldout and data/heldout-sample, each as .bin and .idx, and the
+vocabulary data/tokenizer.json. data/data.json has the bytes and tokens of each dataset, with which a loss is converted
+to bits per byte. The sample is every fourth held-out document, and runs are evaluated on it while they train. The last
+token of the vocabulary ends a document.
 """
 
 import argparse
@@ -24,14 +25,16 @@ sys.path.append(str(EXAMPLES))
 
 from prepare_bytes import IndexedDatasetBuilder, get_bin_path, get_idx_path  # noqa: E402
 
-# one document in so many teaches the vocabulary, one held-out document in so many is in the sample
-SAMPLE, HELDOUT_SAMPLE, BATCH = 12, 4, 100
-# dataset -> side of the corpus, and of how many documents it takes one
+# The vocabulary is learned from one document in 12. The sample has one held-out document in 4.
+SAMPLE, HELDOUT_SAMPLE = 12, 4
+# A process encodes this many documents at a time.
+BATCH = 100
+# For each dataset: the side of the corpus, and a number n where it takes one document in n.
 DATASETS = {"train": ("train", 1), "heldout": ("heldout", 1), "heldout-sample": ("heldout", HELDOUT_SAMPLE)}
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of a side of the corpus, which zero bytes end."""
+    """Yield the documents of a side of the corpus, each of which a zero byte ends."""
     rest = b""
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -41,7 +44,7 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def learn(corpus: Path, vocab: int) -> Tokenizer:
-    """A byte-level BPE of vocab - 1 tokens."""
+    """Learn a byte-level BPE of vocab - 1 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +57,7 @@ def learn(corpus: Path, vocab: int) -> Tokenizer:
 
 
 def start_worker(path: str):
-    """Load the tokenizer in a process of its own, which is to use one thread."""
+    """Load the tokenizer in a process of its own with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     global tokenizer_of_worker
     tokenizer_of_worker = Tokenizer.from_file(path)
@@ -74,7 +77,7 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def write(pool: multiprocessing.pool.Pool, source: Path, prefix: Path, every: int = 1) -> dict[str, int]:
-    """Write one document of `every` of a side as a dataset, and count them; the tokens that end documents count too."""
+    """Write one document in `every` as a dataset, and return counts that include the tokens that end documents."""
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.uint16)
     counts = {"documents": 0, "bytes": 0, "tokens": 0}
     texts = itertools.islice(documents(source), 0, None, every)
@@ -89,11 +92,11 @@ def write(pool: multiprocessing.pool.Pool, source: Path, prefix: Path, every: in
 
 
 def prepare(corpus: Path, out: Path, vocab: int, workers: int) -> dict:
-    """Write both sides into `out`, where a tokenizer.json is used if there is one; returns what data.json has.
+    """Write the datasets into `out` and return the contents of data.json. An existing tokenizer.json there is used.
 
     Raises:
-        ValueError: more tokens than uint16 has, or too few for every byte to be one, or a tokenizer.json of another
-            vocabulary.
+        ValueError: the vocabulary does not fit into uint16, or has fewer tokens than there are bytes, or differs from
+            that of an existing tokenizer.json.
     """
     if not 258 <= vocab <= 1 << 16:
         raise ValueError(f"--vocab must be between 258 and 65536, got {vocab}")

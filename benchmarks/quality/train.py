@@ -1,12 +1,13 @@
-"""Train one of six models alike through Megatron's loop, in pieces that continue from each other.
+"""Train one of six models through Megatron's loop, with everything but the mixer equal.
 
     python benchmarks/quality/train.py MODEL --data data --out runs [--lr 1e-3] [--seed 1] [--minutes 9] [-- more flags]
 
-MODEL is attention, hgrn2, hybrid (HHH*), gdn (gated delta net), gdn-hybrid (three of four layers) or mamba2. All else
-is one list of flags: the block, the data and their order, the schedule. The GLU is as wide as makes the models' numbers
-of parameters equal, which is in the log. Call it again, and it continues from its last checkpoint, until it says that
-it is done; with --minutes it ends after so many. Each call's log is in runs/MODEL-lr-seed/, where draw.py reads it.
-The data are those of tokens.py.
+MODEL is attention, hgrn2, hybrid (HHH*), gdn (gated delta net), gdn-hybrid (three of four layers) or mamba2. All models
+share one list of flags for the block, the data and their order, and the schedule. The width of the GLU makes the
+models' numbers of parameters equal, and the log states them. tokens.py makes the data.
+
+With --minutes the program stops after that time and writes a checkpoint. Call it again, and it continues from its last
+checkpoint until it prints "done". Each call writes its log to runs/MODEL-lr-seed/, where draw.py reads it.
 """
 
 import argparse
@@ -22,14 +23,16 @@ from training_log import LAUNCH, TrainingLog, bits, device_flags, run_lines  # n
 
 BLOCK = (
     "--normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu --hidden-dropout 0 "
-    "--attention-dropout 0 --position-embedding-type rope --cross-entropy-loss-fusion"
+    "--attention-dropout 0 --position-embedding-type rope --cross-entropy-loss-fusion "
+    # The fusion of gradient accumulation needs Apex in attention's output layer. Causal attention needs no mask tensor.
+    "--no-gradient-accumulation-fusion --no-create-attention-mask-in-dataloader"
 )
 GDN = (
     "--experimental-attention-variant gated_delta_net --linear-num-key-heads {heads} --linear-num-value-heads {heads} "
     "--linear-key-head-dim {head} --linear-value-head-dim {head}"
 )
 MAMBA = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --mamba-num-groups 1"
-# name -> the flags that make the difference; `heads` and `head` are those of HGRN2 layers
+# The flags in which the models differ. HGRN2 layers have {heads} heads of {head} channels.
 MODELS = {
     "attention": "",
     "hgrn2": "--spec hgrn2 --hgrn2-expand-ratio {head}",
@@ -47,15 +50,15 @@ TRAINING = "--lr-decay-style cosine --adam-beta2 0.95 --weight-decay 0.1 --clip-
 
 
 def glu_width(model: str, hidden: int) -> int:
-    """The width of the channel mixer that gives a model's layers the parameters of attention's.
+    """Return the width of the GLU with which a model's layers have as many parameters as attention's.
 
     Attention and HGRN2 have 4 hidden^2 parameters a layer and a GLU of 8/3 of the hidden size. Gated delta net's mixer
-    of as many channels as the hidden size has 5 hidden^2, and Mamba2's, of twice as many, a state of 128 and heads
-    of 64, has 6 hidden^2 and 280 hidden or so; convolutions are left out of this count. What a mixer has more is
-    taken from the GLU, whose width multiplies 3 hidden.
+    has as many channels as the hidden size, and 5 hidden^2 parameters. Mamba2's mixer has twice as many channels, a
+    state of 128 and heads of 64, which makes 6 hidden^2 and about 280 hidden. This count leaves out convolutions. The
+    GLU has 3 hidden parameters per channel, and it gets narrower by the parameters that the mixer has more.
 
     Raises:
-        KeyError: another model.
+        KeyError: the model is unknown.
     """
     wide = hidden * 8 // 3
     more = {
@@ -66,12 +69,14 @@ def glu_width(model: str, hidden: int) -> int:
         "gdn-hybrid": hidden**2 * 3 // 4,
         "mamba2": 2 * hidden**2 + hidden * (2 * 128 + hidden // 32),
     }[model]
-    # a multiple of 16, as tensor cores like it
+    # Tensor cores work best with multiples of 16.
     return round((wide - more / (3 * hidden)) / 16) * 16
 
 
-def flags_of(model: str, size: str, data: Path, lr: float, seed: int, iterations: int | None) -> list[str]:
-    """Megatron's flags of a run, but for where its checkpoints are and when it ends."""
+def flags_of(
+    model: str, size: str, data: Path, lr: float, seed: int, iterations: int | None, evaluations: int
+) -> list[str]:
+    """Return Megatron's flags of a run, without the paths of its checkpoints and the time of its end."""
     s = SIZES[size]
     iterations = iterations or s["iterations"]
     vocab = json.loads((data / "data.json").read_text())["vocab"]
@@ -85,7 +90,7 @@ def flags_of(model: str, size: str, data: Path, lr: float, seed: int, iterations
         --num-attention-heads {s["attention_heads"]} --seq-length {s["seq"]} --max-position-embeddings {s["seq"]}
         --micro-batch-size {s["micro"]} --global-batch-size {s["batch"]} --train-iters {iterations}
         --lr {lr:g} --min-lr {lr / 10:g} --lr-warmup-iters {max(1, iterations // 20)} --seed {seed}
-        --eval-interval {max(1, iterations // 8)} --full-validation --multiple-validation-sets
+        --eval-interval {max(1, iterations // evaluations)} --eval-iters 1
         --make-vocab-size-divisible-by 64 --vocab-size {vocab} --tokenizer-type NullTokenizer
     """
     paths = ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "heldout-sample")]
@@ -97,12 +102,12 @@ def run_folder(out: Path, model: str, lr: float, seed: int) -> Path:
 
 
 def logs(folder: Path) -> list[Path]:
-    """The logs of a run's pieces, in their order."""
+    """Return the logs of a run's pieces, in their order."""
     return sorted(folder.glob("piece.*.log"), key=lambda path: int(path.suffixes[0][1:]))
 
 
 def merged(folder: Path, seq_length: int) -> TrainingLog:
-    """The numbers of all pieces of a run; an iteration that two of them have counts as the later one has it."""
+    """Return the numbers of all pieces of a run. Where two pieces have the same iteration, the later piece counts."""
     whole = TrainingLog(seq_length=seq_length)
     for path in logs(folder):
         piece = TrainingLog(seq_length=seq_length)
@@ -117,15 +122,16 @@ def merged(folder: Path, seq_length: int) -> TrainingLog:
 
 
 def train(args: argparse.Namespace) -> bool:
-    """Train a piece of a run; returns whether the run is done.
+    """Train a piece of a run, and return whether the run is done.
 
     Raises:
-        ValueError: the folder has a run of other flags.
+        ValueError: the folder has a run with other flags.
         SystemExit: Megatron failed.
     """
     folder = run_folder(args.out, args.model, args.lr, args.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*flags_of(args.model, args.size, args.data, args.lr, args.seed, args.iterations), *device_flags()]
+    settings = (args.model, args.size, args.data, args.lr, args.seed, args.iterations, args.evaluations)
+    flags = [*flags_of(*settings), *device_flags()]
     run = {
         "model": args.model,
         "size": args.size,
@@ -137,9 +143,10 @@ def train(args: argparse.Namespace) -> bool:
     }
     about = folder / "run.json"
     if about.exists() and json.loads(about.read_text()) != run:
-        raise ValueError(f"{folder} has a run of other flags or data: give another --out, or delete it")
+        raise ValueError(f"{folder} has a run with other flags or data: give another --out, or delete the folder")
     about.write_text(json.dumps(run, indent=1) + "\n")
-    # runs that start at the same time do not share an index that one of them has half written
+    # Each run has an index of its own. Otherwise a run could read one that another run is still writing.
+    flags += ["--held-out", str(args.data / "heldout-sample")]
     flags += ["--log-interval", "1", "--data-cache-path", str(folder / "index")]
     if args.checkpoints:
         checkpoints = str(folder / "checkpoints")
@@ -185,15 +192,18 @@ def main():
     end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder that tokens.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--size", choices=SIZES, default="125m")
-    parser.add_argument("--lr", type=float, default=1e-3, help="the highest; it ends at a tenth")
-    parser.add_argument("--seed", type=int, default=1, help="of the weights and of the data's order")
-    parser.add_argument("--iterations", type=int, help="of the whole training, not of a piece")
-    parser.add_argument("--minutes", type=int, help="end after so many, with a checkpoint")
-    parser.add_argument("--checkpoints", action=argparse.BooleanOptionalAction, default=True, help="write them")
-    parser.add_argument("--lengths", type=int, nargs="+", help="measure losses by position at these at the end")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate; the last one is a tenth of it")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the weights and of the data's order")
+    parser.add_argument("--iterations", type=int, help="length of the whole training, not of a piece")
+    parser.add_argument("--evaluations", type=int, default=8, help="held-out losses, at equal distances")
+    parser.add_argument("--minutes", type=int, help="stop after this time and write a checkpoint")
+    parser.add_argument("--checkpoints", action=argparse.BooleanOptionalAction, default=True, help="write checkpoints")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="at the end, measure losses by position in sequences of these lengths"
+    )
     parser.add_argument("--turn", type=Path, help="wait for the lock on this file before training")
     parser.add_argument("--every", type=int, default=50, help="iterations from one printed line to the next")
     args = parser.parse_args(words[:end], argparse.Namespace(extra=words[end + 1 :]))

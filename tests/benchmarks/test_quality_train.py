@@ -75,6 +75,48 @@ def test_models_train_alike_and_are_drawn(data, tmp_path):
     assert max(first) - min(first) < 0.1
 
 
+def test_the_held_out_loss_counts_every_token_once(data, tmp_path):
+    train(data, tmp_path, "hgrn2", "--evaluations", 2, "--no-checkpoints", "--lengths", 64, 128)
+    (folder,) = tmp_path.iterdir()
+    log = (folder / "piece.0.log").read_text()
+    found = [line.split("|")[:2] for line in log.splitlines() if "validation loss at" in line]
+    assert [words[0].split()[-1] for words in found] == ["8", "16"] and "Evaluating" not in log
+    tokens = json.loads((data / "data.json").read_text())["heldout"]["tokens"]
+    by_length = json.loads((folder / "positions.json").read_text())
+    assert [(one["length"], one["sequences"]) for one in by_length] == [
+        (64, (tokens - 1) // 64),
+        (128, (tokens - 1) // 128),
+    ]
+    assert all(len(one["by_position"]) == 64 for one in by_length)
+
+
+def test_a_held_out_loss_is_that_of_one_pass():
+    import torch
+
+    sys.path.append(str(FOLDER))
+    import megatron_run
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, tokens, positions, mask, labels):
+            assert mask is None and not self.training and torch.equal(positions[0], torch.arange(tokens.shape[1]))
+            assert torch.equal(tokens[:, 1:], labels[:, :-1])
+            self.seen.append(labels)
+            return labels.float()
+
+    model, tokens = Model(), torch.arange(40 * 1024 + 700)
+    found = megatron_run.losses_by_position(model, tokens, 1024)
+    assert found["sequences"] == 40 and found["loss"] == (1 + 40 * 1024) / 2 and model.training
+    assert torch.equal(torch.cat(model.seen).flatten(), tokens[1 : 40 * 1024 + 1]) and len(model.seen) == 2
+    # the first of the 64 parts is 16 positions, of 40 sequences
+    assert found["by_position"][0] == 8.5 + 1024 * 39 / 2
+    with pytest.raises(ValueError, match="sequences of 1024"):
+        megatron_run.losses_by_position(model, tokens[:1024], 1024)
+
+
 def test_a_run_goes_on_where_it_stopped(data, tmp_path):
     whole = train(data, tmp_path / "whole", "hgrn2")
     assert train(data, tmp_path / "pieces", "hgrn2", "--", "--exit-interval", 8).endswith("call it again\n")
