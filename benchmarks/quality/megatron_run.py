@@ -110,14 +110,15 @@ def losses_by_position(model: torch.nn.Module, whole: Tensor, length: int) -> di
             f"sequences of {length} do not fit into a dataset of {len(whole)} tokens: give a shorter length"
         )
     model.eval()
-    device = next(model.parameters()).device
+    inputs, labels = whole[: count * length].view(count, length), whole[1 : count * length + 1].view(count, length)
+    device, batch = next(model.parameters()).device, min(count, max(1, TOKENS // length))
+    positions = torch.arange(length, device=device).expand(batch, length)
     total = torch.zeros(length, dtype=torch.float64, device=device)
-    for start in range(0, count, max(1, TOKENS // length)):
-        size = min(max(1, TOKENS // length), count - start)
-        piece = whole[start * length : (start + size) * length + 1].to(device)
-        tokens, labels = piece[:-1].view(size, length), piece[1:].view(size, length)
-        positions = torch.arange(length, device=device).expand(size, length)
-        total += model(tokens, positions, None, labels=labels).double().sum(0)
+    for start in range(0, count, batch):
+        # The last batch repeats its last sequence, because another shape would compile Megatron's functions again.
+        rows = torch.arange(start, start + batch).clamp(max=count - 1)
+        losses = model(inputs[rows].to(device), positions, None, labels=labels[rows].to(device))
+        total += losses[: count - start].double().sum(0)
     model.train()
     means = total / count
     return {
