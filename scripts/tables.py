@@ -68,6 +68,10 @@ TABLES = {
         "2026-11-25-evaluation",
         ["command", "heldout_continuation, accuracy", "heldout_bits, bits per byte", "took"],
     ),
+    "mqar": (
+        "2026-11-28-mqar-6000-steps",
+        ["width", "mixer", "state", "learned", "learning rate", *(f"{pairs} pairs" for pairs in (4, 8, 16, 32, 64))],
+    ),
     "kernels-rewritten": (
         "2026-11-28-kernels-rewritten",
         ["case", "bits", "forward before, us", "forward after, us", "both before, us", "both after, us"]

@@ -36,28 +36,36 @@ def cell(accuracies: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def table(results: dict) -> str:
-    """Return the models as lines of Markdown, in the order of the list.
+def rows(results: dict) -> list[dict[str, str]]:
+    """Return one row of the table per model, in the order of the list: a text for each column.
 
-    A cell holds the accuracy of all seeds at the learning rate that did best, in percent. "learned" counts the runs
-    that learned the task, out of all learning rates and seeds.
+    The columns of pairs hold the accuracy of all seeds at the learning rate that did best, in percent. "learned" counts
+    the runs that learned the task, out of all learning rates and seeds.
     """
     pairs = [str(pairs) for _, pairs in results["settings"]["sizes"]]
-    lines = [
-        "| width | mixer | parameters without embeddings | state | learned | learning rate | "
-        + " | ".join(f"{number} pairs" for number in pairs)
-        + " | seconds |",
-        "|---" * (7 + len(pairs)) + "|",
-    ]
+    lines = []
     for model in results["models"]:
         runs = best(model)
-        cells = " | ".join(cell([run["accuracy"][number] for run in runs]) for number in pairs)
-        lines.append(
-            f"| {model['width']} | {model['mixer']} | {model['without_embeddings']:,} | {model['state']:,} | "
-            f"{sum(map(learned, model['runs']))} of {len(model['runs'])} | {runs[0]['rate']:g} | {cells} | "
-            f"{model['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+        line = {
+            "width": str(model["width"]),
+            "mixer": model["mixer"],
+            "parameters without embeddings": f"{model['without_embeddings']:,}",
+            "state": f"{model['state']:,}",
+            "learned": f"{sum(map(learned, model['runs']))} of {len(model['runs'])}",
+            "learning rate": f"{runs[0]['rate']:g}",
+        }
+        line |= {f"{number} pairs": cell([run["accuracy"][number] for run in runs]) for number in pairs}
+        lines.append(line | {"seconds": f"{model['seconds']:.0f}"})
+    return lines
+
+
+def table(results: dict) -> str:
+    """Return the rows as lines of Markdown."""
+    found = rows(results)
+    if not found:
+        return "no model is done"
+    lines = [list(found[0]), ["---"] * len(found[0]), *(list(row.values()) for row in found)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 class Results:
@@ -108,4 +116,5 @@ class Results:
     def all(self) -> dict:
         """Return everything that the file holds."""
         rest = [kind for kind in self.models if kind not in self.order]
-        return {**self.head, "models": [self.models[kind] for kind in [*self.order, *rest] if kind in self.models]}
+        found = {**self.head, "models": [self.models[kind] for kind in [*self.order, *rest] if kind in self.models]}
+        return {**found, "rows": rows(found)}

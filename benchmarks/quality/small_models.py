@@ -151,9 +151,10 @@ class Learner:
     def _capture(self, batches: list[Batch]) -> dict:
         """Return a graph, its batch and its result for each size of batches. The weights do not change."""
         initial, graphs, pool = [p.clone() for p in self.masters], {}, torch.cuda.graph_pool_handle()
-        self.stream.wait_stream(torch.cuda.current_stream())
         for example in batches:
             batch = Batch(*(x.clone() for x in example))
+            # The current stream makes the clones. Without this wait the warm-up could read them too early.
+            self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 for _ in range(2):
                     self._update(batch)
