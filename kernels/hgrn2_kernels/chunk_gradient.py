@@ -215,10 +215,11 @@ def chunk_gradient_kernel(
                 tl.store(p_db, tl.where(b_bound > 0, tl.sum(db, 1), 0.0), mask=o_k < K)
             return
     if PACKED:
-        # the chunk lies behind the last sequence: its gradients are 0
-        o_k = pid % NK * BK + tl.arange(0, BK)
-        start = behind(pid // (NK * H), cu_seqlens, chunk_sequence, chunk_first, C)
-        t, i_h = start.to(tl.int64), (pid // NK % H).to(tl.int64)
-        none = tl.zeros([C, BK], dq.dtype.element_ty)
-        store_tokens(dq + t * stride_dqt + i_h * stride_dqh, stride_dqt, o_k, T - start, none, K, BK, C, FULL)
-        store_tokens(df + t * stride_dft + i_h * stride_dfh, stride_dft, o_k, T - start, none, K, BK, C, FULL)
+        if n_bands == 0:
+            # the chunk lies behind the last sequence: its gradients are 0
+            o_k = pid % NK * BK + tl.arange(0, BK)
+            start = behind(pid // (NK * H), cu_seqlens, chunk_sequence, chunk_first, C)
+            t, i_h = start.to(tl.int64), (pid // NK % H).to(tl.int64)
+            none = tl.zeros([C, BK], dq.dtype.element_ty)
+            store_tokens(dq + t * stride_dqt + i_h * stride_dqh, stride_dqt, o_k, T - start, none, K, BK, C, FULL)
+            store_tokens(df + t * stride_dft + i_h * stride_dfh, stride_dft, o_k, T - start, none, K, BK, C, FULL)

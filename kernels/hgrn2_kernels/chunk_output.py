@@ -145,8 +145,9 @@ def chunk_output_kernel(
             store_tokens(p_o, stride_ot, o_v, n_tokens, out.to(o.dtype.element_ty), V, BV, C, FULL)
             return
     if PACKED:
-        # the chunk lies behind the last sequence: its outputs are 0
-        o_v = tl.arange(0, BV)
-        start = behind(i_ch // H, cu_seqlens, chunk_sequence, chunk_first, C)
-        p_o = o + start.to(tl.int64) * stride_ot + (i_ch % H).to(tl.int64) * stride_oh
-        store_tokens(p_o, stride_ot, o_v, T - start, tl.zeros([C, BV], o.dtype.element_ty), V, BV, C, FULL)
+        if n_bands == 0:
+            # the chunk lies behind the last sequence: its outputs are 0
+            o_v = tl.arange(0, BV)
+            start = behind(i_ch // H, cu_seqlens, chunk_sequence, chunk_first, C)
+            p_o = o + start.to(tl.int64) * stride_ot + (i_ch % H).to(tl.int64) * stride_oh
+            store_tokens(p_o, stride_ot, o_v, T - start, tl.zeros([C, BV], o.dtype.element_ty), V, BV, C, FULL)

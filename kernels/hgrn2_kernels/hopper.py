@@ -3,7 +3,8 @@
 The forward launches hopper_forward_kernel, then chunk_output for the chunks beyond the fast limit. The backward
 launches hopper_backward_kernel, then chunk_output in reverse and chunk_gradient for those chunks. Where sequences are
 cut into segments, chunk_state runs first and finds the states that enter the segments. The device alone knows which
-chunks are beyond the limit: a chunk within it has 0 bands, and then the kernels for the other chunks do nothing.
+chunks are beyond the limit: a chunk within it has WITHIN bands, and then the kernels for the other chunks do nothing.
+For packed sequences, those kernels also write zeros for the tokens behind the last boundary.
 
 `chunk_forward` and `chunk_backward` have the arguments and results of those in chunk_triton.py. dispatch.py chooses
 between the two modules.
@@ -30,12 +31,14 @@ from hgrn2_kernels.strides import dense_like
 D = 128
 # the number of programs that an H100 runs at a time, one on each multiprocessor
 PROGRAMS = 132
+# the count of bands of a chunk within the fast limit, for which chunk_output and chunk_gradient have nothing to do
+WITHIN = -1
 # registers of a thread that makes operands, forward and backward; the warps of the products get the rest
 FORWARD_REGS, BACKWARD_REGS = 104, 104
 
 
 def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
-    """Run the forward; see chunk_triton.chunk_forward. Saved counts of bands are int32, and 0 within the limit."""
+    """Run the forward; see chunk_triton.chunk_forward. Saved counts of bands are int32, and WITHIN within the limit."""
     q, f, v = (by_tma(x) for x in inputs[:3])
     with torch.cuda.device_of(q):
         run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
@@ -70,7 +73,7 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
             entering = saved[0] if saved else None
             states, *_ = run.states(v, inputs.initial_state, wants_final=False, entering=entering)
             # chunk_state counts one band within the limit
-            run.bands.mul_(run.bands > 1)
+            run.bands.masked_fill_(run.bands == 1, WITHIN)
         initial = None if dfinal_state is None else dfinal_state.contiguous()
         dinitial = None
         if run.plan.segments.cut:
@@ -160,12 +163,15 @@ class HopperLaunches(Launches):
     """The launches over one set of inputs. It inherits those of chunk_state, chunk_output and chunk_gradient."""
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
-        packed = cu_seqlens is not None
         B, T, H, K = q.shape
-        if bands is None:
-            NC = Chunks.of(B, T, cu_seqlens.shape[0] - 1 if packed else None, 64).NC
-            bands = q.new_zeros((NC, H, K // 64), dtype=torch.int32)
+        N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        counts = bands is None
+        if counts:
+            bands = q.new_full((Chunks.of(B, T, N, 64).NC, H, K // 64), WITHIN, dtype=torch.int32)
         super().__init__(q, f, v, lower_bound, scale, cu_seqlens, bands)
+        if counts and N is not None:
+            # the chunks behind the last sequence, see Launches
+            bands.masked_fill_((self.chunk_sequence == N)[:, None, None], 0)
         whole, self.plan = self.plan.segments, _plan(self.plan, B * T)
         if self.plan.segments.tabled and self.plan.segments != whole:
             self._number_segments(cu_seqlens)

@@ -288,7 +288,7 @@ def walk(
                 o_t = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
                 db = gl.where((o_t < end - start)[None, :], db, 0.0)
             # selected and not multiplied by 0, because beyond the limit they may be infinite
-            within = gl.load(p_bands + o_k // 64) == 0
+            within = gl.load(p_bands + o_k // 64) <= 0
             db_sum += gl.where(within, gl.sum(db, 1), 0.0)
         # all warps have read f
         barrier()

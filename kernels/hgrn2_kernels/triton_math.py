@@ -221,8 +221,12 @@ def bands_of(whole, DT: tl.constexpr):
 
 @triton.jit
 def form_of(n_bands):
-    """Return the form of a chunk with n_bands bands. A chunk behind packed sequences has 0 bands, and gets -1."""
-    return tl.where(n_bands == 0, -1, tl.where(n_bands == 1, FAST, tl.where(n_bands <= BANDS, BANDED, EXACT)))
+    """Return the form of a chunk with n_bands bands.
+
+    It is -1 for a chunk that needs none: 0 bands mean that it lies behind the packed sequences, and a negative number
+    means that another kernel has computed it.
+    """
+    return tl.where(n_bands < 1, -1, tl.where(n_bands == 1, FAST, tl.where(n_bands <= BANDS, BANDED, EXACT)))
 
 
 @triton.jit
