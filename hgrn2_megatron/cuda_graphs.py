@@ -56,11 +56,11 @@ def _fused_attention_multiple(s: Settings) -> int:
 
 # Features that cannot be used with --cuda-graph-impl. The functions read the run's settings and those of HGRN2Config.
 NOT_WITH_CUDA_GRAPHS = (
-    (lambda s: s.sft, "--sft", "drop one of the two flags, because the document borders change from batch to batch"),
+    (lambda s: s.sft, "--sft", "drop one of the two flags, because document boundaries change from batch to batch"),
     (
         lambda s: s.dataloader_inter_document_masking,
         "--dataloader-inter-document-masking",
-        "drop one of the two flags, because the document borders change from batch to batch",
+        "drop one of the two flags, because document boundaries change from batch to batch",
     ),
     (
         _experts_wait_for_the_host,
