@@ -67,7 +67,7 @@ def borders_on_host(cu_seqlens, T: int) -> list[int]:
     """Return the values of cu_seqlens after checking them.
 
     Raises:
-        ValueError: they do not start at 0, they decrease, or they end behind T.
+        ValueError: they do not start at 0, they decrease, or they end beyond T.
     """
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] > T or borders != sorted(borders):

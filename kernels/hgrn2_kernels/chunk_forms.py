@@ -3,16 +3,16 @@
 chunk_state has counted the bands that each chunk needs, and that count selects the form:
 
 - Fast, for a chunk whose decay is within the limit. Its scores are one product, in the frame of the chunk's middle.
-- Banded. In each channel by itself, tokens are divided into bands of decay, counted from the border at which the state
-  is. The operand of a score that is nearer to that border chooses the band in whose frame the two meet. The other
-  operand may fade in that frame, but does not grow beyond the limit.
+- Banded. Each channel divides its tokens into bands of decay, counted from the boundary of the chunk at which the state
+  is. A score has two operands. The operand that is nearer to that boundary chooses the band in whose frame the two are
+  multiplied. The other operand may fade in that frame, but does not grow beyond the limit.
 - Exact, where too many bands would be needed. The scores are computed level by level: in each block of 2^shift tokens,
   queries of the second half meet keys of the first half through the token between them. So all exponents are at most 0.
 
-Each form has a function for the scores and one for the sums of the backward. Let P be, for each operand of a product,
-the operand times the gradient that has been summed up for it, with a plus sign for queries and a minus sign for keys.
-The gradient of log gate t is the sum of P from token t on. Pairs of tokens that both lie there cancel term by term,
-because the same rounded operands stand in both. The code calls P `balance`.
+Each form has a function for the scores and one for the sums of the backward. The backward needs one number P for each
+token and channel, which the code calls `balance`: the query times its gradient, minus the key times its gradient. The
+gradient of log gate t is the sum of P from token t on. A pair of tokens that both lie there contributes two terms to
+this sum. They cancel, because the same rounded operands stand in both.
 """
 
 import triton
@@ -57,12 +57,13 @@ def banded_scores(scores, e, read, reader, writer, p_bands, DT: tl.constexpr):
     """Add the scores of a block of channels in the banded form, before the causal mask.
 
     Args:
-        e: [BK, C], log2 decay between each token and the border, in the frame of the state.
-        read: [BK, C], the reader in the frame of the first band, which is that of the state.
+        e: [BK, C], log2 decay between each token and the boundary, in the frame of the state.
+        read: [BK, C], the reader in the frame of the first band, which is the frame of the state.
         reader, writer: [BK, C], the operand of a score that reads the state, and the other one.
         p_bands: pointer to the count of bands of these channels.
     """
-    # The mask comes last, because the product of a reader before the band is not causal and may be infinite.
+    # The caller masks the sum at the end, because products with readers before the band are not causal and may be
+    # infinite.
     written = tl.where(in_band(e, DT), writer * exp2(-e), 0.0).to(DT)
     scores = dot(tl.trans(read), written, scores)
     for _ in tl.range(1, tl.load(p_bands).to(tl.int32), num_stages=1):
@@ -99,7 +100,7 @@ def fast_sums(g, a, k, b_h, b_dh, b_v, b_do, dscores, sums, DT: tl.constexpr):
         dq_sum: the gradient of a.
         k_dk: the key times its gradient.
         balance: see the top of this file.
-        written: the part of k_dk that comes from the state behind the chunk.
+        written: the part of k_dk that comes from the gradient of the state after the chunk.
         all_written: the sum of written over the tokens, [BK, 1]; only for 16-bit products.
     """
     C: tl.constexpr = g.shape[1]
@@ -170,8 +171,8 @@ def exact_sums(
 ):
     """Sum up the gradients of decayed queries and keys in the exact form.
 
-    diagonal [1, C] holds the gradients of the scores of tokens with themselves, and dscores the others. The results are
-    named as in fast_sums and banded_sums.
+    diagonal [1, C] holds the gradients of the scores of each token with itself, and dscores holds the other gradients.
+    The results are named as in fast_sums and banded_sums.
     """
     C: tl.constexpr = g.shape[1]
     zero = tl.zeros([g.shape[0], C], tl.float32)

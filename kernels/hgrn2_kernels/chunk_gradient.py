@@ -40,10 +40,10 @@ def chunk_gradient_kernel(
     bound,  # [H, K] fp32, read where BOUNDED
     states,  # [chunks, H, K, V], the state entering each chunk
     dstates,  # [chunks, H, K, V], gradient of the state leaving each chunk
-    bands,  # [chunks, H, K / BF] int8, of chunk_state_kernel
+    bands,  # [chunks, H, K / BF] int8, written by chunk_state_kernel
     dq,  # [B, T, H, K], out
     df,  # [B, T, H, K], out
-    dbound,  # [H, K, NC] fp32, out where BOUNDED: the part of each chunk
+    dbound,  # [H, K, NC] fp32, out where BOUNDED: the contribution of each chunk
     sums,
     ones,
     cu_seqlens,  # [N + 1] int32, read where PACKED
@@ -70,7 +70,7 @@ def chunk_gradient_kernel(
     inverse_scale,
     T,
     NT,
-    NC,  # parts of the gradient of the bound
+    NC,  # number of contributions to the gradient of the bound
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -79,7 +79,7 @@ def chunk_gradient_kernel(
     BK: tl.constexpr,
     BF: tl.constexpr,  # channels that share a form, a multiple of BK
     BV: tl.constexpr,
-    AHEAD: tl.constexpr,  # programs that run at a time: each prefetches the tiles of the program so far ahead; or 0
+    AHEAD: tl.constexpr,  # a program prefetches the tiles of program pid + AHEAD; 0 turns prefetching off
     DT: tl.constexpr,
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -90,7 +90,7 @@ def chunk_gradient_kernel(
     pid = tl.program_id(0)
     n_bands = tl.load(bands + pid // NK * NF + pid % NK // (BF // BK)).to(tl.int32)
     form = form_of(n_bands)
-    # three pieces of code, as in chunk_output.py
+    # this loop becomes three pieces of code, as in chunk_output.py
     for FORM in tl.static_range(3):
         if form == FORM:
             i_k, i_h, i_c = pid % NK, (pid // NK % H).to(tl.int64), pid // (NK * H)
@@ -148,7 +148,7 @@ def chunk_gradient_kernel(
             # [i, j] is the gradient of the score of query i and key j
             dscores = tl.where(o_i >= o_j, dot(b_do, tl.trans(b_v), square), 0.0).to(DT)
             if FORM == EXACT:
-                # a token with itself: no gate lies between
+                # the scores of a token with itself contain no gate
                 diagonal = tl.sum(tl.where(o_i == o_j, dscores.to(tl.float32), 0.0), 0)[None, :]
                 dscores = tl.where(o_i > o_j, dscores.to(tl.float32), 0.0).to(DT)
             eye = load_matrix(ones, 0, C).to(q.dtype.element_ty)
@@ -184,18 +184,19 @@ def chunk_gradient_kernel(
 
             # Gate t decays the queries from t on, the keys written before t, and the state that passes the chunk.
             if FORM != EXACT and DT != tl.float32:
-                # A product of the states from shared memory. Computed earlier, it would take registers for a long time.
+                # This product reads the states from shared memory. Computed earlier, its result would occupy registers
+                # for a long time.
                 corner = dot(b_h.to(DT), tl.trans(b_dh.to(DT)), tl.zeros([BK, BK], tl.float32))
                 corner = tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0)
                 passing = tl.sum(corner, 1)[:, None]
             if FORM == FAST and DT != tl.float32:
-                # all that is written, from which the balance takes what is written behind a gate
+                # This sums up all writes. The balance, summed from a gate on, subtracts the writes after that gate.
                 passing += all_written
             if FORM != FAST:
                 passing *= exp2(whole - 2 * framed)
             dg = sum_tokens(balance, load_matrix(ones, 2, C)) + passing
             if FORM != FAST or DT == tl.float32:
-                # What a closed gate leaves of a sum is far smaller than its largest term. So no term may be added and
+                # After a closed gate, a sum is far smaller than its largest term. So no term may be added and then
                 # subtracted again.
                 dg += sum_tokens(written, load_matrix(ones, 3, C))
             x = padded(channels(b_f, again), n_tokens, C, FULL)
@@ -216,7 +217,7 @@ def chunk_gradient_kernel(
             return
     if PACKED:
         if n_bands == 0:
-            # the chunk lies behind the last sequence: its gradients are 0
+            # the chunk lies after the last sequence, so its gradients are 0
             o_k = pid % NK * BK + tl.arange(0, BK)
             start = behind(pid // (NK * H), cu_seqlens, chunk_sequence, chunk_first, C)
             t, i_h = start.to(tl.int64), (pid // NK % H).to(tl.int64)

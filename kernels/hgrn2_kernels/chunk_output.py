@@ -1,4 +1,4 @@
-"""The outputs of a chunk from the state at its border: o in the forward, dv in the backward.
+"""The outputs of a chunk from the state at its boundary: o in the forward, dv in the backward.
 
 One program computes one (chunk, head), in one of the three forms of chunk_forms.py.
 """
@@ -36,8 +36,8 @@ def chunk_output_kernel(
     f,  # [B, T, H, K] raw gates
     y,  # [B, T, H, V] v, or do where REVERSE
     bound,  # [H, K] fp32, read where BOUNDED
-    states,  # [chunks, H, K, V], of chunk_state_kernel
-    bands,  # [chunks, H, K / BK] int8, of chunk_state_kernel
+    states,  # [chunks, H, K, V], written by chunk_state_kernel
+    bands,  # [chunks, H, K / BK] int8, written by chunk_state_kernel
     o,  # [B, T, H, V], out: o, or dv where REVERSE
     sums,
     ones,
@@ -121,7 +121,7 @@ def chunk_output_kernel(
                     a = silu(channels(b_q, eye), inverse_scale)
                     scores, read = fast_scores(scores, g, a, k, sums, m_causal, C, DT, REVERSE)
                 else:
-                    # decay to the border where the state is, less the decay that the stored state already has
+                    # decay to the boundary where the state is, minus the decay that the stored state already has
                     matrix = load_matrix(sums, LEVELS + 2 if REVERSE else LEVELS + 1, C)
                     e = sum_gates(g, matrix, FORM == BANDED) - frame(sum_all_gates(g, ones, C), DT)
                     a = silu(channels(b_q, eye), inverse_scale)
@@ -146,7 +146,7 @@ def chunk_output_kernel(
             return
     if PACKED:
         if n_bands == 0:
-            # the chunk lies behind the last sequence: its outputs are 0
+            # the chunk lies after the last sequence, so its outputs are 0
             o_v = tl.arange(0, BV)
             start = behind(i_ch // H, cu_seqlens, chunk_sequence, chunk_first, C)
             p_o = o + start.to(tl.int64) * stride_ot + (i_ch % H).to(tl.int64) * stride_oh

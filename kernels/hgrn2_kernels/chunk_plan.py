@@ -35,8 +35,8 @@ class Config:
         alone_stages: stages of chunk_state in reverse where each of its programs has a multiprocessor, with all of its
             shared memory, to itself.
         output_warps, state_warps: warps of chunk_output and of chunk_state.
-        gradient_ahead: how many programs of chunk_gradient the GPU runs at a time. Each of them prefetches the tiles of
-            the program that is so many programs ahead. It is 0 where that was not tried.
+        gradient_ahead: number of programs of chunk_gradient that the GPU runs at a time. Each program prefetches the
+            tiles of the program that many places later. 0 means no prefetching, on GPUs where it was not tried.
     """
 
     C: int
@@ -99,8 +99,8 @@ class Chunks:
         """Count the chunks of C tokens in B rows, or in N sequences packed in one row."""
         if N is None:
             return cls(B, B * -(-T // C), T, -(-T // C))
-        # The tokens behind the last sequence take chunks like one more sequence. A sequence leaves at most C - 1 tokens
-        # of its last chunk unused.
+        # The tokens after the last sequence are cut into chunks like one more sequence. A sequence leaves at most C - 1
+        # places of its last chunk empty.
         return cls(N, N + 1 + (T - N - 1) // C, T, 0)
 
 
@@ -148,13 +148,13 @@ class Segments:
 
 
 def table(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return which parts of packed sequences belong to which sequence, if each is cut into parts of `size` tokens.
+    """Cut packed sequences into parts of `size` tokens, and return the sequence that each part belongs to.
 
     Returns:
         sequence: [count] int32, the sequence of each part. Parts beyond the last sequence belong to number N.
         first: [N + 1] int32, the first part of each sequence, and of number N.
 
-    Both are made on the device.
+    Both tensors are on the device of cu_seqlens.
     """
     counts = (cu_seqlens.diff() + size - 1) // size
     first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

@@ -109,7 +109,7 @@ def chunk_state_kernel(
         i_first = i_n * NT
         n_chunks = NT
 
-    # of the sequence, this segment has at most LENGTH chunks behind the first n_before
+    # the segment has at most LENGTH chunks, which follow the first n_before chunks of its sequence
     n_chunks = tl.maximum(tl.minimum(n_chunks - n_before, LENGTH), 0)
     start += n_before * C
     i_first += n_before

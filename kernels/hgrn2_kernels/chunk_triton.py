@@ -84,8 +84,8 @@ class Launches:
         N = cu_seqlens.shape[0] - 1 if packed else None
         self.plan = plan = Plan.of(q, f, v, lower_bound is not None, scale, N)
         if bands is None:
-            # Packed sequences may leave chunks over. chunk_state does not write their counts, and where a count is 0
-            # the other kernels write zeros.
+            # With packed sequences, the last chunks may belong to no sequence. chunk_state does not write their counts,
+            # and the other kernels write zeros where a count is 0.
             empty = q.new_zeros if packed else q.new_empty
             bands = empty((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
         self.bands = bands
@@ -107,7 +107,7 @@ class Launches:
         plan = self.plan
         size = plan.config.C * plan.segments.length
         sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
-        # a segment beyond the last is counted to the last sequence, and starts behind its end
+        # a segment beyond the last one is assigned to the last sequence, and starts after its end
         self.segment_sequence = sequence.clamp_(max=plan.chunks.N - 1)
 
     def states(
@@ -126,12 +126,12 @@ class Launches:
             y: [B, T, H, V], v or do.
             initial: [N, H, K, V] fp32, states at the beginnings of the sequences (at the ends where reverse). None
                 means zeros.
-            entering: the result of an earlier call, which saves a pass over the segments.
+            entering: the third result of an earlier call, which saves a pass over the segments.
             rows: [N] int32, the row of initial that each sequence takes, -1 for zeros. None means its own row.
-            totals: the third result of `totals`, which also saves that pass. It is overwritten.
+            totals: the third result of the method `totals`, which saves the same pass. It is overwritten.
 
         Returns:
-            states: [NC, H, K, V], at the borders of the chunks.
+            states: [NC, H, K, V], at the boundaries of the chunks.
             final: [N, H, K, V] fp32, at the other ends of the sequences. It is None where entering is given, and may be
                 None without wants_final.
             entering: [segments, H, K, V] fp32, at the beginnings of the segments. None where sequences are whole.
@@ -210,7 +210,7 @@ class Launches:
         plan = self.plan
         dbound = self.none
         if plan.bounded:
-            # packed sequences may leave chunks over, whose parts stay 0
+            # with packed sequences, the contributions of chunks that belong to no sequence stay 0
             parts = self.bound.new_zeros if plan.packed else self.bound.new_empty
             dbound = parts((plan.H, plan.K, plan.chunks.NC))
         launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())

@@ -14,8 +14,8 @@ chunk is cut into pairs of spans of s tokens:
 
 and each pair i > j meets at exactly one level. When s doubles, the rows of one span are multiplied by the total of the
 other span, so a level costs one multiplication per element and no exponential. After the last level, queries carry the
-gates since the start of the chunk, and keys carry those to its end. These are the factors with which queries read the
-state and keys are written to it.
+gates since the start of the chunk, and keys carry the gates to its end. These are the factors with which queries read
+the state and keys are written to it.
 
 All factors lie in [0, 1], and the gradient of a gate is a sum of exactly the terms that contain it. So nothing
 overflows or cancels, there is no division, and a gate that closes completely is an ordinary zero.
@@ -164,8 +164,9 @@ def _scores_backward(levels, dscores, dq, dk, dtotal):
     Args:
         levels: the list that `_scores` filled.
         dscores: [M, C, C], gradient of the scores; only entries below the diagonal are read.
-        dq: [M, C, K], gradient of the decayed queries; overwritten with that of the queries times their own gates.
-        dk: [M, C, K], gradient of the decayed keys; overwritten with that of the keys, without the diagonal.
+        dq: [M, C, K], gradient of the decayed queries; overwritten with the gradient of the queries times their own
+            gates.
+        dk: [M, C, K], gradient of the decayed keys; overwritten with the gradient of the keys, without the diagonal.
         dtotal: [M, K], gradient of the product of the gates of the chunk.
 
     Returns:
@@ -213,8 +214,8 @@ class ChunkLayout:
 
     Attributes:
         H: heads.
-        end: number of tokens of a row that belong to a sequence. Tokens behind them are in no chunk, and `join`
-            returns zeros for them.
+        end: number of tokens of a row that belong to a sequence. Later tokens are in no chunk, and `join` returns
+            zeros for them.
         steps: for each n, the number of (sequence, head) states that take part, and the slice of their rows among M.
     """
 
@@ -285,7 +286,7 @@ class ChunkLayout:
         return copy.flatten(0, 1)
 
     def join_states(self, state: Tensor) -> Tensor:
-        """Return states in the order of the steps to [N, H, K, V]; it undoes `split_states`."""
+        """Put states back into the order of the sequences: [N * H, K, V] -> [N, H, K, V]. It undoes `split_states`."""
         state = state.unflatten(0, (self.N, self.H))
         return state if self.order is None else state[self.rank]
 

@@ -62,7 +62,7 @@ def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
 def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
     """Run the backward; see chunk_triton.chunk_backward."""
     wanted = [dense_like(x) for x in inputs[:3]] if into is None else into
-    # TMA writes a copy of an output whose layout it cannot write
+    # if TMA cannot write the layout of an output, the kernel writes a copy, which is copied back below
     dq, df, dv = (x if movable(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
     q, f, v, do = (by_tma(x) for x in (*inputs[:3], do))
     states, bands = saved if len(saved) == 2 else (None, None)
@@ -72,7 +72,7 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
         if states is None:
             entering = saved[0] if saved else None
             states, *_ = run.states(v, inputs.initial_state, wants_final=False, entering=entering)
-            # chunk_state counts one band within the limit
+            # chunk_state counts 1 band for a chunk within the limit
             run.bands.masked_fill_(run.bands == 1, WITHIN)
         initial = None if dfinal_state is None else dfinal_state.contiguous()
         dinitial = None
@@ -137,8 +137,8 @@ def _plan(plan: Plan, tokens: int) -> Plan:
 def descriptor(x: Tensor, C: int, packed: bool) -> TensorDescriptor:
     """Describe tiles [C, D] of one head of x [B, T, H, D] to TMA, cut off at the end of a sequence.
 
-    TMA reads zeros outside of a tensor and does not write there. In a dense batch, the end of a sequence is that of its
-    row. For packed sequences, two more dimensions place the end of any sequence at number BORDER of a third dimension:
+    TMA reads zeros outside of a tensor and does not write there. In a dense batch, a sequence ends where its row ends.
+    For packed sequences, two more dimensions place the end of any sequence at number BORDER of a third dimension:
     the coordinates (BORDER, end, BORDER - end + t) lead to token t, because addresses wrap around at 2^64 bytes.
     triton.tools.ragged_tma does the same.
     """
@@ -195,7 +195,7 @@ class HopperLaunches(Launches):
         Args:
             v: [B, T, H, V].
             initial: [segments, H, K, V] fp32, states before the segments. None means zeros.
-            o: output. It is correct except in chunks beyond the limit.
+            o: [B, T, H, V], output. It is correct except in chunks beyond the limit.
             final: [segments, H, K, V] fp32, output: the states after the segments, unless None.
         """
         plan = self.plan
@@ -233,7 +233,7 @@ class HopperLaunches(Launches):
             final: [segments, H, K, V] fp32, output: the gradients of the states before the segments, unless None.
         """
         plan = self.plan
-        # written for chunks beyond the limit only; the memory of the others is not touched
+        # only the entries of chunks beyond the limit are written; the memory of the other chunks is not touched
         dstates = torch.empty_like(states)
         parts = self._bound_parts()
         tensors, others = self._shared()
@@ -255,7 +255,7 @@ class HopperLaunches(Launches):
         return self.gradients(v, do, states, dstates, dq, df, parts)
 
     def _bound_parts(self) -> Tensor:
-        """Return zeros [H, K, chunks + segments] fp32 for the parts of the bound's gradient, those of chunks first."""
+        """Return zeros [H, K, chunks + segments] fp32 for the bound's gradient: a part per chunk, then per segment."""
         plan = self.plan
         return self.bound.new_zeros((plan.H, plan.K, plan.numbers["NC"])) if plan.bounded else self.none
 

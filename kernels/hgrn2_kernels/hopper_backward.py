@@ -2,7 +2,7 @@
 
 One program computes one (segment, head). It has two groups of warps with different roles, as in hopper_forward.py: one
 makes the operands of a chunk, and the other holds the gradient of the state [K, V] in registers, computes the products,
-and makes dq and df of them. The two roles are in hopper_backward_roles.py.
+and makes dq and df from them. The two roles are in hopper_backward_roles.py.
 
 The gradient of the state is correct for all gates, like the state in hopper_forward.py. For a chunk beyond the fast
 limit, the gradient of the state is stored, the gradient of the bound gets nothing on the channels that are beyond, and
@@ -19,7 +19,7 @@ from hgrn2_kernels.hopper_math import barrier, fetch, segment_of
 
 @gluon.jit(do_not_specialize=["T", "NT", "NC", "parts", "SEGMENTS", "LENGTH"])
 def hopper_backward_kernel(
-    q,  # [B, T, H, K] bf16 raw queries: a descriptor, see hopper.py, as are all tensors through df
+    q,  # [B, T, H, K] bf16 raw queries: a descriptor, see hopper.py, as are all tensors up to df
     f,  # raw gates
     v,
     do,
@@ -31,7 +31,7 @@ def hopper_backward_kernel(
     bound,  # [H, K] fp32, read where BOUNDED
     initial,  # [segments, H, K, V] fp32: gradient of the state after the segment, read where HAS_INITIAL
     final,  # [segments, H, K, V] fp32, out where FINAL: gradient of the state before the segment
-    bands,  # [chunks, H, K / 64] int32, as the forward counted
+    bands,  # [chunks, H, K / 64] int32, the counts of the forward
     dbound,  # [H, K, NC] fp32, out where BOUNDED: the part of segment i_s at index parts + i_s
     sums,
     ones,

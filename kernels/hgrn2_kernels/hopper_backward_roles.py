@@ -30,7 +30,7 @@ from hgrn2_kernels.hopper_math import (
 
 @gluon.jit
 def here(x_s, n: gl.constexpr = 0):
-    """Return tile n of x_s. The compiler cannot compute its address before a loop, where it would take registers."""
+    """Return tile n of x_s, without letting the compiler compute its address before a loop, which costs registers."""
     n = gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [gl.to_tensor(n)], gl.int32, is_pure=False, pack=1)
     return x_s.index(n)
 
@@ -104,7 +104,7 @@ def make_operands(
             framed = gl.maximum(middle, -LIMIT)
             beyond = middle - framed
             kd = (k * exp2(-e)).to(gl.bfloat16)
-            # the second block passes at once, because there is one arrival per chunk
+            # the second block does not wait here, because op_empty gets one arrival per chunk
             mbarrier.wait(op_empty, (n & 1) ^ 1)
             half_s.index(block).store(exp2(framed))
             half_s.index(blocks + block).store(exp2(2.0 * beyond))
@@ -215,7 +215,8 @@ def walk(
         # the stores of dq and df of the previous chunk have read their slots
         tma.store_wait(0)
         barrier()
-        # [reader, writer] for dv, and [query, key]; entries on the other side may be infinite, and are replaced
+        # p_s is [reader, writer] and is for dv, d_s is [query, key]. Entries on the other side of the diagonal may be
+        # infinite, so they are replaced.
         here(p_s).store(gl.where(o_i <= o_j, scores, 0.0).to(gl.bfloat16))
         here(d_s).store(gl.where(o_i >= o_j, dscores, 0.0).to(gl.bfloat16))
         # this overwrites the state of the forward, which all warps have read
@@ -230,7 +231,7 @@ def walk(
         again = (n > 0) & more
         fetch(f, i_b, start - C, end, i_h, f_s.index(1 - slot), fq_full.index(1 - slot), 4 * C * K, PACKED, again)
         fetch(q, i_b, start - C, end, i_h, q_s.index(1 - slot), fq_full.index(1 - slot), 0, PACKED, again)
-        # the decay beyond the limit, which is ready since long
+        # the decay beyond the limit, which the other warps stored together with `half`
         state = state * here(half_s, 1).load(by_row)[:, None]
         q_sum = warpgroup_mma(here(kd_s), here(d_s).permute((1, 0)), q_sum, is_async=True)
         state = warpgroup_mma(here(qd_s), here(do_s), state, is_async=True)
@@ -260,7 +261,7 @@ def walk(
         barrier()
         store(dq, i_b, start, end, i_h, q_s.index(slot), PACKED)
         k_sum = warpgroup_mma(here(h_s), here(v_s).permute((1, 0)), tile_zero, use_acc=False)
-        # all that is written, from which the balance takes what is written behind a gate
+        # The sum of all writes. The balance, summed from a gate on, subtracts the writes after that gate.
         written = gl.sum(here(kd_s).load(tile).to(gl.float32) * k_sum, 1)
         k_sum = warpgroup_mma(here(qd_s), here(d_s), k_sum)
         k_dk = here(kd_s).load(tile).to(gl.float32) * k_sum

@@ -78,7 +78,8 @@ def segment_of(
 ):
     """Return where segment i_s lies: batch row, first token, end of its sequence's tokens, first chunk, n_chunks.
 
-    The arguments are those of chunk_state_kernel. A segment that packed sequences leave over has no chunks.
+    The arguments are those of chunk_state_kernel. With packed sequences, a segment that belongs to no sequence has 0
+    chunks.
     """
     if TABLED:
         i_n = gl.load(segment_sequence + i_s)
@@ -106,7 +107,7 @@ def segment_of(
 def fetch(x, i_b, t, end, i_h, x_s, full, BYTES: gl.constexpr, PACKED: gl.constexpr, pred=True):
     """Fetch the tile of head i_h from token t on into x_s, with zeros from token `end` on.
 
-    BYTES counts what this fetch and the following ones on the same barrier bring. It is 0 for the following ones.
+    The first fetch on a barrier passes in BYTES the number of bytes that all fetches on it bring. The others pass 0.
     """
     if BYTES > 0:
         mbarrier.expect(full, BYTES, pred=pred)

@@ -14,7 +14,7 @@ class Inputs(NamedTuple):
         q, f, v: the raw query and forget-gate projections, and the values.
         lower_bound: the bound of the forget gate; None for a bound of 0.
         initial_state: the states before the first tokens; None for zeros.
-        cu_seqlens: the borders of packed sequences; None where each row of the batch is a sequence.
+        cu_seqlens: the boundaries of packed sequences; None where each row of the batch is a sequence.
         scale: the factor on the output.
     """
 

@@ -1,7 +1,7 @@
 """The constant matrices that the chunk kernels multiply by. They are made once per device and chunk size.
 
-A program loads them faster than it could make them. If x [D, C] is a tile of channels and tokens, then x matrix is a
-sum over tokens.
+A program loads them faster than it could make them. If x [D, C] is a tile of channels and tokens, the product of x
+and a matrix is a sum over tokens.
 """
 
 import functools

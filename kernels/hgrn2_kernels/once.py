@@ -35,7 +35,8 @@ def once_differentiable(instead: str) -> Callable:
                 results = backward(ctx, saved, *gradients)
             if not torch.is_grad_enabled():
                 return results
-            # the results must depend on all that they may be differentiated by, or autograd would call it unused
+            # The results must depend on every tensor with respect to which they may be differentiated. Otherwise
+            # autograd would report such a tensor as unused.
             sources = [x for x in (*saved, *gradients) if x is not None]
             made = [x for x in results if x is not None]
             refusing = iter(_Refusal.apply(instead, len(made), *made, *sources))

@@ -55,13 +55,13 @@ def chunk_hgrn2(
         initial_state: [N, H, K, V] fp32 (fp64 with fp64 inputs), state before the first token of each sequence. N is
             B, or the number of packed sequences. None means zeros.
         output_final_state: whether to return the state after the last token of each sequence.
-        cu_seqlens: [N + 1] int32, borders of the sequences that are packed along T. They start at 0, do not decrease,
-            and end at T or before. B must be 1. Sequences may be empty. Tokens behind the last border are padding:
+        cu_seqlens: [N + 1] int32, boundaries of sequences that are packed along T. They start at 0, do not decrease,
+            and end at T or before. B must be 1. Sequences may be empty. Tokens after the last boundary are padding:
             their outputs and gradients are 0, whatever they hold. The values are checked where PyTorch runs, and not
             checked by the kernels.
         save_states: whether to keep the states between chunks for the backward. On a GPU the backward is then a
-            little faster. It costs a bf16 number for each (token, head, channel of K, channel of V) / 64, or an fp32
-            number for each / 32 with fp32 inputs. It has no effect where PyTorch runs.
+            little faster. It keeps B * T * H * K * V / 64 bf16 numbers, or with fp32 inputs B * T * H * K * V / 32 fp32
+            numbers. It has no effect where PyTorch runs.
 
     Returns:
         o: [B, T, H, V] dtype of v.
@@ -69,7 +69,7 @@ def chunk_hgrn2(
             an empty sequence is its initial state.
 
     Raises:
-        ValueError: a shape, dtype, device or border is not as described, or the kernels cannot run (a head has more
+        ValueError: a shape, dtype, device or boundary is not as described, or the kernels cannot run (a head has more
             than 256 channels, the scale is 0, or the GPU has a compute capability below 8.0).
         NotImplementedError: a gradient is differentiated again. `recurrent_hgrn2` has second derivatives.
 
@@ -147,7 +147,7 @@ def chunk_hgrn2_pytorch(
         o and final_state, as `chunk_hgrn2` returns them.
 
     Raises:
-        ValueError: a shape, dtype, device or border is not as `chunk_hgrn2` describes it.
+        ValueError: a shape, dtype, device or boundary is not as `chunk_hgrn2` describes it.
         NotImplementedError: a gradient is differentiated again.
 
     Source:

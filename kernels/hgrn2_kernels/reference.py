@@ -33,7 +33,7 @@ def recurrent_hgrn2(
         scale: factor on the output. None means K**-0.5.
         initial_state: [N, H, K, V], state before the first token of each of the N sequences. None means zeros.
         output_final_state: whether to return the state after the last token of each sequence.
-        cu_seqlens: [N + 1] int32, borders of sequences packed along T, as in `chunk_hgrn2`.
+        cu_seqlens: [N + 1] int32, boundaries of sequences packed along T, as in `chunk_hgrn2`.
 
     Returns:
         o: [B, T, H, V] dtype of v.

@@ -1,8 +1,8 @@
 """The states that the shards of a split sequence need from each other: `shard_states` and `combine_states`.
 
 A shard turns the state h that enters it into exp(log_decay) h + state, whatever the queries are. So all shards compute
-these two from their own tokens at the same time. They exchange them, each combines those of the shards before it, and
-each runs `chunk_hgrn2` from the state that enters it.
+log_decay and state from their own tokens at the same time, and exchange both. Each shard combines the results of the
+shards before it into the state that enters it, and runs `chunk_hgrn2` from this state.
 
 The weight of a token in the state is its key times the gates after it, exp(sum of their logs). That is a sum of terms
 of one sign and an exponent of at most 0. So nothing cancels or overflows, and a gate that closes completely gives 0.
@@ -29,7 +29,7 @@ def shard_states(
         v: [B, T, H, V] dtype of f, values.
         lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1). None means a bound of 0. Its gradient is 0
             on channels where it is exactly 0, as in `chunk_hgrn2`.
-        cu_seqlens: [N + 1] int32, borders of sequences packed along T, as in `chunk_hgrn2`.
+        cu_seqlens: [N + 1] int32, boundaries of sequences packed along T, as in `chunk_hgrn2`.
 
     Returns:
         state: [N, H, K, V] fp32 (fp64 with fp64 inputs), state after the last token if it is 0 before the first.
@@ -37,7 +37,7 @@ def shard_states(
             0 for an empty sequence. In the Triton kernels the log of one gate is at least -125 log 2.
 
     Raises:
-        ValueError: a shape, dtype, device or border is not as described.
+        ValueError: a shape, dtype, device or boundary is not as described.
         NotImplementedError: a gradient is differentiated again.
 
     Source:
@@ -173,7 +173,7 @@ def _decays(chunks, f, bound):
 
 def _sum_before(x):
     """Sum x [M, C, K] over the earlier tokens of each chunk, and over all of them: [M, C, K] and [M, 1, K]."""
-    # this is not the sum with the token minus the token, which would cancel
+    # subtracting x from its cumulative sum instead would cancel and lose digits
     total = x.cumsum(1)
     return F.pad(total[:, :-1], (0, 0, 1, 0)), total[:, -1:]
 

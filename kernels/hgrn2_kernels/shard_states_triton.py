@@ -19,7 +19,7 @@ def forward(f, v, lower_bound, cu_seqlens):
 
 
 def backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
-    """Return the gradients of f, v and lower_bound, which is None without a bound."""
+    """Return the gradients of f, v and lower_bound. The last one is None without a bound."""
     # the part through the state: the backward of the operator with a gradient of the final state and none of o
     inputs = Inputs(f, f, v, lower_bound, None, cu_seqlens, 1.0)
     _, df, dv, dbound, _ = chunk_backward(torch.zeros_like(v), dstate, inputs)
@@ -27,7 +27,7 @@ def backward(dstate, dlog_decay, f, v, lower_bound, cu_seqlens):
     f, dg = f.float(), dlog_decay[:, None]
     if cu_seqlens is not None:
         T = f.shape[1]
-        # tokens behind the last border are in no sequence, and may hold anything
+        # tokens after the last boundary are in no sequence, and may hold anything
         ends, dg = F.pad(cu_seqlens, (0, 1), value=T), F.pad(dlog_decay, (0, 0, 0, 0, 0, 1))
         dg = dg.repeat_interleave(ends.diff(), 0, output_size=T)[None]
         f = f.masked_fill((torch.arange(T, device=f.device) >= cu_seqlens[-1])[:, None, None], 0.0)

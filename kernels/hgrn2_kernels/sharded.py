@@ -30,7 +30,7 @@ class Ends:
     """The tokens at one end of each piece that belong to a sequence which continues on another process.
 
     Attributes:
-        cu_seqlens: [N + 1] int32, borders that separate these tokens from the others.
+        cu_seqlens: [N + 1] int32, boundaries that separate these tokens from the others.
         rows: [M] int64, the number, out of N, of the tokens of each piece. If they are empty, no tokens belong there.
         stops: the pieces in which the sequence begins or ends, so that no state passes them.
     """
@@ -45,13 +45,13 @@ class Pieces:
     """The division of the packed tokens of one process into whole sequences and M pieces of sharded sequences.
 
     Attributes:
-        cu_seqlens: [N + 1] int32, borders of the sequences and the parts of sequences of this process.
+        cu_seqlens: [N + 1] int32, boundaries of the sequences and the parts of sequences of this process.
         entered: [N] int32, the piece that each of them begins, or -1 where a sequence begins.
         left: [N] int32, the piece that each of them ends, or -1 where a sequence ends.
         last_tokens: the last tokens of each piece, whose effect on the state later pieces need. None where the first M
             of the N are the pieces.
         first_tokens: the first tokens of each piece, whose effect on the gradient of the state earlier pieces need in
-            the backward. None in the same case.
+            the backward. None where `last_tokens` is None.
         count: M.
     """
 
@@ -63,12 +63,12 @@ class Pieces:
     first_tokens: Ends | None = None
 
     def borders(self, reverse: bool) -> Tensor:
-        """Return cu_seqlens of the parts whose effects are summed up."""
+        """Return the cu_seqlens that separate the tokens whose effects are summed up."""
         ends = self.first_tokens if reverse else self.last_tokens
         return self.cu_seqlens if ends is None else ends.cu_seqlens
 
     def choose(self, state: Tensor, log_decay: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Select the sums of the M pieces, [M, H, K, V] and [M, H, K], out of the sums between these borders."""
+        """Select the sums of the M pieces, [M, H, K, V] and [M, H, K], out of the sums between these boundaries."""
         ends = self.first_tokens if reverse else self.last_tokens
         if ends is None:
             return state[: self.count], log_decay[: self.count]
@@ -93,7 +93,8 @@ def chunk_hgrn2_sharded(
 
     Args:
         qfv: [B, T, H, 3, K] fp64, fp32, bf16 or fp16, raw projections of the tokens of this process.
-        lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1), or None. Its gradient is the part of these tokens.
+        lower_bound: [H, K] fp32 (fp64 with fp64 inputs), in [0, 1), or None. Its gradient is the part that these
+            tokens contribute.
         hand_on: a function that is called as hand_on(state, log_decay, reverse). It may start an exchange, and returns
             a function without arguments that waits for it and returns [M, H, K, V].
             In the forward, reverse is False. state [M, H, K, V] is the state after each of the M pieces if it is 0
@@ -108,7 +109,7 @@ def chunk_hgrn2_sharded(
         o: [B, T, H, K] dtype of qfv.
 
     Raises:
-        ValueError: an argument is wrong as in `chunk_hgrn2_fused`.
+        ValueError: `chunk_hgrn2_fused` would raise one for these arguments.
         NotImplementedError: a gradient is differentiated again.
 
     Source:

@@ -18,7 +18,7 @@ def unit_stride(x: Tensor) -> Tensor:
 def dense_like(x: Tensor) -> Tensor:
     """Return a new dense tensor of the shape of x, with a contiguous last dimension.
 
-    Batch lies inside time if that is so in x.
+    Its dimensions have the same order in memory as those of x, if the kernels can take that order.
     """
     if x.stride(-1) == 1:
         like = torch.empty_like(x)

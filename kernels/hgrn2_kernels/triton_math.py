@@ -14,8 +14,8 @@ All kernels, here and in the other files, name their variables in the same way:
     p_   a pointer, or a tile of pointers.
     b_   a tile as it was loaded from an input, or as it will be stored in an output.
 
-Tiles that a kernel computes on the way have plain names. The same ones come back everywhere: g is the log gate, k the
-key, a the activated query, qd and kd are the query and the key with their decay. Names in capitals are known when the
+Intermediate tiles have plain names, which mean the same everywhere: g is the log gate, k the key, a the activated
+query, and qd and kd are the query and the key with their decay. Names in capitals are known when the
 kernel is compiled. `sums` and `ones` are the constant matrices of matrices.py.
 """
 
@@ -133,7 +133,7 @@ def load_matrix(matrices, i, C: tl.constexpr):
 
 @triton.jit
 def sum_gates(g, matrix, FINE: tl.constexpr):
-    """Return the decays g matrix, for log gates g [D, C] and a matrix [C, N] that holds 0 and plus or minus one unit.
+    """Return decays: the product of log gates g [D, C] and a matrix [C, N] of 0 and plus or minus one unit.
 
     For 16-bit operands a unit is 1 / UNIT in fp16, and g is rounded to 11 bits, or to 22 bits where FINE. Eleven bits
     are more than a raw gate in bf16 has. But where every gate is closed, a decay of 2^-40 may be all that is left of a
@@ -183,7 +183,7 @@ def rounded(x, DT: tl.constexpr):
 
 @triton.jit
 def sum_tokens(x, matrix):
-    """Return x matrix, for fp32 x [D, C] and a matrix [C, N] of 0 and 1, nearly as precisely as fp32 allows."""
+    """Return the product of fp32 x [D, C] and a matrix [C, N] of 0 and 1, nearly as precisely as fp32 allows."""
     zero = tl.zeros([x.shape[0], matrix.shape[1]], tl.float32)
     if matrix.dtype == tl.float32:
         return dot(x, matrix, zero)
@@ -200,7 +200,7 @@ def limit(DT: tl.constexpr):
 
 @triton.jit
 def whole_matrix(C: tl.constexpr, DT: tl.constexpr):
-    """Return a matrix [C, 16] with which each column of (g matrix) is the decay of the whole chunk."""
+    """Return a matrix [C, 16]. Each column of the product of log gates and this matrix is the whole chunk's decay."""
     if DT == tl.float32:
         return tl.full([C, 16], 1.0, tl.float32)
     else:
@@ -213,8 +213,8 @@ def bands_of(whole, DT: tl.constexpr):
 
     That is 1 within the limit, and BANDS + 1 where the chunk would need more than BANDS.
     """
-    # The margin is there because bands are separated at whole powers of two, and because the sums of the other kernels
-    # may differ in the last digit.
+    # The number 1.5 is a margin. It is needed because bands are separated at whole powers of two, and because the sums
+    # of the other kernels may differ in the last digit.
     needed = ((tl.max(-whole, 0) + 1.5) * (0.5 / limit(DT))).to(tl.int32) + 1
     return tl.where(needed <= (BANDS_FP32 if DT == tl.float32 else BANDS), needed, BANDS + 1)
 
@@ -223,7 +223,7 @@ def bands_of(whole, DT: tl.constexpr):
 def form_of(n_bands):
     """Return the form of a chunk with n_bands bands.
 
-    It is -1 for a chunk that needs none: 0 bands mean that it lies behind the packed sequences, and a negative number
+    It is -1 for a chunk that needs none: 0 bands mean that it lies after the packed sequences, and a negative number
     means that another kernel has computed it.
     """
     return tl.where(n_bands < 1, -1, tl.where(n_bands == 1, FAST, tl.where(n_bands <= BANDS, BANDED, EXACT)))
@@ -263,7 +263,7 @@ def span(i_c, cu_seqlens, chunk_sequence, chunk_first, T, NT, C: tl.constexpr, P
 
 @triton.jit
 def behind(i_c, cu_seqlens, chunk_sequence, chunk_first, C: tl.constexpr):
-    """Return the first token of a chunk i_c that lies behind the last packed sequence, perhaps behind the row too."""
+    """Return the first token of a chunk i_c that lies after the last packed sequence. It may lie after the row too."""
     i_n = tl.load(chunk_sequence + i_c)
     return tl.load(cu_seqlens + i_n) + (i_c - tl.load(chunk_first + i_n)) * C
 
@@ -310,7 +310,7 @@ def channels(x, eye):
 
 @triton.jit
 def padded(x, n_tokens, C: tl.constexpr, FULL: tl.constexpr):
-    """Return raw gates [D, C] in which the gates behind the first n_tokens tokens are wide open."""
+    """Return raw gates x [D, C], with wide open gates after the first n_tokens tokens."""
     if FULL:
         return x
     else:
