@@ -1,12 +1,17 @@
-"""Probes of a backward in fewer passes, on one GPU: the gradient of the state stays in registers.
+"""Time variants of a backward with fewer passes over the chunks, on one GPU. State gradients stay in registers.
 
     python benchmarks/probes/fused_backward.py [--only WORD ...] [--list]
 
-Three sorts of probes. A "path" is a forward and a backward of several kernels. A "walk" is a kernel that walks the
-chunks in reverse, reads the states of the forward and writes dq and df on the way, and dv too where it holds all
-channels. A "pass" is one of fused_forward.py or fused_gluon.py. Every chunk is within the fast limit. Results are
-checked against autograd through the float64 recurrence (first row) and today's kernels, on the inputs that are timed.
-The figures go to $OUT/fused_backward.json as well.
+There are three kinds of variants:
+
+- A "path" is a forward and a backward, which consist of several kernels.
+- A "walk" is a kernel that walks the chunks in reverse, reads the states of the forward, and writes dq and df. It also
+  writes dv if one program holds all channels.
+- A "pass" is a kernel of fused_forward.py or fused_gluon.py.
+
+Every chunk is within the fast limit. "Today's" kernels are those of hgrn2_kernels/chunk_triton.py. The script compares
+results with today's kernels, and those of the first batch row with autograd through the float64 recurrence, on the
+inputs that it times. It prints a table, and writes the figures to $OUT/fused_backward.json if OUT is set.
 """
 
 import argparse
@@ -56,22 +61,22 @@ from hgrn2_kernels.triton_math import (
     sum_tokens,
 )
 
-# relative Frobenius errors of gradients against the recurrence and against today's kernels
+# largest relative Frobenius errors of results, against the recurrence and against today's kernels
 GOLD, TODAY = 4e-3, 5e-3
 
 
 @triton.jit
 def backward_kernel(
-    q,  # [B T, H K] raw: a descriptor, as all down to df but the pointers
+    q,  # [B T, H K] raw queries: a descriptor, as are all tensors up to df
     f,
     v,
     do,
-    states,  # [chunks H K, V], entering each chunk, framed
-    dstates,  # the same of the gradients of the states leaving, read where not CARRY
+    states,  # [chunks H K, V], the state entering each chunk, see frame in triton_math.py
+    dstates,  # the same shape, the gradient of the state leaving each chunk; read where not CARRY
     dv,  # out where ALL
     dq,  # out
     df,  # out
-    raw_q,  # pointers, for prefetching
+    raw_q,  # pointers to the same tensors, for prefetching
     raw_f,
     raw_v,
     raw_do,
@@ -88,10 +93,10 @@ def backward_kernel(
     stride_vh,
     stride_ot,
     stride_oh,
-    stride_gt,  # of dq and df
+    stride_gt,  # strides of dq and df
     stride_gh,
     inverse_scale,
-    NT,  # chunks a segment
+    NT,  # chunks per segment
     SEGMENTS,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -104,9 +109,10 @@ def backward_kernel(
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program walks a (segment, head, BK channels of K) in reverse.
+    """Walk the chunks of one segment and head in reverse, for BK channels of K.
 
-    The steps and roundings are those of chunk_gradient's fast form, and of fused_kernel's mode "mix" in reverse.
+    Formulas and roundings are the same as in the fast form of chunk_gradient, and in mode "mix" of fused_kernel in
+    reverse.
     """
     NK: tl.constexpr = K // BK
     ALL: tl.constexpr = CARRY and BK == K
@@ -158,7 +164,7 @@ def backward_kernel(
         decay = sum_gates(g, matrix, False)
         half = exp2(column(decay, C - 1))
         factor = exp2(decay)
-        # their nearest numbers in DT, in fp32 as well
+        # rounded to DT, and kept in fp32 and in DT
         qf = rounded(silu(channels(b_q, eye), inverse_scale) * factor, DT)
         kf = rounded(k * exp2(-decay), DT)
         qd, kd = qf.to(DT), kf.to(DT)
@@ -168,14 +174,14 @@ def backward_kernel(
         if ALL:
             out = dot(tl.trans(b_dh), kd, tl.zeros([V, C], tl.float32))
             scores = dot(tl.trans(qd), kd, tl.zeros([C, C], tl.float32))
-            # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
+            # entries on the other side of the diagonal may be infinite; they are replaced, and never multiplied by 0
             scores = tl.where(causal, scores, 0.0).to(DT)
             out = tl.trans(dot(tl.trans(b_do), scores, out))
             put(dv, row, i_h * stride_gh, 0, 0, out.to(DT), True)
         dscores = dot(b_do, tl.trans(b_v), tl.zeros([C, C], tl.float32))
         dscores = tl.where(causal, dscores, 0.0).to(DT)
         raw = dot(b_dh, tl.trans(b_v), tl.zeros([BK, C], tl.float32))
-        # all that is written, from which balance takes what is written after a gate
+        # The sum of all writes. The balance, summed from a gate on, subtracts the writes after that gate.
         passing = tl.sum(kf * raw, 1)
         if CARRY:
             dstate = dot(qd, b_do, dstate) * half[:, None]
@@ -185,12 +191,12 @@ def backward_kernel(
         raw = dot(kd, tl.trans(dscores), raw)
         balance = qf * raw - k_dk
         dq_sum = raw * factor
-        # by another identity, lest the compiler keep what was made before
+        # another copy of the identity, so that the compiler does not keep the earlier results in registers
         x_q = channels(b_q, again)
         s = reciprocal(inverse_scale + inverse_scale * exp2(-x_q * LOG2E))
         b_dq = dq_sum * s * (1.0 + x_q * (1.0 - s * inverse_scale))
         put(dq, row, c_g, 0, 0, tl.trans(b_dq.to(DT)), True)
-        # the states' product from shared memory; earlier, it would take registers for long
+        # This product reads the states from shared memory. Computed earlier, it would occupy registers for a long time.
         corner = dot(b_h, tl.trans(b_dh), tl.zeros([BK, BK], tl.float32))
         corner = tl.where(tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :], corner, 0.0)
         passing += tl.sum(corner, 1)
@@ -209,13 +215,16 @@ class Walk:
     """A way to compile backward_kernel.
 
     Attributes:
-        name, shape: in the table, and of SHAPES.
-        predicted: microseconds, written down before the first run.
-        warps: of a program.
-        BK: channels of K a program.
-        carry: whether the gradient of the state is walked here, or read as the mirrored kernel stored it.
+        name: name in the table.
+        predicted: predicted time in microseconds, written down before the first run.
+        warps: warps of a program.
+        BK: channels of K per program.
+        carry: whether the kernel computes the gradient of the state itself. If not, it reads the gradients that the
+            mirrored kernel stored.
         stages, ahead: constants of the kernel.
-        regs: registers a thread of the gates' warps in the kernel of fused_gluon_backward.py; 0 for the kernel here.
+        regs: registers per thread of the warps that compute gates, in the kernel of fused_gluon_backward.py. 0 means
+            the kernel of this file.
+        shape: a key of SHAPES.
     """
 
     name: str
@@ -231,13 +240,15 @@ class Walk:
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """Forward and backward and, where sequences are cut, the passes before the segments.
+    """A forward and a backward. If sequences are cut, they include the passes that find the states before segments.
 
     Attributes:
-        name, shape, predicted: as of Walk, of all kernels in a graph.
-        check: whether both walks find the chunks beyond the fast limit.
-        regs: of Variant, for the forward and its mirror.
-        backward_regs: of Walk, for a backward of one kernel; 0 for the mirror and today's chunk_gradient.
+        name, shape: as in Walk.
+        predicted: predicted time of all kernels in a CUDA graph, in microseconds.
+        check: whether the forward and the mirrored kernel count the bands of chunks beyond the fast limit.
+        regs: `regs` of the Variant for the forward and for the mirrored kernel.
+        backward_regs: `regs` of the Walk, if the backward is one kernel. 0 means that the backward is the mirrored
+            kernel and today's chunk_gradient.
     """
 
     name: str
@@ -278,7 +289,7 @@ VARIANTS = [
 
 
 def in_graph(function) -> float:
-    """Milliseconds of a replay of the graph of a call."""
+    """Capture a call in a CUDA graph, and return the milliseconds of a replay."""
     function()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -287,7 +298,7 @@ def in_graph(function) -> float:
 
 
 def walk_launch(problem: Problem, walk: Walk, states, dstates, out: dict):
-    """A function that launches a walk into out's dv, dq, df and dbound."""
+    """Return a function that launches a walk, which fills dv, dq, df and dbound of `out`."""
     if walk.regs:
         import fused_gluon_backward
 
@@ -324,7 +335,7 @@ def walk_launch(problem: Problem, walk: Walk, states, dstates, out: dict):
 
 
 def gold_gradients(p: Problem) -> dict | None:
-    """Return the results of the first row in float64, or None where they would not fit."""
+    """Return the results of the first batch row in float64, or None if they would not fit into memory."""
     if p.T * p.H > 32768 * 4 or p.q.is_meta:
         return None
     with torch.enable_grad():
@@ -332,12 +343,15 @@ def gold_gradients(p: Problem) -> dict | None:
         bound = p.bound.double().requires_grad_()
         o = recurrent_hgrn2(*inputs, bound)[0]
         dq, df, dv, db = torch.autograd.grad(o, [*inputs, bound], p.do[:1].double())
-    # the bound's is a sum over all rows
+    # the gradient of the bound is a sum over all rows, so one row gives it only for a batch of 1
     return dict(o=o.detach(), dq=dq, df=df, dv=dv, **(dict(dbound=db[None]) if p.B == 1 else {}))
 
 
 class Bench:
-    """Problems, what today's kernels and the recurrence make of them, made when first asked for."""
+    """The measurements of the variants. It makes inputs and reference results when a shape first needs them.
+
+    It passes each row of results to `say`.
+    """
 
     def __init__(self, say):
         self.say = say
@@ -351,7 +365,9 @@ class Bench:
             run = Launches(q, f, v, bound, D**-0.5, None)
             states, _, _ = run.states(v, None, wants_last=False)
             if not (run.bands == 1).all():
-                raise SystemExit("a chunk is beyond the fast limit: these probes have the fast form only")
+                raise SystemExit(
+                    "a chunk is beyond the fast limit, but these probes have only the fast form: weaken the gates"
+                )
             dstates, _, _ = run.states(do, None, reverse=True, wants_last=False)
             today = {name: torch.empty_like(do) for name in ("o", "dq", "df", "dv")}
             run.output(v, states, today["o"])
@@ -456,7 +472,7 @@ class Bench:
         dv, dstates = p.outputs()
         dq, df = torch.full_like(o, torch.nan), torch.full_like(o, torch.nan)
         run = Launches(p.q, p.f, p.v, p.bound, D**-0.5, None)
-        # its own launches: those of the kernels before are bound to flags of another dtype
+        # A copy of the plan gets launches of its own. The cached launches are bound to bands of another dtype.
         run.plan = dataclasses.replace(run.plan)
         run.bands = p.bands if path.check else torch.ones_like(p.bands, dtype=torch.int8)
         forward_launch = p.launch(Variant("", **plain), o, states)
@@ -549,9 +565,9 @@ def table(found: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=[], help="variants whose name has one of these words")
-    parser.add_argument("--list", action="store_true", help="the variants")
-    parser.add_argument("--worker", type=int, help="run in this process, from this variant on")
+    parser.add_argument("--only", nargs="+", default=[], help="run only variants whose name has one of these words")
+    parser.add_argument("--list", action="store_true", help="print the variants and exit")
+    parser.add_argument("--worker", type=int, help="run in this process, starting with the variant of this number")
     args = parser.parse_args()
     chosen = [x for x in VARIANTS if not args.only or any(word in x.name for word in args.only)]
     if args.list:

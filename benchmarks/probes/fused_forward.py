@@ -1,11 +1,12 @@
-"""Probes of a forward in one pass over the chunks, on one GPU: the state stays in registers, o is written on the way.
+"""Time variants of a forward that walks the chunks once on one GPU. It keeps the state in registers and writes o.
 
     python benchmarks/probes/fused_forward.py [--only WORD ...] [--list]
 
-Each variant is a kernel for bf16, heads of 128 and chunks within the fast limit, which the script makes sure of. It is
-checked against the float64 recurrence and today's kernels on the inputs that are timed, then timed beside them.
-Variants run in a child process, which is replaced where one fails or hangs. The figures go to
-$OUT/fused_forward.json as well.
+Each variant is a kernel for bf16, heads of 128 channels and chunks within the fast limit. The script stops if a chunk
+is beyond the limit. "Today's" kernels are those of hgrn2_kernels/chunk_triton.py. The script compares the results of
+each variant with the float64 recurrence and with today's kernels, and times the variant and today's kernels on the same
+inputs. Variants run in a child process. If a variant fails or hangs, a new child continues with the next one. The
+script prints a table, and writes the figures to $OUT/fused_forward.json if OUT is set.
 """
 
 import argparse
@@ -56,17 +57,17 @@ SHAPES = {
     "1x32768x4": (1, 32768, 4),
     "8x2048x8": (8, 2048, 8),
 }
-# segments a sequence, so that segments x heads come near a multiple of 132
+# segments per sequence, such that the number of segments times heads is close to a multiple of 132
 SEGMENTS = {"8x4096x16": 1, "1x32768x16": 8, "1x32768x4": 32, "8x2048x8": 2}
-# relative Frobenius error of o against the recurrence and of dv against today's kernel, both rounded to bf16
+# largest relative Frobenius error: of o against the recurrence, and of dv against today's kernels. Both are in bf16.
 CEILING = 3.5e-3
-# a child that says nothing for so long is killed, and no child is started after the last
+# A child that prints nothing for SECONDS is killed. No child is started later than LAST seconds after the start.
 SECONDS, LAST = 45, 300
 
 
 @triton.jit
 def gates_one_reciprocal(x, q, b, inverse_scale):
-    """gate and silu with one reciprocal for both, their exponents capped at 60: (g, k, a)."""
+    """Return (g, k, a) as gate and silu compute them, with one reciprocal for both and exponents of at most 60."""
     e = exp2(tl.minimum(tl.maximum(x * LOG2E, -125.0), 60.0))
     p = 1.0 + e
     s = inverse_scale + inverse_scale * exp2(tl.minimum(-q * LOG2E, 60.0))
@@ -81,9 +82,9 @@ def gates_one_reciprocal(x, q, b, inverse_scale):
 def operands(
     b_f, b_q, b, eye, matrix, inverse_scale, C: tl.constexpr, WHOLE: tl.constexpr, RCP: tl.constexpr, DT: tl.constexpr
 ):
-    """Queries and keys [channels, C] in the frame of the chunk's middle, and half of the chunk's decay [channels].
+    """Return queries and keys [channels, C] in the frame of the chunk's middle, and half of its decay [channels].
 
-    The middle is where half of the decay is behind, so the last token's exponent is that half.
+    Half of the decay has passed at the middle, so the exponent of the last token is this half.
     """
     if RCP:
         g, k, a = gates_one_reciprocal(channels(b_f, eye), channels(b_q, eye), b[:, None], inverse_scale)
@@ -105,11 +106,11 @@ def operands(
 def operands_checked(
     b_f, b_q, b, eye, matrix, inverse_scale, at_bands, C: tl.constexpr, REVERSE: tl.constexpr, DT: tl.constexpr
 ):
-    """As operands, for any gates: (queries, keys, decay to the frame, what a channel decays by beyond the limit).
+    """Return queries, keys, the decay to the frame, and the decay of each channel beyond the limit, for any gates.
 
-    What is written to the state has exponents of at most the limit, so the state is right where the output is not. A
-    channel beyond the limit says so by itself, in the number of bands of its chunk (64 channels share one), which waits
-    for no other warp.
+    Writes to the state have exponents of at most the limit, so the state is correct even where the output is not. A
+    channel beyond the limit raises the number of bands of its chunk, which 64 channels share. It does this by an atomic
+    maximum, so no warp waits for another one.
     """
     g, k = gate(channels(b_f, eye), b[:, None], DT)
     e = sum_gates(g, matrix, False)
@@ -150,17 +151,17 @@ def put(x, row, column, offsets, stride_t, value, TMA: tl.constexpr):
 
 @triton.jit
 def fused_kernel(
-    q,  # [B T, H K] raw: a descriptor where LTMA, as f and y
+    q,  # [B T, H K] raw queries: a descriptor where LTMA, as are f and y
     f,
     y,  # v, or do where REVERSE
-    raw_q,  # the same as pointers, for prefetching
+    raw_q,  # pointers to q, f and y, for prefetching
     raw_f,
     raw_y,
     bound,  # [H, K] fp32
     first,  # [segments, H, K, V] fp32, read where HAS_FIRST
-    states,  # [chunks, H, K, V] bf16, out where STATES: a descriptor where HTMA
-    bands,  # [chunks, H, K / 64] int32, of ones; out where CHECK: how many bands the chunk needs
-    o,  # [B T, H V], out: a descriptor where OTMA
+    states,  # [chunks, H, K, V] bf16, out where STATES; a descriptor where HTMA
+    bands,  # [chunks, H, K / 64] int32, filled with 1; out where CHECK: the number of bands that the chunk needs
+    o,  # [B T, H V], out; a descriptor where OTMA
     sums,
     ones,
     stride_qt,
@@ -170,7 +171,7 @@ def fused_kernel(
     stride_ot,
     stride_oh,
     inverse_scale,
-    NT,  # chunks a segment
+    NT,  # chunks per segment
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -190,10 +191,13 @@ def fused_kernel(
     CHECK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program walks a (segment, head, BV channels of V).
+    """Walk the chunks of one segment and head, for BV channels of V.
 
-    MODE says how the state lies: "kv" [K, V] and o from it as the right operand; "mix" [K, V] and o transposed, from it
-    as the left operand; "vk" [V, K], which is the left operand as it lies in registers.
+    MODE is the layout of the state, which is an operand of the product for o:
+
+    - "kv": the state is [K, V] and the right operand.
+    - "mix": the state is [K, V]. Its transpose is the left operand, and the product is o transposed.
+    - "vk": the state is [V, K]. It is the left operand in the layout that it has in registers.
     """
     NV: tl.constexpr = V // BV
     pid = tl.program_id(0)
@@ -209,7 +213,7 @@ def fused_kernel(
     off_o = o_c[:, None] * stride_ot + o_v[None, :]
     eye = load_matrix(ones, 0, C).to(DT)
     matrix = load_matrix(sums, 0, C)
-    # of a score [writer, reader]
+    # scores are [writer, reader], and a reader sees the writers up to itself
     seen = o_c[:, None] >= o_c[None, :] if REVERSE else o_c[:, None] <= o_c[None, :]
     b = tl.load(bound + i_h * K + o_k)
     VK: tl.constexpr = MODE == "vk"
@@ -249,7 +253,7 @@ def fused_kernel(
                 put(states, place, i_v * BV, o_kv, V, tl.trans(b_h), HTMA)
             out = dot(b_h, reader, tl.zeros([BV, C], tl.float32))
             scores = dot(tl.trans(writer), reader, tl.zeros([C, C], tl.float32))
-            # entries on the other side of the diagonal may be infinite: chosen away, never multiplied by 0
+            # entries on the other side of the diagonal may be infinite; they are replaced, and never multiplied by 0
             scores = tl.where(seen, scores, 0.0).to(DT)
             out = tl.trans(dot(tl.trans(b_y), scores, out))
             if CHECK:
@@ -351,7 +355,10 @@ def fused_halves_kernel(
     RCP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As fused_kernel in mode "mix", with the channels of K in two halves: four warps, and two programs an SM."""
+    """Compute the same as fused_kernel in mode "mix", with the channels of K in two halves.
+
+    A program has four warps, and two programs run on each multiprocessor.
+    """
     NV: tl.constexpr = V // BV
     BK: tl.constexpr = K // 2
     pid = tl.program_id(0)
@@ -419,14 +426,15 @@ class Variant:
     """One way to compile and launch a probe.
 
     Attributes:
-        name: in the table.
-        predicted: microseconds at 8 x 4096 x 16, written down before the first run.
-        warps: of a program.
-        halves: whether it is fused_halves_kernel, two programs of 64 channels of V for each (segment, head).
-        mode, stages, ahead, states, ltma, otma, htma, rcp, check: constants of the kernels.
-        reverse: the mirrored kernel: dv, and the gradients of the states.
-        regs: registers a thread of the gates' warps in the kernel of fused_gluon.py; 0 for the kernels here.
-        shape: of SHAPES.
+        name: name in the table.
+        predicted: predicted time in microseconds at 8 x 4096 x 16, written down before the first run.
+        warps: warps of a program.
+        halves: whether to run fused_halves_kernel, with two programs of 64 channels of V for each (segment, head).
+        mode, stages, ahead, states, whole, ltma, otma, htma, rcp, check: constants of the kernels.
+        reverse: whether to run the mirrored kernel, which computes dv and the gradients of the states.
+        regs: registers per thread of the warps that compute gates, in the kernel of fused_gluon.py. 0 means a kernel
+            of this file.
+        shape: a key of SHAPES.
     """
 
     name: str
@@ -469,20 +477,20 @@ VARIANTS = [
     Variant("mirrored halves, 2 stages, L2 ahead", 310, 4, True, stages=2, ahead=2, otma=False, reverse=True),
     Variant("vk, 3 stages, segments", 360, shape=LONG),
     Variant("halves, 2 stages, L2 ahead, segments", 310, 4, True, stages=2, ahead=2, otma=False, shape=LONG),
-    # round 2
+    # second round of variants
     Variant("vk, 2 stages, L2 ahead, states by TMA, bands", 402, stages=2, ahead=2, states=True, htma=True, check=True),
 ]
 
 
 def rows(x, width):
-    """Descriptor of tiles [C, width] of the matrix [B T, H D] that x [B, T, H, D] is, whose heads may lie apart."""
+    """Return a descriptor of tiles [C, width] of x [B, T, H, D] as a matrix [B T, H D]. Heads may lie apart."""
     assert x.stride(0) == x.shape[1] * x.stride(1) and x.stride(3) == 1
     shape = [x.shape[0] * x.shape[1], (x.shape[2] - 1) * x.stride(2) + D]
     return TensorDescriptor(x, shape, [x.stride(1), 1], [C, width])
 
 
 class Problem:
-    """Inputs of one shape, what today's kernels make of them, and a launch of each variant."""
+    """The inputs of one shape, buffers for the outputs, and the launches of the variants."""
 
     def __init__(self, shape: str | tuple[int, int, int], device="cuda", dtype=torch.bfloat16):
         self.B, self.T, self.H = SHAPES[shape] if isinstance(shape, str) else shape
@@ -494,15 +502,16 @@ class Problem:
         self.sums, self.ones = matrices(self.q.device, C, dtype)
         self.dtype = dtype
         self.segments, self.length = self.B, self.T // C
-        # states that enter the segments, forward and in reverse
+        # the states that enter the segments; the keys are False for forward and True for reverse
         self.first = {False: None, True: None}
         self.bands = torch.ones(self.B * self.T // C, self.H, D // 64, device=device, dtype=torch.int32)
 
     def cut(self, run: Launches, per_sequence: int):
-        """Take so many segments of each sequence.
+        """Cut each sequence into `per_sequence` segments.
 
-        Returns a function of (y, reverse), v and False or do and True, that finds the states which enter the segments,
-        in a tensor that is given or a new one.
+        Returns:
+            A function (y, reverse, into=None) that returns the states which enter the segments. It takes v and False,
+            or do and True. It writes to the tensor `into`, or to a new one.
         """
         chunks = self.T // C
         plan = run.plan
@@ -518,13 +527,13 @@ class Problem:
         return before
 
     def outputs(self):
-        """Poisoned o [B, T, H, D] and states [chunks, H, D, D]."""
+        """Return tensors for o [B, T, H, D] and the states [chunks, H, D, D], filled with NaN."""
         chunks = self.B * self.T // C
         o, states = torch.empty_like(self.do), self.do.new_empty(chunks, self.H, D, D)
         return o.fill_(torch.nan), states.fill_(torch.nan)
 
     def launch(self, variant: Variant, o, states):
-        """A function that launches the variant and returns the compiled kernel."""
+        """Return a function that launches the variant and returns the compiled kernel."""
         if variant.regs:
             import fused_gluon
 
@@ -574,7 +583,7 @@ class Problem:
 
 
 def error(got, want) -> float:
-    """Relative Frobenius error, a batch row at a time."""
+    """Return the relative Frobenius error, computed one batch row at a time to save memory."""
     off = sum(((x.double() - y.double()) ** 2).sum() for x, y in zip(got, want, strict=True))
     return (off / sum((y.double() ** 2).sum() for y in want)).sqrt().item()
 
@@ -590,7 +599,10 @@ def attention_ms(B, T, H) -> float:
 
 
 class Bench:
-    """Problems and what to compare with, made when first asked for; tells its results through `say`."""
+    """The measurements of the variants. It makes inputs and reference results when a shape first needs them.
+
+    It passes each row of results to `say`.
+    """
 
     def __init__(self, say):
         self.say = say
@@ -604,7 +616,9 @@ class Bench:
             run = Launches(q, f, v, bound, D**-0.5, None)
             states, _, _ = run.states(v, None, wants_last=False)
             if not (run.bands == 1).all():
-                raise SystemExit("a chunk is beyond the fast limit: these probes have the fast form only")
+                raise SystemExit(
+                    "a chunk is beyond the fast limit, but these probes have only the fast form: weaken the gates"
+                )
             today = dict(states=states, o=torch.empty_like(problem.do), dv=torch.empty_like(problem.do))
             run.output(v, states, today["o"])
             dstates, _, _ = run.states(problem.do, None, reverse=True, wants_last=False)
@@ -663,14 +677,14 @@ class Bench:
 
 
 def copy_rate() -> float:
-    """GB/s, read and written."""
+    """Return the rate of a copy in GB/s, with reads and writes counted."""
     a = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
     b = torch.empty_like(a)
     return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) / 1e6
 
 
 def run_chosen(begin: int, chosen: list, say, variant):
-    """Call variant(x) for each of chosen from number begin on, and tell what failed and what is done."""
+    """Call variant(x) for each x of chosen[begin:]. Pass failures, and the number of each finished x, to `say`."""
     if begin == 0:
         say(dict(name="copy", rate=copy_rate(), device=torch.cuda.get_device_name()))
     for n, x in enumerate(chosen[begin:], begin):
@@ -690,7 +704,7 @@ def tell(row: dict):
 
 
 def supervise(only: list[str], chosen: list[Variant], script: str = __file__) -> list[dict]:
-    """Run the variants of a script in children, each of which goes on where the last one ended."""
+    """Run the variants of a script in child processes, and return the rows. A child continues after the last one."""
     rows, begin, clock = [], 0, time.time()
     while begin < len(chosen) and time.time() - clock < LAST:
         command = [sys.executable, "-u", script, "--worker", str(begin), *(["--only", *only] if only else [])]
@@ -708,7 +722,7 @@ def supervise(only: list[str], chosen: list[Variant], script: str = __file__) ->
                 line = lines.get(timeout=SECONDS)
             except queue.Empty:
                 line = None
-                rows.append(dict(name=chosen[begin].name, failed=[f"nothing for {SECONDS} s: killed"]))
+                rows.append(dict(name=chosen[begin].name, failed=[f"killed: printed nothing for {SECONDS} s"]))
                 print(rows[-1], flush=True)
                 child.kill()
             if line is None:
@@ -758,9 +772,9 @@ def table(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=[], help="variants whose name has one of these words")
-    parser.add_argument("--list", action="store_true", help="the variants")
-    parser.add_argument("--worker", type=int, help="run in this process, from this variant on")
+    parser.add_argument("--only", nargs="+", default=[], help="run only variants whose name has one of these words")
+    parser.add_argument("--list", action="store_true", help="print the variants and exit")
+    parser.add_argument("--worker", type=int, help="run in this process, starting with the variant of this number")
     args = parser.parse_args()
     chosen = [x for x in VARIANTS if not args.only or any(word in x.name for word in args.only)]
     if args.list:

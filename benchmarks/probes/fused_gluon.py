@@ -1,7 +1,8 @@
-"""The forward in one pass over the chunks, and its mirror, for Hopper, in Gluon: two groups of warps with roles.
+"""A forward that walks the chunks once, and its mirror for the backward, in Gluon for Hopper.
 
-One group makes the operands of a chunk (gates, queries, keys) a chunk ahead. The other holds the state [K, V] in
-registers and does the products. Steps and roundings are those of fused_forward.py, mode "kv".
+A program has two groups of warps. One group makes the operands of a chunk (gates, queries, keys) one chunk ahead. The
+other group holds the state [K, V] in registers and computes the products. Formulas and roundings are the same as in
+mode "kv" of fused_forward.py.
 """
 
 import torch
@@ -38,7 +39,7 @@ def reciprocal(x):
 
 @gluon.jit
 def gate(x, b):
-    """As triton_math.gate for 16-bit operands."""
+    """Turn raw gates and lower bounds into (g, k), as triton_math.gate does for 16-bit operands."""
     e = exp2(gl.maximum(x * LOG2E, -125.0))
     r = reciprocal(1.0 + e)
     k = (1.0 - b) * r
@@ -86,7 +87,7 @@ def make_operands(
     REVERSE: gl.constexpr,
     CHECK: gl.constexpr,
 ):
-    """Make each chunk's qd and kd [K, C], bf16 in the frame of its middle, and the state's factors half [2, K]."""
+    """Make qd and kd [K, C] of each chunk, in bf16 in the frame of its middle, and the factors of the state, half_s."""
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, tile)
@@ -129,7 +130,7 @@ def make_operands(
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(op_full.index(slot), count=1)
-        # all warps are done with q and f
+        # all warps have read q and f
         row = (chunk - 2 if REVERSE else chunk + 2) * C
         load_fq(q, f, row, c_q, q_s.index(slot), f_s.index(slot), fq_full.index(slot), C, K, pred=n + 2 < NT)
 
@@ -164,14 +165,14 @@ def walk(
     STATES: gl.constexpr,
     CHECK: gl.constexpr,
 ):
-    """Products of a chunk after the other: state stored, o stored, state stepped."""
+    """Compute the products of one chunk after the other: store the state, store o, and step the state."""
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, V, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, whole)
     i = gl.arange(0, C, layout=gl.SliceLayout(1, square))[:, None]
     j = gl.arange(0, C, layout=gl.SliceLayout(0, square))[None, :]
-    # of a score [reader, writer]
+    # scores are [reader, writer], and a reader sees the writers up to itself
     seen = i <= j if REVERSE else i >= j
     out_zero = gl.zeros([C, V], gl.float32, wide)
     scores_zero = gl.zeros([C, C], gl.float32, square)
@@ -195,7 +196,7 @@ def walk(
         half = half_s.index(2 * slot).load(by_row)
         state = state * half[:, None]
         if STATES:
-            # the store of the state before has read it; that of o may be on its way
+            # the previous store of a state has read h_s; the store of o may still be running
             tma.store_wait(1)
             gl.thread_barrier()
         h_s.store(state.to(gl.bfloat16))
@@ -210,7 +211,7 @@ def walk(
             beyond = half_s.index(2 * slot + 1).load(by_row)
             state = state * beyond[:, None]
         fence_async_shared()
-        # the store of the o before has read its slot, which takes the next v
+        # the previous store of o has read its slot, which receives the next v
         tma.store_wait(1 if STATES else 0)
         gl.thread_barrier()
         later = chunk - 1 if REVERSE else chunk + 1
@@ -219,7 +220,7 @@ def walk(
         out = warpgroup_mma(p_s, y_s.index(slot), out, is_async=True)
         state = warpgroup_mma(writer, y_s.index(slot), state, is_async=True)
         out, state = warpgroup_mma_wait(num_outstanding=0, deps=[out, state])
-        # all warps are done with the operands and with v, whose slot takes o
+        # all warps have read the operands and v, whose slot receives o
         gl.thread_barrier()
         mbarrier.arrive(op_empty.index(slot), count=1)
         y_s.index(slot).store(out.to(gl.bfloat16))
@@ -232,21 +233,21 @@ def walk(
 
 @gluon.jit
 def specialised_kernel(
-    q,  # [B T, H K] raw: a descriptor, as f, y (v, or do where REVERSE), states and o
+    q,  # [B T, H K] raw queries: a descriptor, as are f, y (v, or do where REVERSE), states and o
     f,
     y,
     states,  # [chunks H K, V] bf16, out where STATES
     o,  # [B T, H V], out
     bound,  # [H, K] fp32
     first,  # [segments, H, K, V] fp32, read where HAS_FIRST
-    bands,  # [chunks, H, K / 64] int32, of ones; out where CHECK
+    bands,  # [chunks, H, K / 64] int32, filled with 1; out where CHECK
     sums,
     ones,
     stride_qh,
     stride_yh,
     stride_oh,
     inverse_scale,
-    NT,  # chunks a segment
+    NT,  # chunks per segment
     H: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
@@ -257,7 +258,7 @@ def specialised_kernel(
     CHECK: gl.constexpr,
     REGS: gl.constexpr,
 ):
-    """One program a (segment, head): 8 warps of products and 8 of gates."""
+    """Run the forward of one (segment, head) with 8 warps for products and 8 for gates."""
     i_h = gl.program_id(0) % H
     i_s = gl.program_id(0) // H
     begin = i_s * NT
@@ -292,7 +293,7 @@ def specialised_kernel(
         mbarrier.init(op_full.index(n), count=1)
         mbarrier.init(op_empty.index(n), count=1)
     gl.thread_barrier()
-    # NT is 2 at least
+    # NT is at least 2
     row0 = (begin + NT - 1 if REVERSE else begin) * C
     row1 = row0 - C if REVERSE else row0 + C
     load_fq(q, f, row0, c_q, q_s.index(0), f_s.index(0), fq_full.index(0), C, K)
@@ -317,7 +318,7 @@ def specialised_kernel(
 
 
 def launch(problem, variant, o, states):
-    """A function that launches the kernel for a Variant of fused_forward.py and returns the compiled kernel."""
+    """Return a function that launches the kernel for a Variant of fused_forward.py and returns the compiled kernel."""
     p, H = problem, problem.H
     y = p.do if variant.reverse else p.v
     first = p.first[variant.reverse]

@@ -1,8 +1,8 @@
-"""The backward in one pass over the chunks in reverse, for Hopper, in Gluon: dv, dq, df and the bound's gradient.
+"""A backward that walks the chunks once in reverse, in Gluon for Hopper: dv, dq, df and the gradient of the bound.
 
-One group of warps makes the operands of a chunk (gates, queries, keys) a chunk ahead. The other holds the gradient of
-the state [K, V] in registers, does the products, and makes dq and df of them. Steps and roundings are those of
-chunk_gradient's fast form and of fused_gluon.py in reverse.
+A program has two groups of warps. One group makes the operands of a chunk (gates, queries, keys) one chunk ahead. The
+other group holds the gradient of the state [K, V] in registers, computes the products, and makes dq and df from them.
+Formulas and roundings are the same as in the fast form of chunk_gradient, and in fused_gluon.py in reverse.
 """
 
 import torch
@@ -22,14 +22,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 @gluon.jit
 def here(x_s):
-    """The one tile of x_s, at an address that the compiler cannot make ahead of a loop, at the cost of registers."""
+    """Return the only tile of x_s, without letting the compiler compute its address before a loop and keep it."""
     zero = gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [gl.to_tensor(0)], gl.int32, is_pure=False, pack=1)
     return x_s.index(zero)
 
 
 @gluon.jit
 def load(x, row, column, x_s, full, BYTES: gl.constexpr, pred=True):
-    """Fetch a tile; BYTES is what this and what follows on the same barrier bring, 0 for what follows."""
+    """Fetch a tile.
+
+    The first fetch on a barrier passes in BYTES the number of bytes that all fetches on it bring. The others pass 0.
+    """
     if BYTES > 0:
         mbarrier.expect(full, BYTES, pred=pred)
     tma.async_copy_global_to_shared(x, [row, column], full, x_s, pred=pred)
@@ -55,8 +58,11 @@ def make_operands(
     K: gl.constexpr,
     C: gl.constexpr,
 ):
-    """Make each chunk's qd and kd [K, C], bf16 in the frame of its middle, log gates [K, C] fp16, state factors."""
-    # a block of 64 channels lies by itself, in a tile [K, C] as in one [C, K]
+    """Make the operands of each chunk: qd and kd [K, C] in bf16 in the frame of its middle, and log gates in fp16.
+
+    It also makes the factors of the state, half_s.
+    """
+    # each block of 64 channels is contiguous, both in a tile [K, C] and in a tile [C, K]
     B: gl.constexpr = 64
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
@@ -83,7 +89,7 @@ def make_operands(
             e = warpgroup_mma(gl.convert_layout(units, left), here(sums_s), zero, use_acc=False)
             half = exp2(gl.sum(gl.where(last, e, 0.0), 1))
             kd = (k * exp2(-e)).to(gl.bfloat16)
-            # of the second block at once: there is one arrival a chunk
+            # the second block does not wait here, because op_empty gets one arrival per chunk
             mbarrier.wait(op_empty, (n & 1) ^ 1)
             half_s.index(block).store(half)
             kd_s.index(block).store(kd)
@@ -145,7 +151,7 @@ def walk(
     C: gl.constexpr,
     HAS_FIRST: gl.constexpr,
 ):
-    """Products of a chunk after the other, and dv, dq and df."""
+    """Compute the products of one chunk after the other, and dv, dq and df."""
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, V, 16])
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
@@ -175,7 +181,7 @@ def walk(
         state = state * half[:, None]
         stored = state.to(gl.bfloat16)
         mbarrier.wait(h_full, phase)
-        # gradient of the chunk's total decay, through the state that passes it
+        # the gradient of the chunk's total decay, through the state that passes it
         passing = gl.sum(here(h_s).load(whole).to(gl.float32) * stored.to(gl.float32), 1)
         mbarrier.wait(do_full, phase)
         mbarrier.wait(v_full, phase)
@@ -183,13 +189,14 @@ def walk(
         dscores = warpgroup_mma(here(do_s), here(v_s).permute((1, 0)), square_zero, use_acc=False, is_async=True)
         scores = warpgroup_mma(here(kd_s).permute((1, 0)), here(qd_s), square_zero, use_acc=False, is_async=True)
         q_sum, dscores, scores = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, dscores, scores])
-        # stores of dq and df of the chunk before have read their slots
+        # the stores of dq and df of the previous chunk have read their slots
         tma.store_wait(0)
         gl.thread_barrier()
-        # [reader, writer] of dv, and [query, key]: entries on the other side may be infinite, and are chosen away
+        # p_s is [reader, writer] and is for dv, d_s is [query, key]. Entries on the other side of the diagonal may be
+        # infinite, so they are replaced.
         here(p_s).store(gl.where(i <= j, scores, 0.0).to(gl.bfloat16))
         here(d_s).store(gl.where(i >= j, dscores, 0.0).to(gl.bfloat16))
-        # in the place of the states, which all warps have read
+        # this overwrites the state of the forward, which all warps have read
         here(h_s).store(stored)
         fence_async_shared()
         gl.thread_barrier()
@@ -201,7 +208,7 @@ def walk(
         out = warpgroup_mma(here(kd_s).permute((1, 0)), here(h_s), out, use_acc=False, is_async=True)
         out = warpgroup_mma(here(p_s), here(do_s), out, is_async=True)
         q_sum, state, out = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, state, out])
-        # all warps are done with do, whose slot takes dv
+        # all warps have read do, whose slot receives dv
         gl.thread_barrier()
         here(do_s).store(out.to(gl.bfloat16))
         fence_async_shared()
@@ -214,7 +221,7 @@ def walk(
         x = warpgroup_mma(q_s.index(slot).permute((1, 0)), here(eye_s), tile_zero, use_acc=False)
         s = reciprocal(inverse_scale + inverse_scale * exp2(-x * LOG2E))
         b_dq = (q_sum * s * (1.0 + x * (1.0 - s * inverse_scale))).to(gl.bfloat16)
-        # all warps have read q, and dv's store its slot, which takes the next do
+        # all warps have read q, and the store of dv has read its slot, which receives the next do
         tma.store_wait(0)
         gl.thread_barrier()
         load(do, row - C, c_do, here(do_s), do_full, 2 * C * V, n + 1 < NT)
@@ -223,17 +230,17 @@ def walk(
         gl.thread_barrier()
         tma.async_copy_shared_to_global(dq, [row, c_g], q_s.index(slot))
         k_sum = warpgroup_mma(here(h_s), here(v_s).permute((1, 0)), tile_zero, use_acc=False)
-        # all that is written, from which balance takes what is written after a gate
+        # The sum of all writes. The balance, summed from a gate on, subtracts the writes after that gate.
         written = gl.sum(here(kd_s).load(tile).to(gl.float32) * k_sum, 1)
         k_sum = warpgroup_mma(here(qd_s), here(d_s), k_sum)
         k_dk = here(kd_s).load(tile).to(gl.float32) * k_sum
         balance -= k_dk
-        # all warps are done with the operands, v and the states
+        # all warps have read the operands, v and the states
         gl.thread_barrier()
         mbarrier.arrive(op_empty, count=1)
         load(states, ((chunk - 1) * H + i_h) * K, 0, here(h_s), h_full, 2 * K * V, n + 1 < NT)
         load(v, row - C, c_v, here(v_s), v_full, 2 * C * V, n + 1 < NT)
-        # two numbers of bf16 are nearly one of fp32
+        # two numbers in bf16 are nearly as precise as one in fp32
         hi = balance.to(gl.bfloat16)
         lo = (balance - hi.to(gl.float32)).to(gl.bfloat16)
         dg = warpgroup_mma(gl.convert_layout(hi, left), here(from_s), tile_zero, use_acc=False)
@@ -258,11 +265,11 @@ def walk(
 
 @gluon.jit
 def backward_specialised_kernel(
-    q,  # [B T, H K] raw: a descriptor, as all down to df
+    q,  # [B T, H K] raw queries: a descriptor, as are all tensors up to df
     f,
     v,
     do,
-    states,  # [chunks H K, V], entering each chunk, framed
+    states,  # [chunks H K, V], the state entering each chunk, see frame in triton_math.py
     dv,  # [B T, H D], out
     dq,  # out
     df,  # out
@@ -276,7 +283,7 @@ def backward_specialised_kernel(
     stride_oh,
     stride_gh,
     inverse_scale,
-    NT,  # chunks a segment
+    NT,  # chunks per segment
     SEGMENTS,
     H: gl.constexpr,
     K: gl.constexpr,
@@ -285,7 +292,7 @@ def backward_specialised_kernel(
     HAS_FIRST: gl.constexpr,
     REGS: gl.constexpr,
 ):
-    """One program a (segment, head): 8 warps of products and gradients, and 4 of gates."""
+    """Run the backward of one (segment, head) with 8 warps for products and gradients, and 4 for gates."""
     i_h = gl.program_id(0) % H
     i_s = gl.program_id(0) // H
     begin = i_s * NT
@@ -332,7 +339,7 @@ def backward_specialised_kernel(
     mbarrier.init(op_full, count=1)
     mbarrier.init(op_empty, count=1)
     gl.thread_barrier()
-    # NT is 2 at least
+    # NT is at least 2
     chunk = begin + NT - 1
     row = chunk * C
     for n in gl.static_range(2):
@@ -362,7 +369,7 @@ def backward_specialised_kernel(
 
 
 def launch(problem, regs, states, out):
-    """A function that launches the kernel into out's dv, dq, df and dbound, and returns the compiled kernel."""
+    """Return a function that fills dv, dq, df and dbound of `out` by the kernel and returns the compiled kernel."""
     p, H = problem, problem.H
     first = p.first[True]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -1,10 +1,12 @@
-"""The kernels for Hopper of hgrn2_kernels.hopper beside those of chunk_triton, on one GPU.
+"""Compare the kernels of hgrn2_kernels.hopper with the kernels of hgrn2_kernels.chunk_triton on one Hopper GPU.
 
     python benchmarks/probes/product.py [--only WORD ...] [--list]
 
-Every case is a shape and a strength of gates. Results are compared with those of chunk_triton on the inputs that are
-timed; the float64 recurrence is the matter of tests/kernels/test_hopper.py. Cases run in a child process, which is
-replaced where one fails or hangs. The figures go to $OUT/product.json as well.
+A case is a shape and a strength of the gates. The script compares the results of both modules on the inputs that it
+times. tests/kernels/test_hopper.py compares them with the float64 recurrence. The table calls the kernels of
+chunk_triton "today". "Beyond" stands for the work on chunks beyond the fast limit. Cases run in a child process. If a
+case fails or hangs, a new child continues with the next one. The script prints a table, and writes the figures to
+$OUT/product.json if OUT is set.
 """
 
 import argparse
@@ -19,11 +21,11 @@ from fused_forward import D, error, milliseconds, run_chosen, supervise, tell
 from hgrn2_kernels import chunk_triton, hopper
 from hgrn2_kernels.inputs import Inputs
 
-# relative Frobenius error beside today's kernels, both rounded to bf16
+# largest relative Frobenius error against chunk_triton; both results are in bf16
 CEILING = 5e-3
 GATES = {
     "ordinary": lambda x: x,
-    # a trained model's, and stronger
+    # about the gates of a trained model; the next two are stronger
     "times 4": lambda x: 4 * x,
     "times 16": lambda x: 16 * x,
     "closed": lambda x: x - 30,
@@ -32,11 +34,13 @@ GATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Attributes:
-    B, T, H: batch, length and heads.
-    gate: of GATES.
-    documents: packed in the one row, of equal lengths but for the last; 0 for a dense batch.
-    predicted: microseconds of forward and backward, written down before the first run.
+    """One input.
+
+    Attributes:
+        B, T, H: batch, length and heads.
+        predicted: predicted time of forward and backward in microseconds, written down before the first run.
+        gate: strength of the gates, a key of GATES.
+        documents: number of documents that are packed in the row, of about equal lengths. 0 means a dense batch.
     """
 
     B: int
@@ -70,7 +74,7 @@ CASES = [
 
 
 def in_graph(function) -> float:
-    """Milliseconds of a replay of the graph of a call."""
+    """Capture a call in a CUDA graph, and return the milliseconds of a replay."""
     function()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -85,7 +89,7 @@ def measure(case: Case):
     f.copy_(GATES[case.gate](f.float()))
     bound = torch.rand(case.H, D, device="cuda") * 0.9 + 0.04
     if case.gate != "ordinary":
-        # gates without a bound close for good
+        # gates without a lower bound can close completely
         bound[:, ::2] = 0
     do = torch.randn(case.B, case.T, case.H, D, device="cuda", dtype=torch.bfloat16)
     cu_seqlens = None
@@ -111,7 +115,7 @@ def measure(case: Case):
     del again
     want = both(*old)
     row["errors"] = {name: error(x, want[name]) for name, x in got.items()}
-    # with states of another kernel
+    # here the backward computes the states again, by chunk_state
     got = both(*new, save_states=False)
     row["errors"] |= {f"{name}, recomputed": error(x, want[name]) for name, x in got.items() if name != "o"}
     del want, got
@@ -122,7 +126,7 @@ def measure(case: Case):
         measured[f"{name}: both"] = in_graph(lambda pair=(forward, backward): both(*pair))
         measured[f"{name}: both, eager"] = milliseconds(lambda pair=(forward, backward): both(*pair))
         measured[f"{name}: both, recomputed"] = in_graph(lambda pair=(forward, backward): both(*pair, False))
-    # the kernels alone
+    # each kernel by itself
     run = hopper.HopperLaunches(q, f, v, bound, D**-0.5, cu_seqlens)
     o, dq, df, dv = (torch.empty_like(do) for _ in range(4))
     first, dfirst = None, None
@@ -175,9 +179,9 @@ def table(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=[], help="cases whose name has one of these words")
-    parser.add_argument("--list", action="store_true", help="the cases")
-    parser.add_argument("--worker", type=int, help="run in this process, from this case on")
+    parser.add_argument("--only", nargs="+", default=[], help="run only cases whose name has one of these words")
+    parser.add_argument("--list", action="store_true", help="print the cases and exit")
+    parser.add_argument("--worker", type=int, help="run in this process, starting with the case of this number")
     args = parser.parse_args()
     chosen = [x for x in CASES if not args.only or any(word in x.name for word in args.only)]
     if args.list:
