@@ -53,9 +53,9 @@ class HGRN2TransformerConfig(TransformerConfig):
     """TransformerConfig with the plugin's settings as `hgrn2_*` fields. A run through the launcher builds it.
 
     Attributes:
-        hgrn2_expand_ratio: see HGRN2Config, also for the next three fields.
-        hgrn2_packed_layout: how context-parallel ranks divide packed sequences. "documents" cuts each document by
-            itself, and "stream" cuts the whole stream. None leaves the choice to Megatron's command line.
+        hgrn2_expand_ratio, hgrn2_layer_pattern, hgrn2_lower_bounds, hgrn2_norm_eps: see HGRN2Config.
+        hgrn2_packed_layout: layout in which context-parallel ranks divide packed sequences. "documents" cuts each
+            document by itself, and "stream" cuts the whole stream. None leaves the choice to Megatron's command line.
         hgrn2_loss_chunk_size: number of tokens whose logits exist at a time in training. None leaves the loss to
             Megatron.
     """

@@ -1,7 +1,8 @@
 """Refuse checkpoints of other models, and load the weights that this model shares with an attention model.
 
-Megatron reads a distributed checkpoint by a dict of the entries that it wants. An entry that means something else in
-the checkpoint, or does not exist there, is taken out of this dict. Its weights then keep their initial values.
+Megatron loads a distributed checkpoint by a dict of the entries that it wants. This module removes from the dict each
+entry that does not exist in the checkpoint, or that means something else there. The weights of a removed entry keep
+their initial values.
 """
 
 import argparse
@@ -36,7 +37,7 @@ BLOCK_FLAGS = {
     "--multi-latent-attention": "multi_latent_attention",
     "--experimental-attention-variant": "experimental_attention_variant",
 }
-# The same for the weights of the attention layers.
+# Flag -> attribute, for the flags that decide the shapes and the meaning of the weights of attention layers.
 ATTENTION_FLAGS = {
     "--num-attention-heads": "num_attention_heads",
     "--kv-channels": "kv_channels",
@@ -58,8 +59,8 @@ def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
     removed.
 
     Args:
-        args: of this run; changed in place.
-        checkpoint_args: of the run that saved.
+        args: Megatron's args of this run; changed in place.
+        checkpoint_args: args of the run that saved the checkpoint.
 
     Raises:
         UsageError: the checkpoint has another spec than this run.
@@ -106,8 +107,8 @@ def check(args: argparse.Namespace, checkpoint_args: argparse.Namespace, distrib
     """Refuse a checkpoint whose weights would mean something else in this run's model.
 
     Args:
-        args: of this run.
-        checkpoint_args: of the run that saved.
+        args: Megatron's args of this run.
+        checkpoint_args: args of the run that saved the checkpoint.
         distributed: whether the checkpoint's format is torch_dist.
 
     Raises:
@@ -140,8 +141,8 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
     shapes. If the depth or the pattern differs, Megatron's own error is a list of missing weights.
 
     Args:
-        args: of this run.
-        checkpoint_args: of the run that saved.
+        args: Megatron's args of this run.
+        checkpoint_args: args of the run that saved the checkpoint.
 
     Raises:
         UsageError: the two models differ. The message names the first flag that differs.
@@ -228,9 +229,9 @@ def adapt(
     """Adapt Megatron's dict of wanted entries to the entries that a distributed checkpoint has.
 
     Args:
-        args: of this run, already checked against those of the checkpoint.
+        args: Megatron's args of this run, already checked against the args of the checkpoint.
         wanted: sharded state dict of the model and of everything else that Megatron loads; changed in place.
-        checkpoint_args: of the run that saved.
+        checkpoint_args: args of the run that saved the checkpoint.
         checkpoint: folder of the checkpoint.
 
     Returns:
@@ -248,12 +249,12 @@ def adapt(
 
 
 def _keep(entry: ShardedBase) -> LocalNonpersistentObject:
-    """Return an entry that Megatron does not read, so that the module keeps its own value."""
+    """Return a replacement for an entry of the dict of wanted entries. Megatron keeps its value and loads nothing."""
     return LocalNonpersistentObject(entry.data)
 
 
 def _keep_extra_states(wanted: dict, stored: dict):
-    """Do not load Transformer Engine's FP8 states that a checkpoint of Megatron's own modules does not have."""
+    """Keep the FP8 states of Transformer Engine that a checkpoint of Megatron's own modules does not have."""
 
     def adapt_entry(entry):
         if isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state") and entry.unique_key not in stored:
@@ -264,7 +265,7 @@ def _keep_extra_states(wanted: dict, stored: dict):
 
 
 def _from_attention(args, wanted: dict, stored: dict) -> argparse.Namespace:
-    """Take out of `wanted` the entries that an attention checkpoint does not have, and print what will be loaded.
+    """Remove from `wanted` the entries that an attention checkpoint does not have, and print what will be loaded.
 
     Returns:
         A copy of `args` with which Megatron can load the other entries.
@@ -299,10 +300,15 @@ def _from_attention(args, wanted: dict, stored: dict) -> argparse.Namespace:
 
 
 def _layer_of_stack(entry: ShardedBase, layer: re.Match, num_layers: int) -> ShardedBase:
-    """Return an entry that reads one layer from a checkpoint whose entries hold all layers along their first axis.
+    """Return an entry that loads one layer from a checkpoint in which each tensor stacks all layers.
 
-    Megatron's own form of such an entry is for a run that reads all layers. So the axis of layers is an ordinary axis
-    here, and the entry reads a length of 1 along it.
+    The first axis of such a tensor counts the layers. Megatron's own entries for such tensors expect the run to load
+    all layers. The entry here treats the first axis like any other axis, and loads a slice of length 1 along it.
+
+    Args:
+        entry: the entry of one layer, as the model wants it.
+        layer: match of LAYER in the entry's key.
+        num_layers: number of layers in the checkpoint.
     """
     key, index = f"decoder.layers.{entry.key[layer.end() :]}", int(layer[1])
     if isinstance(entry, ShardedObject):

@@ -62,7 +62,7 @@ class HGRN2Config:
 
     @classmethod
     def of(cls, settings: Any) -> "HGRN2Config":
-        """Read the `hgrn2_*` attributes of Megatron's args or config. An absent one, or None, means the default."""
+        """Read the `hgrn2_*` attributes of Megatron's args or config. One that is missing or None means the default."""
         given = {f.name: getattr(settings, f"hgrn2_{f.name}", None) for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in given.items() if value is not None})
 

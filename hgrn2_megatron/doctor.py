@@ -24,7 +24,7 @@ ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
 
 
 def main() -> int:
-    """Print the report. Returns 0, or 1 if a training on this machine would be wrong."""
+    """Print the report. Return 0, or 1 if training on this machine would give wrong results."""
     # importing Megatron and Transformer Engine prints warnings that do not matter here
     warnings.simplefilter("ignore")
     wrong = []
@@ -66,7 +66,7 @@ def _installed() -> dict[str, str | None]:
 
 
 def _lines() -> Iterator[tuple[str, str, str | None]]:
-    """Yield the lines of the report: a name, what was found, and a problem that would make a training wrong."""
+    """Yield the lines of the report: a name, what was found, and a problem that would make training wrong, or None."""
     gpu = torch.cuda.is_available()
     yield "python", sys.version.split()[0], None
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda}", None

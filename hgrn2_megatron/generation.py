@@ -135,7 +135,7 @@ def _prefill(qfv, lower_bound, states, start, cu_seqlens, slots):
     """
     # The tokens before and after the prompts are two more sequences.
     begin, end = start.new_zeros(1), start.new_full((1,), qfv.shape[1])
-    borders = torch.cat([begin, cu_seqlens + start, end])
+    boundaries = torch.cat([begin, cu_seqlens + start, end])
     # Padding repeats the first prompt, so that a row which is written twice gets the same state both times.
     prompts = torch.arange(len(slots), device=slots.device)
     prompts = torch.where(slots >= 0, prompts, (slots >= 0).int().argmax())
@@ -143,7 +143,7 @@ def _prefill(qfv, lower_bound, states, start, cu_seqlens, slots):
     initial = states.new_zeros((len(slots) + 2, *states.shape[1:]))
     initial[1:-1] = states[slots]
     o, final = chunk_hgrn2_fused(
-        qfv, lower_bound, initial_state=initial, output_final_state=True, cu_seqlens=borders.int()
+        qfv, lower_bound, initial_state=initial, output_final_state=True, cu_seqlens=boundaries.int()
     )
     states[slots] = final[1:-1][prompts]
     return o

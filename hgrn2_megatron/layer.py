@@ -45,7 +45,7 @@ def transformer_block_submodules(
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:
-    """Return whether the channel mixer of `layer` is experts. `layer` counts from 0 over all pipeline stages."""
+    """Return whether a layer has experts as its channel mixer. `layer` counts from 0 over all pipeline stages."""
     if not config.num_moe_experts:
         return False
     frequency = config.moe_layer_freq

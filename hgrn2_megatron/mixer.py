@@ -113,7 +113,7 @@ class HGRN2Mixer(MegatronModule):
         )
 
     def use_lower_bounds(self, bounds: LowerBounds, row: int):
-        """Set where this layer's lower bound comes from.
+        """Set the source of this layer's lower bound.
 
         Args:
             bounds: module that holds the lower bounds of the whole stack.
@@ -308,7 +308,7 @@ def _recompute_in_backward(x: Tensor, user: Tensor) -> None:
             return recompute().as_strided(*packed)
 
     for saved in _saved_tensors_between(x.grad_fn, user.grad_fn):
-        # Skip a tensor that has hooks of other code. An old PyTorch does not tell, and there this skips all tensors.
+        # Skip a tensor that has hooks of other code. If PyTorch is too old to show hooks, skip all tensors.
         if getattr(saved, "unpack_hook", saved) is not None:
             continue
         data = saved.data

@@ -101,5 +101,6 @@ def main(argv: list[str]) -> None:
     print(f"{patch.name} {'reversed in' if args.reverse else 'applied to'} {args.tree}:", *files_of(patch))
     if not args.reverse and "hgrn2" not in entry_points(group="megatron.extra_args").names:
         print(
-            "Megatron cannot find the plugin yet: run pip install hgrn2-megatron for this Python, again if it is there"
+            "Megatron cannot find the plugin yet: run pip install hgrn2-megatron with this Python, even if it is there "
+            "already"
         )

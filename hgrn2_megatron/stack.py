@@ -137,7 +137,8 @@ def stack_submodules(config: TransformerConfig) -> HybridStackSubmodules:
     pair.num_layers, pair.moe_layer_freq = 2, [0, 1]
     dense, experts = stock_layers(pair)
     return HybridStackSubmodules(
-        # Megatron passes this parameter to every slot but this one. The layer number already counts earlier stages.
+        # Megatron itself passes add_layer_offset=False to all other layers, because their numbers already count earlier
+        # stages. It does not pass the argument to Mamba layers.
         mamba_layer=_mixer_half(with_mixer(dense, config), add_layer_offset=False),
         attention_layer=_mixer_half(dense),
         mlp_layer=_channel_half(dense),

@@ -1,7 +1,7 @@
 """Plans for a context-parallel rank's tokens of packed sequences: where states are exchanged, and what is gathered.
 
-A piece is a part of a sequence that goes on before or after it on another rank. A rank's two chunks of a sequence are
-two pieces.
+A piece is a part of a sequence on one rank. The sequence continues before or after the piece on another rank. A rank's
+two chunks of a sequence are two pieces.
 """
 
 import bisect
@@ -143,7 +143,7 @@ def _plan_documents(boundaries: list[int], num_tokens: int, rank: int, cp: int, 
 
 
 def _assign_ranks(documents: list[int], shares: list[int], cp: int) -> list[list[int]]:
-    """Return the documents for each rank. The longest is assigned first, and each goes to the rank with the least."""
+    """Assign documents to ranks, the longest first. Each goes to the rank with the fewest tokens so far."""
     owners: list[list[int]] = [[] for _ in range(cp)]
     loads = [0] * cp
     for n in sorted(documents, key=lambda n: -shares[n]):

@@ -167,7 +167,8 @@ def megatron_logits(
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
     )
     wanted = {"model": model.sharded_state_dict()}
-    # The checkpoint may lack states of FP8 that this model asks for. With two different names `adapt` skips them.
+    # The checkpoint may lack FP8 states that this model wants. `adapt` removes them from `wanted` only if the two runs
+    # have different implementations, so they get different names here.
     here, saved = (argparse.Namespace(spec=args.spec, transformer_impl=name) for name in ("local", "another"))
     adapt(here, wanted, saved, str(folder))
     model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])

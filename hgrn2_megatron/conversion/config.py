@@ -113,8 +113,8 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
         padded_vocab_size=VOCAB_MULTIPLE * -(-vocab // VOCAB_MULTIPLE),
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
-        # This is neither of Megatron's implementations. So what only one of them saves besides the weights starts fresh
-        # on loading.
+        # This is not the name of one of Megatron's implementations. So states that only one implementation saves start
+        # fresh in a run that loads the checkpoint.
         transformer_impl="huggingface",
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,

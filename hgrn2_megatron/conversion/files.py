@@ -16,7 +16,7 @@ from hgrn2_megatron.config import UsageError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX, TRACKER = "model.safetensors.index.json", "latest_checkpointed_iteration.txt"
-# Names of the optimizer's tensors begin so, with one optimizer or with several for different weights.
+# beginnings of the names of the optimizer's tensors; with several optimizers for different weights it is the second
 OPTIMIZER = ("optimizer.", "chained_")
 
 
@@ -195,4 +195,4 @@ def check_tensors(where: Path, expected: dict[str, tuple[int, ...]], stored: dic
             raise UsageError(f"{where}: {names[0]} {what}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
     for name, shape in expected.items():
         if stored[name][0] != shape:
-            raise UsageError(f"{where}: {name} has shape {stored[name][0]}, by the config it must be {shape}")
+            raise UsageError(f"{where}: {name} has shape {stored[name][0]}, but its config requires {shape}")

@@ -316,7 +316,7 @@ def test_flags_that_only_fuse_are_taken(tmp_path):
         (lambda w: w.update({"model.layers.7.extra": torch.ones(2)}), "model.layers.7.extra has no place"),
         (
             lambda w: w.update({"model.lower_bounds": torch.ones(4, HIDDEN)}),
-            r"model.lower_bounds has shape \(4, 64\), by the config it must be \(3, 64\)",
+            r"model.lower_bounds has shape \(4, 64\), but its config requires \(3, 64\)",
         ),
         (lambda w: w.update({"model.norm.weight": torch.ones(HIDDEN).long()}), "model.norm.weight has dtype I64"),
     ],
