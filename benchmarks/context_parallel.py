@@ -1,19 +1,20 @@
-"""Measure the cost of context parallelism: forward and backward of a model on every GPU of a host, in three ways.
+"""Measure the cost of context parallelism: time a forward and backward on all GPUs of a host in three ways.
 
     torchrun --nproc_per_node 2 benchmarks/context_parallel.py [--tokens 32768 65536 131072] [--layers 24] [--pattern H]
         [--out FILE.json]
 
-One sequence is split among all GPUs. The model has 24 layers of 2048 in bf16, with Transformer Engine and full
-recompute. The three ways run in turn, in the same process and on the same weights:
+One sequence is split among all GPUs. The model has 24 layers of 2048 channels in bf16, with Transformer Engine and full
+recompute. The three ways run in turn, in the same process and with the same weights:
 
-- states: the ranks hand on states, as the mixer does.
-- alone: every chunk starts from zeros and nothing is sent. This is the same local work, and another model.
-- heads: two all-to-alls exchange q, f, v and o of all tokens, so that each rank has some heads of whole sequences, as
-  other linear attentions do.
+- states: the ranks exchange states, as the mixer does.
+- alone: every chunk starts from a state of zeros, and the ranks send nothing. Each rank does the same work as before,
+  but the model is another one.
+- heads: two all-to-alls exchange q, f, v and o of all tokens, so that each rank computes some heads over the whole
+  sequence. Other linear attentions do this.
 
-The benchmark stops unless states and heads give the same loss. Times are medians of the slowest rank's CUDA events.
-Bytes are those that a rank sends to others in the mixer of one layer, counted where they are sent. Full recompute runs
-the forward twice.
+The benchmark stops unless states and heads give the same loss. A time is the median over rounds of the slowest rank's
+time, measured by CUDA events. The benchmark also counts the bytes that a rank sends to other ranks in the mixer of one
+layer. Full recompute runs the forward twice, and both are counted.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def step(model: GPTModel, tokens: Tensor, labels: Tensor) -> tuple[float, float]
 
 
 def measure(model: GPTModel, counter: Counter, num_tokens: int, layers: int, rounds: int) -> list[dict]:
-    """Return the rows of one length, one for each way."""
+    """Return the results of one length: a row for each way."""
     cp = parallel_state.get_context_parallel_world_size()
     tokens = torch.randint(VOCAB, (2, 1, num_tokens // cp), device="cuda")
     times: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -165,11 +166,11 @@ def main():
         nargs="+",
         type=int,
         default=[32768, 65536, 131072],
-        help="tokens of the sequence, on all ranks together",
+        help="lengths of the sequence in tokens, over all ranks",
     )
-    parser.add_argument("--layers", type=int, default=24, help="layers of the model")
-    parser.add_argument("--pattern", default="H", help="pattern of the layers, as of --hgrn2-layer-pattern")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed")
+    parser.add_argument("--layers", type=int, default=24, help="number of layers of the model")
+    parser.add_argument("--pattern", default="H", help="layer pattern, as in --hgrn2-layer-pattern")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds")
     report.add_option(parser)
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# function -> the argument that is, or lists, the whole tensor, and how often a ring sends (n - 1) / n of it
+# function -> the argument that holds the whole tensor or a list of its parts, and how many times a ring sends
+# (n - 1) / n of it
 COLLECTIVES = {
     "all_reduce": ("tensor", 2),
     "broadcast": ("tensor", 1),
@@ -45,7 +46,7 @@ class Counter:
         """
         for name, (tensor, times) in COLLECTIVES.items():
             setattr(dist, name, self._collective(getattr(dist, name), tensor, times))
-        # batch_isend_irecv and send look it up in the module
+        # batch_isend_irecv and send look isend up in the module distributed_c10d
         dist.isend = distributed_c10d.isend = self._message(dist.isend)
 
     def _collective(self, function: Callable, tensor: str, times: int) -> Callable:
@@ -73,7 +74,7 @@ class Counter:
         return counting
 
     def reported(self, train_step: Callable) -> Callable:
-        """Return a training step after which rank 0 prints what it has sent since the step before."""
+        """Return a training step after which rank 0 prints how many bytes it has sent since the previous step."""
 
         @functools.wraps(train_step)
         def wrapped(*args, **kwargs):
@@ -102,7 +103,7 @@ def main():
         training.train_step = counter.reported(training.train_step)
         return run_script(*args, **kwargs)
 
-    # the launcher calls run_path last, when it has imported the Megatron of the script
+    # the launcher calls run_path last, after it has imported the Megatron that the script uses
     runpy.run_path = run_path
     from hgrn2_megatron.__main__ import main as launch
 

@@ -1,4 +1,4 @@
-"""The models whose decoding is measured, built in one process."""
+"""Build the models whose decoding generation.py and engine.py measure, in one process."""
 # ruff: noqa: E402
 
 import dataclasses
@@ -30,15 +30,18 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model and of what it decodes.
+    """Sizes of a model and of the sequences that it decodes.
 
     Attributes:
-        head: dimension of a head.
-        batch: sequences that are decoded side by side.
-        contexts: lengths in tokens after which a step is timed.
-        prompt: tokens of the prompt that is timed.
-        cap: the largest batch that is tried.
-        checked: tokens of the prompt after which greedy tokens are compared.
+        layers: number of layers.
+        hidden, ffn: channels of a layer, and of its channel mixer.
+        head: channels of a head.
+        vocab: number of tokens in the vocabulary.
+        batch: number of sequences that are decoded together.
+        contexts: lengths in tokens at which a step is timed.
+        prompt: length of the timed prompt in tokens.
+        cap: the largest batch to try.
+        checked: length in tokens of the prompt of the check that compares greedy tokens.
     """
 
     layers: int = 24
@@ -70,9 +73,9 @@ def build(kind: str, sizes: Sizes, steps: int, **more) -> GPTModel:
 
     Args:
         kind: "HGRN2" or "attention".
-        sizes: of the model.
-        steps: tokens that it decodes after the longest context.
-        more: fields of its config.
+        sizes: sizes of the model.
+        steps: number of tokens that it decodes after the longest context.
+        more: other fields of its config.
     """
     settings = dict(
         **BLOCK,
@@ -107,13 +110,13 @@ def build(kind: str, sizes: Sizes, steps: int, **more) -> GPTModel:
 
 
 def synchronize():
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 def release():
-    """Give memory that nothing refers to back to the GPU."""
+    """Free the GPU memory that nothing refers to any more."""
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()

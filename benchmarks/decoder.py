@@ -1,4 +1,4 @@
-"""Greedy decoding of a model in Megatron's static context in several ways, and a check that it is right."""
+"""Greedy decoding of a model in Megatron's static context, in several ways, and a check of the decoded tokens."""
 
 import contextlib
 import dataclasses
@@ -11,9 +11,9 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-# steps of a pass
+# number of decoding steps in a pass
 STEPS = 8
-# largest difference between the logits of steps and those of the whole sequence, as a share of their norm
+# largest allowed relative difference between the logits of single steps and the logits of the whole sequence
 ERROR = 0.1 if ON_GPU else 1e-4
 
 
@@ -22,7 +22,7 @@ class Way:
     """A way to run the steps of a model.
 
     Attributes:
-        name: as tables show it.
+        name: name in the tables.
         graph: whether a step is also captured in a CUDA graph.
         unfused: whether Transformer Engine's unfused attention is used.
         rope: whether keys and queries are rotated.
@@ -68,7 +68,10 @@ def applied(way: Way, model: GPTModel) -> Iterator[None]:
 
 
 def _forget_backend():
-    """Make Transformer Engine read the environment again, which it does only when shapes of attention change."""
+    """Make Transformer Engine read the environment again.
+
+    It does so by itself only if the shapes of attention change.
+    """
     if WITH_TE:
         from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
 
@@ -89,9 +92,9 @@ def backend(way: Way) -> str:
 def forward(model: GPTModel, tokens: Tensor, context: StaticInferenceContext | None = None) -> Tensor:
     """Return logits [b, s, vocabulary] of tokens [b, s].
 
-    With a context, the logits are those of the last token only, and the context moves on by s tokens.
+    With a context, it returns the logits of the last token only, and moves the context on by s tokens.
     """
-    # neither the causal mask nor position ids are read
+    # the models read neither an attention mask nor position ids
     logits = model(tokens, None, None, inference_context=context, runtime_gather_output=True)
     if context:
         context.sequence_len_offset += tokens.shape[1]
@@ -99,14 +102,14 @@ def forward(model: GPTModel, tokens: Tensor, context: StaticInferenceContext | N
 
 
 class Decoder:
-    """A greedy decoder that goes on from a context that has been filled."""
+    """A greedy decoder that continues from a filled context."""
 
     def __init__(self, model: GPTModel, context: StaticInferenceContext, tokens: Tensor):
         self.model, self.context, self.tokens = model, context, tokens
         context.enable_decode_mode()
 
     def step(self) -> Tensor:
-        """Return logits [b, vocabulary] after `self.tokens`, and replace these by the likeliest next tokens."""
+        """Return logits [b, vocabulary] after `self.tokens`, and replace `self.tokens` by the likeliest next tokens."""
         logits = forward(self.model, self.tokens, self.context)[:, -1]
         self.tokens.copy_(logits.argmax(-1, keepdim=True))
         return logits
@@ -134,14 +137,14 @@ class Decoder:
 
 
 def judge(name: str, stepped: Tensor, whole: Tensor):
-    """Compare logits [b, n, vocabulary] of steps with those of the whole sequence. Stop if they do not agree."""
+    """Compare the logits [b, n, vocabulary] of steps and of the whole sequence. Stop the program if they disagree."""
     chosen = stepped.argmax(-1, keepdim=True)
     best = whole.max(-1, keepdim=True)
     gaps = (best.values - whole.gather(-1, chosen)).float().squeeze(-1)
     other = (chosen != best.indices).squeeze(-1)
     agree = ~other | (gaps <= 2 * torch.finfo(DTYPE).eps * best.values.float().abs().squeeze(-1))
     error = ((stepped - whole).float().norm() / whole.float().norm()).item()
-    where = f", gaps of the others {[round(x, 4) for x in gaps[other].tolist()]}" if other.any() else ""
+    where = f", logit gaps of the others {[round(x, 4) for x in gaps[other].tolist()]}" if other.any() else ""
     print(
         f"{name}: {int((~other).sum())} of {other.numel()} greedy tokens equal, with ties {int(agree.sum())}; "
         f"logits differ by {error:.1e} of their norm{where}",
@@ -158,10 +161,10 @@ def check(model: GPTModel, way: Way, sizes: Sizes) -> Way:
     """Decode a few tokens and compare them with the forward of the whole sequence.
 
     Returns:
-        way: the way as given, or without its graph if none can be captured.
+        `way`, or a copy of it without a graph if no graph can be captured.
 
     Raises:
-        SystemExit: if the tokens or the logits disagree.
+        SystemExit: the tokens or the logits disagree.
     """
     prompt = torch.randint(sizes.vocab, (2, sizes.checked), device="cuda")
     context = StaticInferenceContext(2, sizes.checked + STEPS)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
-# how many processes may run at a time where there is no GPU
+# number of processes that may run at a time on a machine without a GPU
 CPU_PROCESSES = 8
 
 
 class Devices:
-    """A pool of the GPUs of the host, or of numbered processes where there is no GPU."""
+    """A pool of the GPUs of the host, or of numbered processes on a machine without a GPU."""
 
     def __init__(self, names: list[str]):
         self.free = list(names)

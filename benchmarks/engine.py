@@ -2,11 +2,12 @@
 
     python benchmarks/engine.py [--tiny] [--out FILE.json]
 
-The model is that of generation.py. A batch of requests comes with prompts of the given length, which go through in
-pieces. Then each step, which Megatron schedules, runs and samples from, makes one token of every request. The time is
-the median of the steps after the first few. Graphs are Megatron's own (`cuda_graph_impl` local): one of each layer, or
-one of the whole stack of layers, which Megatron's scope calls "block". The benchmark also prints how many greedy tokens
-are the same as without a graph, up to the first that is not; in bf16 a tie may end the agreement.
+The model is the same as in generation.py. The engine gets a batch of requests with prompts of the given length, and
+computes the prompts in pieces. Then each step makes one token of every request. A step includes Megatron's scheduling
+and sampling. The time is the median of the steps after the first few. The graphs are Megatron's own (`cuda_graph_impl`
+local): one per layer, or one of all layers, a scope that Megatron calls "block". The benchmark also prints how many
+greedy tokens equal those of the run without a graph, up to the first difference. In bf16 a tie between two tokens can
+cause a difference.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 
-# tokens that count, and tokens before them: the first requests decode while the last prompts go through
+# Timed tokens per request, and tokens before them. The first requests decode while the last prompts are computed.
 STEPS, WARM = 128, 8
 # name of a row -> settings of the model's config
 WAYS = {"no graph": {}}
@@ -50,7 +51,7 @@ def engine_of(model, sizes: Sizes, length: int) -> DynamicInferenceEngine:
     states = MambaInferenceStateConfig.from_model(model)
     numbers = sizes.layers * torch.Size(states.ssm_states_shape).numel()
     block = 256 if ON_GPU else 16
-    # keys and values of the one attention layer that Megatron must see
+    # Megatron's context needs an attention layer, so its keys and values get memory too
     tokens = sizes.batch * (length + STEPS + WARM + 2 * block)
     caches = 2 * sizes.hidden * model.config.params_dtype.itemsize * tokens
     settings = InferenceConfig(
@@ -63,7 +64,7 @@ def engine_of(model, sizes: Sizes, length: int) -> DynamicInferenceEngine:
         mamba_inference_state_config=states,
         enable_chunked_prefill=True,
         unified_memory_level=0,
-        # one graph for the whole batch; prompts run without
+        # one graph for the whole batch; prompts run without a graph
         num_cuda_graphs=1,
         use_cuda_graphs_for_non_decode_steps=False,
     )
@@ -80,7 +81,7 @@ def measure(engine: DynamicInferenceEngine, sizes: Sizes, length: int) -> tuple[
         engine.add_request(number, prompt, sampling)
     prefill, decoding, finished = 0.0, [], {}
     while len(finished) < sizes.batch:
-        # a full batch: every prompt is through, and no request has finished
+        # a full batch: every prompt is computed, and no request has finished
         full = engine.context.total_request_count == sizes.batch
         synchronize()
         begin = time.perf_counter()
@@ -99,7 +100,7 @@ def measure(engine: DynamicInferenceEngine, sizes: Sizes, length: int) -> tuple[
 
 
 def in_common(tokens: list[int], others: list[int]) -> int:
-    """Return how many tokens are the same up to the first that is not. After that the texts are different ones."""
+    """Return the number of equal tokens before the first difference. After it the two texts are not comparable."""
     return next((i for i, (x, y) in enumerate(zip(tokens, others, strict=True)) if x != y), len(tokens))
 
 

@@ -8,13 +8,13 @@ from runs import OVERTIME
 
 OUT_OF_MEMORY = "out of memory"
 NOT_TRIED = "not tried: a shorter length ran out of memory or time"
-# the reasons for which a longer sequence is not tried
+# reasons not to try a longer sequence
 TOO_LARGE = (NOT_TRIED, OVERTIME, OUT_OF_MEMORY)
 
 
 @dataclass
 class Figures:
-    """Figures of one run. Times and rates are those of the median iteration after the warm-up.
+    """The figures of one run. Times and rates are from the median iteration after the warm-up.
 
     Attributes:
         milliseconds: time of an iteration.
@@ -37,13 +37,13 @@ class Figures:
 
     @classmethod
     def of(cls, log: str, tokens: int, processes: int, warm_up: int) -> "Figures | None":
-        """Read the log of a run, or return None if the run did not reach its end.
+        """Return the figures in the log of a run, or None if the run did not finish.
 
         Args:
             log: what Megatron printed.
-            tokens: tokens of one iteration.
+            tokens: number of tokens of one iteration.
             processes: number of GPUs.
-            warm_up: how many iterations do not count.
+            warm_up: number of iterations at the start that do not count.
         """
         if failure(log):
             return None
@@ -71,7 +71,7 @@ def numbers(name: str, log: str) -> list[float]:
 
 
 def failure(log: str) -> str:
-    """Return why a run failed, or "" if it reached its end."""
+    """Return the reason why a run failed, or "" if it finished."""
     iterations = re.findall(r"iteration +(\d+)/ *(\d+) \|", log)
     if iterations and iterations[-1][0] == iterations[-1][1]:
         return ""

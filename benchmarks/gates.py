@@ -3,15 +3,15 @@
     torchrun --nproc_per_node=1 benchmarks/gates.py pretrain_gpt.py --spec hgrn2 [Megatron's flags]
         [--every N] [--out FILE.json]
 
-The script runs as `python -m hgrn2_megatron` runs it, on one GPU. At the first iteration and at every Nth (default 100)
-the benchmark prints one line for each layer:
+The benchmark starts the script as `python -m hgrn2_megatron` does, on one GPU. At the first iteration and at every Nth
+(default 100) it prints one line for each layer:
 
 - f: mean and standard deviation of the raw gate
 - channel means: standard deviation of a channel's mean, over channels
 - channel deviations: mean and largest standard deviation within a channel
 - quantiles of the raw gate, mean and largest lower bound, and the mean forget gate
-- chunk: the largest decay of a chunk of 64 tokens in powers of two; the fast form takes up to 192
-- bands: the share of (chunk, block of channels) that is cut into 2, 3 and 4 bands, and that takes the exact form
+- chunk: the largest decay of a chunk of 64 tokens in powers of two; the fast form allows up to 192
+- bands: the shares of (chunk, block of channels) that are cut into 2, 3 and 4 bands, and that need the exact form
 """
 
 import argparse
@@ -62,10 +62,10 @@ def statistics(qfv: torch.Tensor, bound: torch.Tensor | None) -> list[str]:
 
 
 class Recorder:
-    """The operator of the mixer, which in some calls also reports the gates that it is given.
+    """A replacement of the mixer's operator that also reports the gates in some iterations.
 
     Args:
-        every: iterations from one report to the next.
+        every: number of iterations from one report to the next.
         out: file of results, or None.
     """
 
@@ -86,14 +86,14 @@ class Recorder:
             cells = statistics(qfv, None if lower_bound is None else lower_bound.detach())
             print(f"| {iteration} | {layer} | {' | '.join(cells)} |", flush=True)
             self.rows.append(dict(zip(COLUMNS, [iteration, layer, *cells], strict=True)))
-            # training may be ended at any time
+            # write after each row, because training may end at any time
             report.write(self.out, self.rows)
         return op.chunk_hgrn2_fused(qfv, lower_bound, **options)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
-    parser.add_argument("--every", type=int, default=100, help="iterations from one report to the next")
+    parser.add_argument("--every", type=int, default=100, help="number of iterations from one report to the next")
     report.add_option(parser)
     # the other flags belong to the script
     args, sys.argv[1:] = parser.parse_known_args()

@@ -2,24 +2,24 @@
 
     python benchmarks/generation.py [--out FILE.json] [--tiny]
 
-The model has 24 layers of 2048 with random weights in bf16, on one GPU, with Transformer Engine where it is installed.
---tiny runs the whole script on a toy model in seconds, and without a GPU in fp32. Before anything is timed, tokens are
-decoded greedily after a short prompt. At least 3 in 4 must be the argmax of the forward of the whole sequence, or a tie
-of the dtype.
+The model has 24 layers of 2048 channels with random weights in bf16, on one GPU, with Transformer Engine if it is
+installed. --tiny runs the whole script on a toy model in seconds, without a GPU in fp32. Before it times anything, the
+script decodes tokens greedily after a short prompt. At least 3 of 4 tokens must be the argmax of a forward of the whole
+sequence, or tie with it in the dtype.
 
-Decode steps start from states and caches of random numbers of the given length, instead of a prefill of that length,
-because no step's time depends on the values. A pass is 8 steps, each a forward and an argmax that is fed back. Passes
-repeat the same 8 lengths. The first pass is reported by itself, because it compiles for each length (cuDNN builds a
-plan for each). After it comes the median of 4 passes. Only HGRN2 steps are captured in a CUDA graph: Megatron slices
-its cache up to the offset, so no two steps of attention are the same. Without a graph, steps after short contexts wait
-for the host.
+Decoding steps do not start from a real prefill. They start from states and caches of the given length that hold random
+numbers, because the time of a step does not depend on the values. A pass has 8 steps. Each step is a forward and an
+argmax, whose tokens are the next input. All passes have the same 8 lengths. The first pass has a column of its own,
+because it compiles for each length (cuDNN builds a plan for each). The other columns have the median of 4 more passes.
+Only steps of HGRN2 are captured in a CUDA graph. Megatron slices its cache up to the offset, so each step of attention
+has other shapes. Without a graph, steps after short contexts wait for the host.
 
-Megatron keeps keys without positions and rotates the whole cache in every step. The difference to "no RoPE", which is
-another model, is the cost of that. A cache of rotated keys would cost as much as "no RoPE". "unfused" is Transformer
-Engine without cuDNN, and "attention" is its own choice. Prefill is one forward of a moderate prompt with the logits of
-the last token only; attention cannot continue a prompt in this context. The largest batch is first computed from the
-bytes that a sequence takes beside the weights, and then lowered while memory runs out. It is capped, and a row says
-where the cap was the limit.
+Megatron caches keys without positions, and rotates the whole cache in every step. The row "no RoPE" is another model,
+and its difference to the row above is the cost of this rotation. A cache of rotated keys would take the same time as
+"no RoPE". "Unfused" is Transformer Engine without cuDNN. "Attention" is the backend that Transformer Engine chooses.
+Prefill is one forward of a prompt of moderate length, with the logits of the last token only. Attention cannot continue
+a prompt in this context. The script first estimates the largest batch from the bytes that a sequence takes in addition
+to the weights, and lowers it while memory runs out. It stops at a cap, and then the row says so.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 PASSES, PREFILLS = 4, 3
-# bytes; on a CPU this script reaches no real limit
+# free memory in bytes that the script assumes on a CPU, where it tests no real limit
 FREE_ON_CPU = 2**18
 
 
 def filled(model: GPTModel, batch: int, length: int, vocab: int) -> Decoder:
-    """Return a decoder at this length whose states or caches are random numbers."""
+    """Return a decoder at this length whose states or caches hold random numbers."""
     context = StaticInferenceContext(batch, length + STEPS)
-    # Megatron and the mixer make states and caches where they are first needed
+    # the first forward allocates the states and caches
     context.sequence_len_offset = length - 1
     tokens = torch.randint(vocab, (batch, 1), device="cuda")
     forward(model, tokens, context)
@@ -91,7 +91,7 @@ def largest(model: GPTModel, way: Way, bytes_each: int, sizes: Sizes) -> dict:
     """Return the row of the largest batch that fits at the longest context.
 
     Args:
-        bytes_each: bytes of states or cache that a sequence takes.
+        bytes_each: number of bytes that the states or the cache of one sequence take.
     """
     release()
     free = torch.cuda.mem_get_info()[0] if ON_GPU else FREE_ON_CPU
@@ -183,8 +183,8 @@ class Table:
     """A table that prints its rows as they are measured. A row that fails is printed with its error.
 
     Args:
-        line: makes the line of a row.
-        deadline: time of time.perf_counter after which no row starts.
+        line: function that returns the line of a row.
+        deadline: value of time.perf_counter after which no row starts.
     """
 
     def __init__(self, line: Callable[[dict], str], deadline: float):
@@ -223,7 +223,7 @@ def measure_model(kind: str, sizes: Sizes, prefills: Table, decodes: Table):
                 decodes.fail(way.name, error)
         print(PREFILL_HEAD)
         for way in ways:
-            # Megatron's cache plays no part in a prompt, so only the usual way is timed
+            # a prompt does not read Megatron's cache, so only the usual way is timed
             if way.name == kind:
                 prefills.add(way.name, prefill, model, way, sizes)
         print(DECODE_HEAD)

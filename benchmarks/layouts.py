@@ -12,7 +12,7 @@ SPLIT = ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "CP2", "CP4", "CP8"
 SPLIT += ["PP2", "PP2 VPP2", "PP2 VPP2 weak", "PP4 VPP2", "PP4 VPP2 weak", "TP2 PP2", "TP2 PP2 CP2"]
 SPLIT += ["TP2 PP2 DP2", "TP2 PP2 VPP2 DP2 weak", "TP2 PP2 VPP2 DP2 weak, overlapped"]
 LAYOUTS = ALONE + SPLIT
-# with a part of the work each, GPUs are faster than their host without a CUDA graph
+# If each GPU has only a part of the work, it is faster than its host. So these layouts run in a CUDA graph.
 GPU_LAYOUTS = [*ALONE, "one, graph", *(f"{layout}, graph" for layout in SPLIT)]
 # a variant that may follow a layout -> its flags
 VARIANTS = {
@@ -26,8 +26,8 @@ VARIANTS = {
 class Layout:
     """A division of the work among processes.
 
-    Its name says all of it: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, graph, micro-batch 8". A weak layout gives each
-    process the batch of one process.
+    Its name gives all settings: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, graph, micro-batch 8". In a weak layout,
+    each process has the batch that one process alone has.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Layout:
 
     @classmethod
     def named(cls, name: str) -> "Layout":
-        """Return the layout of a name. An unknown name stops the program."""
+        """Return the layout with this name. An unknown name stops the program."""
         words, *more = name.split(", ")
         sizes, others, variants = {}, set(), []
         for word in words.split():
@@ -64,18 +64,18 @@ class Layout:
         return self.tp * self.cp * self.pp * self.dp
 
     def batch(self, of_one: int) -> int:
-        """Return the sequences of an iteration. `of_one` is the number that one process alone has."""
+        """Return the number of sequences of an iteration. `of_one` is the number that one process alone has."""
         return of_one * self.processes if self.weak else of_one
 
     def flags(self, of_one: int, micro_batch: int) -> list[str]:
         """Return Megatron's flags of this layout.
 
-        Unless the name gives a micro-batch, each process has as many tokens at a time under TP and CP as one process
-        alone.
+        If the name gives no micro-batch, it grows with TP and CP, so that each process has as many tokens at a time as
+        one process alone.
 
         Args:
-            of_one: sequences of an iteration of one process alone.
-            micro_batch: sequences of a micro-batch of one process alone.
+            of_one: number of sequences of an iteration on one process alone.
+            micro_batch: number of sequences of a micro-batch on one process alone.
         """
         micro_batch = self.micro_batch or min(micro_batch * self.tp * self.cp, self.batch(of_one) // self.dp)
         flags = f"--micro-batch-size {micro_batch} --tensor-model-parallel-size {self.tp} "
@@ -103,7 +103,7 @@ class Row:
 
     @classmethod
     def named(cls, name: str, sweep: bool) -> "Row":
-        """Return the row of a name. An unknown name stops the program."""
+        """Return the row with this name. An unknown name stops the program."""
         model, _, layout = name.partition(", ")
         layout, _, length = layout.rpartition(", ") if sweep else (layout, "", "")
         if model not in NAMES + WIDE or sweep != length.isdecimal():
@@ -120,7 +120,7 @@ class Row:
         return [*MODELS[base][1], *WIDTHS[width]]
 
     def impossible_without_gpu(self) -> str:
-        """Return why the row needs a GPU, or "" if it runs without one."""
+        """Return the reason why the row needs a GPU, or "" if it runs without one."""
         if self.model in WIDE:
             return "a model of this width needs a GPU"
         if "overlapped" in self.layout.variants:

@@ -3,13 +3,13 @@
     python benchmarks/operator.py [--shapes 8x4096x16 ...] [--fla 8x4096x16 ...] [--sweeps] [--out FILE.json]
     python benchmarks/operator.py --plot FILE.json PICTURE        draws the sweeps; needs no GPU
 
-Shapes are batch x length x heads, with heads of 128, in bf16. Inputs are strided views of one fused projection, and
-bounds lie in [0.04, 0.94]. A shape is timed only after its output and every gradient agree with the PyTorch form in
-fp32 on the very same numbers. Times are medians of CUDA events, in ms:
+Shapes are batch x length x heads, with heads of 128 channels, in bf16. Inputs are strided views of one fused
+projection, and bounds lie in [0.04, 0.94]. A shape is timed only if its output and every gradient agree with the
+PyTorch form, which computes from the same inputs in fp32. Times are medians of CUDA events, in ms:
 
-- in a row: forward and backward of one of eight operators, each of which takes the last one's output for v, as the
-  layers of a model do. Autograd then starts its thread once for all of them.
-- in a graph: forward and backward replayed from a CUDA graph, without the host.
+- in a row: forward and backward of eight operators, divided by eight. Each operator takes the output of the previous
+  one as v, like the layers of a model. Autograd starts its thread only once for all eight.
+- in a graph: forward and backward, replayed from a CUDA graph without the host.
 
 "HGRN2" computes the states between chunks again in the backward, as the mixer does. "HGRN2, states kept" keeps them.
 fla (fla-core) is timed if it can be imported, and only on the shapes of --fla, because its autotuning takes minutes.
@@ -36,8 +36,9 @@ SWEEPS = {
     "length, at 32768 tokens of 16 heads": [f"{32768 // T}x{T}x16" for T in (1024, 2048, 4096, 8192, 16384, 32768)],
     "heads, at one sequence of 32768": [f"1x32768x{H}" for H in (2, 4, 8, 16, 32)],
 }
-# name -> factor and shift of the raw gate N(0, 1), and the bounds. A fresh model has width 2048 and weights of 0.02
-# behind a norm; each head stands for another layer, and the first layer's bound is 0
+# Name -> factor and shift of the raw gate, which is drawn from N(0, 1), and the kind of bounds. The fresh model has
+# width 2048 and weights of deviation 0.02 after a norm. Each head stands for another layer, and the first layer's bound
+# is 0.
 GATES = {
     "ordinary": (1, 0, "uniform"),
     "fresh model": (0.02 * 2048**0.5, 0, "layers"),
@@ -45,9 +46,9 @@ GATES = {
     "x16, half the bounds 0": (16, 0, "half zero"),
     "all closed": (1, -30, "half zero"),
 }
-# a trained model's gates, one line per layer, as benchmarks/gates.py measured them (docs/evidence/2026-11-25-gates.md):
-# mean of the raw gate, deviation of a channel's mean over channels, mean deviation within a channel, bound. Each head
-# takes the gates of another layer
+# The gates of a trained model, one line per layer, as benchmarks/gates.py measured them
+# (docs/evidence/2026-11-25-gates.md): mean of the raw gate, deviation of the channels' means, mean deviation within a
+# channel, and bound. Each head takes the gates of another layer.
 TRAINED = [
     (0.45, 2.35, 4.00, 0.000),
     (1.20, 3.11, 3.48, 0.082),
@@ -162,7 +163,7 @@ def check(leaves: list[Tensor], do: Tensor):
 
 
 def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float, float]:
-    """Return median ms of the forward, of forward and backward, of one of ROW in a row, and replayed from a graph."""
+    """Return median ms of a forward, and of forward and backward: once, ROW in a row (per operator), and in a graph."""
 
     def both(count: int = 1):
         for x in leaves:
@@ -178,7 +179,7 @@ def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float, fl
 
 
 def memory(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
-    """Return MiB kept for the backward beyond the output, and the peak MiB of both beyond the inputs."""
+    """Return the MiB kept for the backward without the output, and the peak MiB of both passes without the inputs."""
     for x in leaves:
         x.grad = None
     torch.cuda.synchronize()
@@ -200,7 +201,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def least(B: int, T: int, H: int) -> tuple[float, float]:
-    """Return the GB that forward and backward must move at least, and the GFLOP of their products at chunks of 64."""
+    """Return the least GB that forward and backward can move, and the GFLOP of their products with chunks of 64."""
     tokens = B * T * H
     # q, f, v, o; then q, f, v, do, dq, df, dv
     gigabytes = tokens * D * 2 * (4 + 7) / 1e9
@@ -236,7 +237,7 @@ HEAD = """\
 
 
 def lines(row: dict) -> str:
-    """Return the table's lines of one shape and gate."""
+    """Return the lines of the table for one shape and gate."""
     first = f"| {row['shape']} | {row['gate']} | {' '.join(f'{x:.0%}' for x in row['bands'])} |"
     own = row["operators"]["HGRN2"]
     return "\n".join(
@@ -298,13 +299,13 @@ def run(args):
     for shape in args.shapes:
         gigabytes, gigaflops = least(*map(int, shape.split("x")))
         print(
-            f"{shape}: at least {gigabytes:.2f} GB, {gigabytes / copy:.2f} ms at that copy; "
-            f"{gigaflops:.0f} GFLOP, {gigaflops / products:.2f} ms at that rate"
+            f"{shape}: at least {gigabytes:.2f} GB, {gigabytes / copy:.2f} ms at the rate of the copy; "
+            f"{gigaflops:.0f} GFLOP, {gigaflops / products:.2f} ms at the rate of the products"
         )
     ms, in_graph, rate = decode(64, 16)
     print(
         f"step_hgrn2, 64 sequences x 16 heads: {ms:.4f} ms, in a graph {in_graph:.4f} ms, {rate:.2f} TB/s, "
-        f"{rate / copy:.0%} of that copy"
+        f"{rate / copy:.0%} of the rate of the copy"
     )
     sweeps = {}
     for name, shapes in SWEEPS.items() if args.sweeps else ():
@@ -321,7 +322,7 @@ def main():
     parser.add_argument("--fla", nargs="*", default=SHAPES[:2], help="shapes of --shapes on which fla is timed too")
     parser.add_argument("--sweeps", action="store_true", help="also measure time against length and against heads")
     report.add_option(parser)
-    parser.add_argument("--plot", nargs=2, metavar=("FILE.json", "PICTURE"), help="draw the sweeps of such a file")
+    parser.add_argument("--plot", nargs=2, metavar=("FILE.json", "PICTURE"), help="draw the sweeps of a results file")
     args = parser.parse_args()
     if args.plot:
         return pictures.of_operator(*args.plot)

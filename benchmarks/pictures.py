@@ -50,7 +50,7 @@ def lines(figures: dict[str, Figures], rows: list[Row], plt):
 
 
 def save(draw: Callable, figures: dict[str, Figures], rows: list[Row], path: Path):
-    """Draw the rows that have figures, by `bars` or `lines`, into a file."""
+    """Draw the rows that have figures into a file. `draw` is `bars` or `lines`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +63,7 @@ def save(draw: Callable, figures: dict[str, Figures], rows: list[Row], path: Pat
 
 
 def of_operator(data: str, picture: str):
-    """Draw the sweeps of a file of results of operator.py into a picture."""
+    """Draw the sweeps in a file of results of operator.py into a picture."""
     import matplotlib
 
     matplotlib.use("Agg")

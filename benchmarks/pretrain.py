@@ -7,8 +7,8 @@ The benchmark runs the unmodified pretrain_gpt.py on mock data once for each row
 layers of 2048, 16 heads, a GLU of 5632 and a vocabulary of 32000. An iteration has 32768 tokens, in bf16 with
 Transformer Engine and the distributed optimizer. Rows of one length have the same flags, except for what their names
 say. "Relative to attention" divides by the attention row of the same length and precision in the same run. Rates are
-those of the median iteration after the first two. --profile writes the kernels of one iteration by their time into
-FOLDER.
+from the median iteration after the first two. --profile writes a table of the kernels of one iteration and their times
+into FOLDER.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PROFILE = "--profile --use-pytorch-profiler --profile-step-start 10 --profile-st
 
 
 def command_of(name: str) -> tuple[bool, list[str]]:
-    """Return whether the launcher runs a row, and the flags of the row."""
+    """Return whether the launcher starts the script of a row, and the flags of the row."""
     model, setting = name.split(", ")
     launcher, flags = MODELS[model]
     length, micro_batch, more = SETTINGS[setting]
@@ -65,10 +65,10 @@ def result(name: str, log: str, found: Figures | None, beside: Figures | None) -
     """Return the results of a row, or why its run failed.
 
     Args:
-        name: of the row.
-        log: what Megatron printed.
+        name: name of the row.
+        log: output of Megatron.
         found: the figures in the log, or None if the run failed.
-        beside: the figures of attention's run, if there are any.
+        beside: the figures of attention, or None if there are none.
     """
     if found is None:
         return {"run": name, "note": failure(log)}
@@ -112,7 +112,7 @@ def kernel_table(folder: Path) -> str:
 
 
 def measure(script: Path, args: argparse.Namespace, results: list[dict]) -> Iterator[tuple[str, str, str]]:
-    """Run each row, add its result to `results`, and give its name, its log and its line of the table."""
+    """Run each row, add its result to `results`, and yield its name, its log and its line of the table."""
     attention: dict[str, Figures | None] = {}
     for name in args.rows:
         launcher, flags = command_of(name)

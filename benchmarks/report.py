@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "fla-core"
 
 
 def json_file(name: str) -> Path:
-    """Return the path of a file of results. A name without .json is refused, before anything runs."""
+    """Return the path of a file of results. Refuse a name without .json before anything runs."""
     if not name.endswith(".json"):
         raise argparse.ArgumentTypeError(f"{name!r} does not end in .json: name the file of results")
     return Path(name)
@@ -28,14 +28,14 @@ def add_option(parser: argparse.ArgumentParser):
 
 
 def machine() -> str:
-    """Return the number of GPUs of this host and their name, or the number of CPU cores where there is no GPU."""
+    """Return the number of GPUs of this host and their name, or the number of CPU cores if there is no GPU."""
     if not torch.cuda.is_available():
         return f"{os.cpu_count()} CPU cores"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of those packages that the results depend on and that are installed."""
+    """Return the versions of the installed packages that the results depend on."""
     found = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -52,12 +52,12 @@ def command() -> str:
 
 
 def write(path: Path | None, rows: list[dict], **more):
-    """Write rows with the date, machine, versions and command that they belong to.
+    """Write rows together with the date, machine, versions and command of the run.
 
     Args:
         path: the file, or None to write nothing.
         rows: one dictionary for each row of a table, from the name of a column to its value.
-        more: anything else that belongs to the run.
+        more: other results of the run.
     """
     if path:
         head = dict(date=datetime.date.today().isoformat(), machine=machine(), versions=versions(), command=command())

@@ -10,8 +10,8 @@ from pathlib import Path
 import report
 
 ROOT = Path(__file__).resolve().parents[1]
-# the last line of a log whose run was ended
-OVERTIME = "ended: it took too long"
+# the last line of the log of a run that was stopped
+OVERTIME = "stopped: it took too long"
 
 
 def run(
@@ -27,12 +27,12 @@ def run(
 
     Args:
         script: a file of a Megatron-LM checkout.
-        launcher: whether `module` starts the script, or torchrun itself.
-        flags: of the script.
-        processes: how many ranks there are, all on this host.
+        launcher: True if `module` starts the script, False if torchrun starts it directly.
+        flags: flags of the script.
+        processes: number of ranks, all on this host.
         module: the launcher.
-        more_env: environment variables to set beside those of this process.
-        timeout: seconds after which the run is ended; its output then ends with OVERTIME.
+        more_env: environment variables to set in addition to those of this process.
+        timeout: seconds after which the run is stopped; its output then ends with OVERTIME.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", module, str(script)] if launcher else [str(script)]
@@ -75,12 +75,12 @@ def script_in(megatron_lm: Path) -> Path:
 
 
 def file_stem(name: str) -> str:
-    """Return the name of a row as it stands in the names of its files."""
+    """Return the name of a row in the form that the names of its files have."""
     return name.replace(", ", "-").replace(" ", "-")
 
 
 def make_table(head: list[str], runs: Iterable[tuple[str, str, str]], logs: Path | None):
-    """Print a table line by line while its runs end, and then as a whole.
+    """Print each line of a table when its run ends, and then print the whole table.
 
     Args:
         head: the lines above the rows.

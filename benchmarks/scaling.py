@@ -1,33 +1,34 @@
-"""Train models in every layout that the GPUs of one host allow, through Megatron-LM's own loop on mock data.
+"""Train models in every layout that the GPUs of one host allow, with Megatron-LM's own loop on mock data.
 
     python benchmarks/scaling.py path/to/Megatron-LM [--layouts NAME ...] [--rows ROW ...] [--out FILE.json] [-- flags]
     python benchmarks/scaling.py path/to/Megatron-LM --sweep [--lengths 4096 32768 131072 1048576] [...]
     python benchmarks/scaling.py path/to/Megatron-LM --tiny [--side-by-side] [...]      up to 8 processes, no GPU
 
-The first form trains HGRN2 and the hybrid HHH* for 20 iterations in every layout. The models have 24 layers of 2048,
-and on GPUs also of 4096 ("HGRN2 4096"). Each model first writes a checkpoint of fresh weights, with one process or as
-many as it needs, because Megatron draws the weights of each pipeline stage by itself. Every layout then trains from
-that checkpoint on the same batches.
+The first form trains HGRN2 and the hybrid HHH* for 20 iterations in every layout. The models have 24 layers of 2048
+channels. On GPUs there are also models with 4096 channels ("HGRN2 4096"). The benchmark first writes a checkpoint of
+fresh weights for each model, because Megatron draws the weights of each pipeline stage separately. This takes one
+process, or as many as the model needs. Every layout then trains from that checkpoint on the same batches.
 
-A name says the layout. TP always has sequence parallelism, and DP and CP have the distributed optimizer and both
-overlaps. Under TP and CP micro-batches are larger, so that a process has as many tokens at a time as one alone. "Weak"
-layouts have the batch once for each GPU. "TP4 SP, graph" is the iteration as one CUDA graph, and "CP4, graphs of
-layers" is a graph of each layer.
+The name of a row contains its layout. TP always comes with sequence parallelism. DP and CP come with the distributed
+optimizer and both overlaps. Micro-batches grow with TP and CP, so that each process has as many tokens at a time as one
+process alone. In a "weak" layout, each GPU has the whole batch of one GPU. "TP4 SP, graph" runs the iteration as one
+CUDA graph, and "CP4, graphs of layers" captures each layer in a graph of its own.
 
-The table has tokens/s per GPU (median of the iterations after the fourth) and their share of one GPU's, TFLOP/s as
-Megatron logs them, peak memory, and the first and the last loss. "Apart" is the largest difference in any iteration to
-one GPU, or to the first layout on as large a batch that fits: of the loss, and of the gradient's norm as a share. The
-last column is what rank 0 sends in the second step, counted where it is sent (counted.py). One GPU with another
-micro-batch shows how much of the differences is the rounding of bf16.
+The table has tokens/s per GPU (median of the iterations after the fourth), their share of the tokens/s of one GPU,
+TFLOP/s as Megatron logs them, peak memory, and the first and the last loss. The two columns "apart" compare all
+iterations with the run on one GPU, or with the first layout that fits if one GPU is too small. Both runs have the same
+global batch. "Loss apart" is the largest difference of the loss, and "norm apart" is the largest relative difference of
+the gradient's norm. The last column is the MiB that rank 0 sends in the second step, which counted.py counts. The row
+of one GPU with another micro-batch shows how large these differences are from the rounding of bf16 alone.
 
-The sweep trains on one sequence per step, of growing length, with full recompute at CP 1 to 8. HGRN2 and the hybrid
-compute the loss in chunks; attention does not, because Megatron cannot. The share compares with CP1 at as many tokens
-per GPU, which is what the same local work takes alone. (For attention layers the local work is not the same.) After a
-length that does not fit, no longer one is tried.
+The sweep trains on one sequence per step, with full recompute, at growing lengths and CP 1 to 8. HGRN2 and the hybrid
+compute the loss in chunks. Attention does not, because Megatron cannot. The share compares a row with CP1 at the same
+number of tokens per GPU, where the same local work runs without communication. (For attention layers the local work is
+not the same.) If a length does not fit, longer ones are not tried.
 
---logs FOLDER keeps table.md, picture.png and the log of every run. --side-by-side fills the host with runs that need
-few GPUs; they may disturb each other's times. Without a GPU the runs are in fp32 over gloo, and their times mean
-nothing.
+--logs FOLDER keeps table.md, picture.png and the log of every run. --side-by-side runs several rows at a time if they
+need few GPUs. These runs may slow each other down. Without a GPU the runs are in fp32 over gloo, and their times have
+no meaning.
 """
 
 import itertools
@@ -48,15 +49,15 @@ from models import FULL, GPU, HGRN2, HYBRID, LOOP, NAMES, SIZE, WIDE
 from runs import command_line, make_table, parse, run, script_in
 
 MODEL = f"{SIZE} --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 4 --global-batch-size 32"
-# numbers that every layout divides: 8 heads, 8 layers, 16 pieces of a sequence
+# every layout can divide these numbers: 8 heads, 8 layers, 16 chunks of a sequence
 TINY = """--num-layers 8 --hidden-size 64 --hgrn2-expand-ratio 8 --num-attention-heads 8 --ffn-hidden-size 128
     --seq-length 64 --max-position-embeddings 64 --vocab-size 128 --micro-batch-size 2 --global-batch-size 16
     --lr 1e-3"""
-# the vocabulary is padded to 16 per TP rank, which gives the same size at TP1 and TP8
+# The vocabulary is padded to a multiple of 16 * TP, which gives the same size at TP1 and TP8.
 TRAINING = f"{LOOP} --make-vocab-size-divisible-by 16 --lr 3e-5"
 LENGTHS, TINY_LENGTHS = [4096, 32768, 131072, 1048576], [64, 128, 512]
 SWEEP = [*FULL, "--micro-batch-size", "1", "--global-batch-size", "1", "--no-create-attention-mask-in-dataloader"]
-# memory that the backward leaves is given back before NCCL asks for buffers of its own
+# frees unused memory after the backward, before NCCL allocates its buffers
 SWEEP += ["--empty-unused-memory-level", "1"]
 CHUNKED_LOSS, WHOLE_LOSS = ["--hgrn2-loss-chunk-size", "8192"], ["--cross-entropy-loss-fusion"]
 
@@ -66,7 +67,7 @@ class Matrix:
 
     Args:
         common: flags of every row.
-        folder: keeps the first weights of each model.
+        folder: folder for the first weights of each model.
     """
 
     models = [HGRN2, HYBRID, *(WIDE if torch.cuda.is_available() else [])]
@@ -88,11 +89,11 @@ class Matrix:
         self.common, self.folder = ["--train-iters", str(self.iterations), *common], folder
         self.figures: dict[str, Figures] = {}
         self.results: list[dict] = []
-        # model and sequences of an iteration -> the first layout that fits: one process, where that fits
+        # (model, sequences of an iteration) -> figures of the first layout that fits, which is one process if that fits
         self.references: dict[tuple[str, int], Figures] = {}
 
     def prepare(self, rows: list[Row], devices: list[str], megatron: Callable[[list[str], list[str]], str]):
-        """Write the first weights of each model. A learning rate of nearly 0 leaves them as drawn."""
+        """Write the first weights of each model. The learning rate is almost 0, so training does not change them."""
         for model in dict.fromkeys(row.model for row in rows):
             # a wide model does not fit on one GPU, and 8 GPUs are enough
             processes = min(2 ** int(math.log2(len(devices))), 8) if model in WIDE else 1
@@ -104,11 +105,11 @@ class Matrix:
                 raise SystemExit(f"the first weights of {model} could not be written:\n{log[-3000:]}")
 
     def size(self, row: Row) -> tuple[int, int]:
-        """Return the length of a sequence, and the sequences of an iteration of one process."""
+        """Return the length of a sequence, and the number of sequences of an iteration on one process."""
         return value("--seq-length", self.common), value("--global-batch-size", self.common)
 
     def of_row(self, row: Row) -> list[str]:
-        """Return the flags of a row's model and layout."""
+        """Return the flags of the model and the layout of a row."""
         flags = [*self.common, *row.model_flags]
         return [*flags, *row.layout.flags(self.size(row)[1], value("--micro-batch-size", flags))]
 
@@ -126,14 +127,14 @@ class Matrix:
         else:
             self.figures[row.name] = found
             result = self.result(row, found)
-            # no value is an empty cell
+            # a column without a value has an empty cell
             shown = {column: result.get(column) for column in self.columns}
             cells = ["" if x is None else format(x, self.columns[column]) for column, x in shown.items()]
         self.results.append({"run": row.name, **result})
         return f"| {' | '.join([row.name, *cells])} |"
 
     def result(self, row: Row, found: Figures) -> dict:
-        """Return the columns of a row, and what else its file of results keeps."""
+        """Return the columns of a row, with the losses and norms for the file of results."""
         one = self.figures.get(f"{row.model}, {ONE}")
         reference = self.references.setdefault((row.model, row.layout.batch(self.size(row)[1])), found)
         result = {
@@ -155,7 +156,7 @@ class Matrix:
 
 
 class Sweep(Matrix):
-    """The benchmark of one sequence per step, of growing length."""
+    """The benchmark of one sequence per step, at growing lengths."""
 
     models, iterations, warm_up = NAMES, 6, 2
     layouts = ["CP1", "CP2", "CP4", "CP8"]
@@ -192,13 +193,13 @@ class Sweep(Matrix):
 
 
 def value(flag: str, flags: list[str]) -> int:
-    """Return the number of a flag. Where the flag is given several times, Megatron takes the last, and so does this."""
+    """Return the number that follows a flag. If a flag is given several times, the last one counts, as in Megatron."""
     place = len(flags) - 1 - flags[::-1].index(flag)
     return int(flags[place + 1])
 
 
 def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: Devices, workers: int) -> Iterator[str]:
-    """Run as many rows at a time as workers and devices allow, and give their logs in the order of the rows."""
+    """Run as many rows at a time as workers and devices allow, and yield their logs in the order of the rows."""
     before: dict[tuple[str, Layout], Future] = {}
 
     def run_row(row: Row, shorter: Future | None) -> str:
@@ -217,10 +218,13 @@ def run_all(rows: list[Row], start: Callable[[Row, list[str]], str], devices: De
 
 
 def choose(rows: list[Row], processes: int) -> list[Row]:
-    """Return the rows that this machine can run, one process of each model first. Print why a row is left out."""
+    """Return the rows that this machine can run, sorted by length and processes. Print why a row is left out.
+
+    The run of each model on one process is added, because other rows are compared with it.
+    """
     ones = [Row(row.model, Layout.named(ONE)) for row in rows if not row.length]
     chosen = []
-    # a longer row is tried and compared after the shorter ones; rows of few processes leave room for others
+    # Longer rows come after the shorter ones, with which they are compared. Rows of few processes run side by side.
     for row in sorted(dict.fromkeys(ones + rows), key=lambda row: (row.length or 0, row.layout.processes)):
         reason = "" if torch.cuda.is_available() else row.impossible_without_gpu()
         if row.layout.processes > processes:
@@ -253,10 +257,8 @@ def main():
     parser.add_argument("--lengths", nargs="+", type=int, help=f"lengths of the sweep in tokens; default: {LENGTHS}")
     parser.add_argument("--model", help="Megatron's flags of the model and the batch, quoted as one argument")
     parser.add_argument("--tiny", action="store_true", help="train a small model, on up to 8 processes without a GPU")
-    parser.add_argument(
-        "--side-by-side", action="store_true", help="run as many rows at a time as there are devices for"
-    )
-    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a run is ended")
+    parser.add_argument("--side-by-side", action="store_true", help="run as many rows at a time as the devices allow")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a run is stopped")
     args = parse(parser)
     script = script_in(args.megatron_lm)
     gpus = torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Two checkouts of kernels/ beside each other on one GPU: the same bits, and how their times compare.
+"""Compare two checkouts of kernels/ on one GPU: check that their results have the same bits, and time both.
 
     python benchmarks/probes/beside.py OLD NEW [--only WORD ...] [--rounds N]
 
@@ -32,7 +32,8 @@ class Case:
     Attributes:
         B, T, H, D: batch, length, heads, and channels per head.
         dtype: "bfloat16" or "float32".
-        gate: strength of the gates, a key of GATES. "times 4" brings chunks in the banded form, "closed" in the exact.
+        gate: strength of the gates, a key of GATES. With "times 4" chunks need the banded form, with "closed" the
+            exact form.
     """
 
     B: int
@@ -174,7 +175,7 @@ def compare(case: Case, checkouts: list[Checkout], rounds: int) -> dict:
     times = {mode: ([], []) for mode in MODES}
     for turn in range(rounds):
         for mode in MODES:
-            # who comes first changes from turn to turn
+            # the two checkouts take turns in coming first
             for which in (0, 1) if turn % 2 == 0 else (1, 0):
                 checkouts[which].ask("time", mode)
                 times[mode][which].append(checkouts[which].answer())
@@ -186,10 +187,10 @@ def compare(case: Case, checkouts: list[Checkout], rounds: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
+    parser.add_argument("old", type=Path, help="folder with the old package hgrn2_kernels")
+    parser.add_argument("new", type=Path, help="folder with the new package hgrn2_kernels")
     parser.add_argument("--only", nargs="+", default=[], help="run the cases whose name contains one of these words")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each checkout (default 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="number of turns of each checkout (default 7)")
     args = parser.parse_args()
     checkouts = [Checkout(args.old), Checkout(args.new)]
     rows = []
