@@ -22,7 +22,7 @@ def interpret():
     init = Autotuner.__init__
 
     def without_choice(self, fn, arg_names, configs, *args, **kwargs):
-        # only a GPU could time several configurations
+        # keep one configuration, because only a GPU could time several
         init(self, fn, arg_names, configs[:1], *args, **kwargs)
 
     Autotuner.__init__ = without_choice
@@ -37,7 +37,7 @@ def main():
         import fla  # noqa: F401
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        sys.exit(f"pip install 'lm-eval[hf]' flash-linear-attention ({error})")
+        sys.exit(f"a package is missing: pip install 'lm-eval[hf]' flash-linear-attention ({error})")
     sys.argv = ["lm_eval", "run", "--model", "hf", "--device", device, *sys.argv[1:]]
     cli_evaluate()
 

@@ -66,7 +66,7 @@ def write(prefix: Path, out: Path, count: int, passages: int):
     """
     texts = [text for text in documents(prefix) if len(text) >= PASSAGE]
     if not texts:
-        raise ValueError(f"{prefix} has no document of {PASSAGE} characters")
+        raise ValueError(f"{prefix} has no document of {PASSAGE} characters: give a dataset with longer documents")
     out.mkdir(parents=True, exist_ok=True)
     choice = random.Random(0)
     items = {

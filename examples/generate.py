@@ -118,7 +118,7 @@ def generate(model: torch.nn.Module, args: argparse.Namespace, new: list[int], c
         args: Megatron's args.
         new: the prompt's tokens.
         context: a StaticInferenceContext for one sequence. The layers keep their states in it.
-        times: the time of the start, and then of each drawn token, is appended here, in seconds.
+        times: list that receives the time of the start and then of each drawn token, in seconds.
     """
     generator = torch.Generator().manual_seed(args.seed)
     times.append(time.perf_counter())

@@ -67,7 +67,7 @@ def list_files(folder: Path, glob: str = "*", exclude: Iterable[str] = ()) -> li
 
 
 def read_documents(files: list[Path], max_bytes: int | None = None) -> list[bytes]:
-    """Return the contents of the files that are UTF-8 text and not empty, cut off after `max_bytes` bytes in all."""
+    """Return the contents of the files that are UTF-8 text and not empty, at most `max_bytes` bytes together."""
     documents, left = [], math.inf if max_bytes is None else max_bytes
     for path in files:
         if left <= 0:

@@ -32,6 +32,7 @@ except ImportError:
     # the training loop of megatron-core 0.18 takes a function that builds the model
     gpt_config_from_args = None
 
+# Megatron's attributes for data other than plain text
 NOT_HERE = (
     "sft",
     "fim_data",
@@ -149,7 +150,7 @@ def build_gpt(pre_process=True, post_process=True, vp_stage=None, config=None, p
 
 
 def main(model_config=gpt_config_from_args):
-    """Train the model whose config `model_config` makes from Megatron's args."""
+    """Train the model whose config `model_config` makes from Megatron's args. None builds a GPT by build_gpt."""
     use_prebuilt_dataset_helpers()
     datasets_provider.is_distributed = True
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})

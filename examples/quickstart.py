@@ -19,7 +19,7 @@ import prepare_bytes
 from training_log import LAUNCH, TrainingLog, bits, device_flags, environment, first_difference, train
 
 FOLDER = Path("quickstart")
-# what a run writes; the next run deletes it
+# files and folders that a run writes, and that the next run deletes
 OUTPUTS = ("data", "checkpoints", "train.log", "resume.log", "generate.log", "loss.png")
 ITERATIONS, SAVE_INTERVAL, EVAL_INTERVAL = 200, 160, 110
 HELDOUT_FRACTION = 0.01
@@ -44,7 +44,7 @@ def start_clean():
 
 
 def prepare() -> tuple[list[str], float]:
-    """Build the datasets. Returns Megatron's flags for them and the bigram model's held-out bits per byte."""
+    """Build the datasets. Return Megatron's flags for them and the bigram model's held-out bits per byte."""
     print("Reading Python's standard library as bytes", flush=True)
     source = prepare_bytes.standard_library()
     splits = prepare_bytes.prepare(out=FOLDER / "data", heldout_fraction=HELDOUT_FRACTION, **source)
@@ -73,7 +73,7 @@ def draw(full: TrainingLog, resumed: TrainingLog, bigram: float):
 
 
 def write_sample():
-    """Let the last checkpoint continue a line. generate.py does it in a process of its own, as a user would run it."""
+    """Continue a line with the last checkpoint. This runs generate.py in a process of its own, as a user would."""
     script = str(Path(__file__).with_name("generate.py"))
     flags = [
         *f"--load {FOLDER / 'checkpoints'} --use-checkpoint-args --max-new-tokens 200".split(),

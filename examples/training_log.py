@@ -50,7 +50,7 @@ class TrainingLog:
     seq_length: int = 0
 
     def read(self, line: str) -> int | None:
-        """Read one line of the log. Returns the iteration if the line reports one."""
+        """Read one line of the log. Return the number of the iteration if the line reports one, else None."""
         if match := _ITERATION.search(line):
             return self._read_iteration(match)
         if match := _HELDOUT.search(line):
@@ -62,7 +62,7 @@ class TrainingLog:
     def _read_iteration(self, match: re.Match) -> int:
         iteration, loss, ms = int(match["iteration"]), float(match["loss"]), float(match["ms"])
         if len(self.losses) == 1:
-            # Megatron does not reset its averages after the first line, so the second line is a mean of two iterations
+            # Megatron does not reset its averages after the first line, so the second line has means of two iterations
             loss = 2 * loss - self.losses[iteration - 1]
             ms = 2 * ms - self.milliseconds[iteration - 1]
         self.losses[iteration], self.milliseconds[iteration] = loss, ms
@@ -70,7 +70,7 @@ class TrainingLog:
         return iteration
 
     def tokens_per_second(self, milliseconds: float | None = None) -> float:
-        """Return the speed of an iteration that took `milliseconds`, by default of the run's median iteration.
+        """Return the tokens/s of an iteration that took `milliseconds`. None means the run's median iteration.
 
         Slow first iterations hardly change the median.
         """
@@ -86,7 +86,7 @@ def first_difference(full: TrainingLog, resumed: TrainingLog) -> str | None:
         A description of the first loss that differs, or None.
     """
     for position, (iteration, loss) in enumerate(resumed.losses.items()):
-        # the second loss was computed from a rounded mean of two, see TrainingLog
+        # the second loss was computed from a rounded mean of two losses, see _read_iteration
         tolerance = 2e-6 if position == 1 else 0
         if not abs(loss - full.losses[iteration]) <= tolerance:
             return f"training loss of iteration {iteration}: {full.losses[iteration]} before, {loss} resumed"
