@@ -1,7 +1,7 @@
-"""Real Megatron models in tests: a small HGRN2 GPT on the CPU, on one process or several over gloo.
+"""Real Megatron models for tests: a small HGRN2 GPT or HybridModel on the CPU, on one process or several over gloo.
 
-Weights are drawn once for one process and sliced for each rank, gradients are gathered back, so that every layout is
-compared with one process parameter by parameter.
+The weights are drawn once for one process, and each rank takes its slices of them. Gradients are gathered into full
+tensors. So every layout can be compared with one process, parameter by parameter.
 """
 
 import functools
@@ -20,7 +20,10 @@ VOCAB, SEQ, BATCH = 64, 40, 4
 
 
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
-    """Compare every tensor by name; none may be missing, and none may be zero, which would compare nothing."""
+    """Assert that tensors of the same name agree up to a relative error of `tolerance`.
+
+    No tensor may be missing. No expected tensor may be zero, because its comparison would mean nothing.
+    """
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
         assert want.norm() > 0, f"{name} is zero: the comparison would be empty"
@@ -30,17 +33,21 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tol
 
 
 class Group:
-    """What is asked of a process group where no rank sends through it."""
+    """A stand-in for a process group that nothing is sent through. It has a rank and a size."""
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = lambda: rank, lambda: size
 
 
 def start_megatron(tp: int = 1, cpu_mode: bool = False, pp: int = 1):
-    """Join the process group (one process where there is no torchrun) and set Megatron's parallel state.
+    """Join the process group and set Megatron's parallel state. Without torchrun, the group has one process.
 
-    `cpu_mode` switches on the project's own CPU mode, which Megatron's data parallelism needs and a plain forward
-    and backward do not; it stays on, so only processes of their own ask for it. Where there is a GPU they run on it.
+    Args:
+        tp: tensor-parallel size.
+        cpu_mode: whether to turn on the project's CPU mode. Megatron's data parallelism needs it, and a plain forward
+            and backward do not. It stays on, so only processes of their own may ask for it. On a machine with a GPU,
+            such a process runs on the GPU.
+        pp: pipeline-parallel size.
     """
     if cpu_mode:
         from hgrn2_megatron import cpu
@@ -52,7 +59,7 @@ def start_megatron(tp: int = 1, cpu_mode: bool = False, pp: int = 1):
     if parallel_state.is_initialized():
         return
     if not cpu_mode:
-        # Megatron places buffers by this name; nothing else of torch.cuda is touched at this level
+        # Megatron places buffers on this device, and calls no other function of torch.cuda here
         torch.cuda.current_device = lambda: "cpu"
     defaults = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in defaults.items():
@@ -75,10 +82,16 @@ def build_model(
     vp_stage: int | None = None,
     **config,
 ):
-    """An HGRN2 GPT in fp32 from the published spec, as Megatron builds one, or a pipeline stage's chunk of it.
+    """Return an HGRN2 model in fp32 that Megatron builds from the spec, or a pipeline stage's chunk of one.
 
-    `tied` shares the weight of embeddings and output; `config` overrides the model's settings. With
-    `hybrid_layer_pattern` among them it is a HybridModel.
+    Args:
+        tp: tensor-parallel size.
+        sequence_parallel: whether the model uses sequence parallelism.
+        num_layers: number of layers.
+        tied: whether embeddings and output share a weight.
+        pre_process, post_process, vp_stage: as in GPTModel.
+        config: settings of the model that replace the defaults here. With `hybrid_layer_pattern` the model is a
+            HybridModel, and otherwise a GPT.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -110,12 +123,12 @@ def build_model(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # larger than Megatron's default, so that gates and bounds leave their linear regime
+        # larger than Megatron's default, so that gates and bounds leave the range in which they are nearly linear
         init_method_std=0.2,
     )
     config = HGRN2TransformerConfig(**settings | config)
     if pattern:
-        # what Megatron's command line says where there is one
+        # in a run with a command line, Megatron's args have this attribute
         config.hybrid_layer_pattern = pattern
     model = form(
         config=config,
@@ -131,7 +144,7 @@ def build_model(
 
 
 def full_weights(model, seed: int = 1) -> dict[str, Tensor]:
-    """Weights for a one-process model: its own draws, but for those that start as constants."""
+    """Return weights for a model on one process: its own weights, with noise on those that start as constants."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     for w in weights.values():
@@ -141,7 +154,7 @@ def full_weights(model, seed: int = 1) -> dict[str, Tensor]:
 
 
 def shard(name: str, param: torch.nn.Parameter, full: Tensor, rank: int, size: int, rows: int) -> Tensor:
-    """The slice of a full weight that TP rank `rank` holds; `rows` are those of the lower bounds."""
+    """Return the slice of a full weight that TP rank `rank` holds. The lower bounds have `rows` rows."""
     if not getattr(param, "tensor_model_parallel", False):
         return full
     if "hgrn2_bounds" in name:
@@ -152,7 +165,7 @@ def shard(name: str, param: torch.nn.Parameter, full: Tensor, rank: int, size: i
 
 
 def unshard(name: str, param: torch.nn.Parameter, parts: list[Tensor], rows: int) -> Tensor:
-    """The full tensor of which TP rank r holds parts[r]; a replicated one must be equal on all ranks."""
+    """Return the full tensor of which TP rank r holds parts[r]. A replicated tensor must be equal on all ranks."""
     if not getattr(param, "tensor_model_parallel", False):
         for part in parts[1:]:
             torch.testing.assert_close(part, parts[0], rtol=1e-6, atol=1e-9)
@@ -165,14 +178,14 @@ def unshard(name: str, param: torch.nn.Parameter, parts: list[Tensor], rows: int
 
 
 def batch(seed: int = 2, size: int = BATCH) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, [size, SEQ] int64."""
+    """Return random tokens and labels, [size, SEQ] int64."""
     generator = torch.Generator().manual_seed(seed)
     stream = torch.randint(VOCAB, (size, SEQ + 1), generator=generator)
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
 def packed_seq_params(lengths: list[int], padded: list[int] | None = None):
-    """PackedSeqParams as Megatron's pretrain_gpt.py makes them, of sequences of these lengths, with their padding."""
+    """Return PackedSeqParams as Megatron's pretrain_gpt.py makes them. `padded` has the lengths with padding."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     def borders(sizes):
@@ -192,7 +205,7 @@ def packed_seq_params(lengths: list[int], padded: list[int] | None = None):
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports this project and its tests."""
+    """Return the environment of a process that imports this project and its tests."""
     path = ":".join([PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # a Megatron-LM checkout builds its dataset helpers with the python3 of PATH
@@ -203,7 +216,7 @@ def environment() -> dict[str, str]:
 
 
 def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
-    """Run this interpreter on `command` in the project's root; stdout and stderr come back together."""
+    """Run this interpreter on `command` in the project's root. Its stdout holds stderr too."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -216,6 +229,6 @@ def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
 
 
 def torchrun(num_processes: int, *command: str) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node num_processes ...` on this machine."""
+    """Run `torchrun --nproc_per_node num_processes ...` on this machine."""
     run = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
     return python(*run, *command)

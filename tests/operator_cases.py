@@ -12,7 +12,7 @@ NAMES = ("o", "final_state", "dq", "df", "dv", "dlower_bound", "dinitial_state")
 
 
 def relative_error(got, want):
-    """Return the relative Frobenius error of got, with want in float64."""
+    """Return the relative Frobenius error of got against want, computed in float64."""
     want = want.double()
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
 
@@ -42,7 +42,7 @@ GATES = {
     "open": lambda x: x + 6,
     "mixed": one_scale_a_channel,
 }
-# for the kernels only, which cut a chunk into bands: gates as in a trained model, and stronger ones
+# only for the kernels, which cut chunks into bands: gates as in a trained model, and stronger ones
 ALL_GATES = GATES | {
     "times-4": lambda x: 4 * x,
     "half-closed": lambda x: x - 3,

@@ -1,8 +1,8 @@
-"""A model in any layout, from the weights of one process and back to them.
+"""Build a model in any layout from the weights of one process, and collect its tensors as one process has them.
 
-A model is a dict of settings of `harness.build_model` (`tied`: embeddings and output share a weight). A layout is a
-dict: `tp`, `pp`, `vpp`, `cp`, `ep` (sizes), `sequence_parallel`, `distributed_optimizer`, `overlap`, and `config`,
-settings that only this layout has. Tensors go by the names that they have in one process.
+A model is a dict of arguments of `harness.build_model`. A layout is a dict with the sizes `tp`, `pp`, `vpp`, `cp` and
+`ep`, with `sequence_parallel`, `distributed_optimizer` and `overlap`, and with `config`, the settings that only this
+layout has. Every tensor has the name that it has in one process.
 """
 
 import re
@@ -16,12 +16,17 @@ STEPS, GLOBAL_BATCH = 5, 8
 
 
 def start_layout(layout: dict, meeting: Path):
-    """Megatron's process groups for a layout, in place of those of the one before; the ranks meet in a new file."""
+    """Replace Megatron's process groups by those of a layout.
+
+    Args:
+        layout: see the top of this file.
+        meeting: path of a new file in which the ranks find each other.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
-    # groups have threads, which would add up over layouts
+    # process groups have threads, which would pile up from layout to layout
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
@@ -36,7 +41,12 @@ def start_layout(layout: dict, meeting: Path):
 
 
 def build(model: dict, layout: dict, weights: dict[str, Tensor]):
-    """This rank's model chunks, wrapped for data parallelism, with the given weights of one process; the optimizer."""
+    """Return this rank's model chunks, wrapped for data parallelism, and their optimizer.
+
+    Args:
+        model, layout: see the top of this file.
+        weights: the weights of one process, from which the chunks take theirs.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -54,7 +64,7 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
         pipeline_dtype=torch.float32,
         deallocate_pipeline_outputs=True,
         batch_p2p_sync=False,
-        # of two stages that are each other's neighbours on both sides, a batch would mix up what goes to which
+        # With two stages, the next stage is also the previous one, and batched sends would confuse the two directions.
         overlap_p2p_comm="vpp" in layout,
         batch_p2p_comm="vpp" not in layout,
         finalize_model_grads_func=finalize_model_grads,
@@ -81,7 +91,7 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
     if overlap:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    # clipped, with decay, and an epsilon above what sums in another order leave of a gradient of zero
+    # The epsilon is larger than the rounding errors that another order of sums leaves in a gradient of zero.
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=0.5, adam_eps=1e-5,
@@ -93,7 +103,7 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
 
 
 def gradients(chunks, optimizer) -> dict[str, Tensor]:
-    """Gradients of this rank's chunks, whole."""
+    """Return the full gradients of this rank's chunks."""
     from megatron.core import parallel_state
 
     dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -102,7 +112,7 @@ def gradients(chunks, optimizer) -> dict[str, Tensor]:
     def whole(p):
         if not chunks[0].ddp_config.use_distributed_optimizer:
             return p.main_grad
-        # each rank has reduced the part that it steps
+        # each rank has only the reduced gradients of the part that it updates
         full = torch.zeros_like(p.main_grad).view(-1)
         for part in optimizers:
             if p in part.model_param_gbuf_map:
@@ -115,7 +125,7 @@ def gradients(chunks, optimizer) -> dict[str, Tensor]:
 
 
 def weights_of(chunks) -> dict[str, Tensor]:
-    """Weights of this rank's chunks, whole."""
+    """Return the full weights of this rank's chunks."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -135,14 +145,14 @@ def _collect(chunks, of) -> dict[str, Tensor]:
             full = harness.unshard(name, p, parts, chunk.module.decoder.hgrn2_bounds.num_layers)
             name = _name(chunk.module, name)
             if name in result:
-                # chunks of one stage have replicas of the same
+                # the chunks of one stage hold replicas of the same parameter
                 torch.testing.assert_close(full, result[name], rtol=0, atol=0)
             result[name] = full.clone()
     return result
 
 
 def _name(chunk, name: str) -> str:
-    """What a chunk's parameter is called in one process."""
+    """Return the name that a chunk's parameter has in one process."""
     from megatron.core import parallel_state
 
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
@@ -169,7 +179,7 @@ def _shard(chunk, name: str, p, weights: dict[str, Tensor]) -> Tensor:
 
 
 def put_together(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What one process would have saved; a tensor that several ranks have must be equal on all."""
+    """Merge the tensors of all ranks into those of one process. A tensor of several ranks must be equal on all."""
     result = {}
     for rank in ranks:
         for name, x in rank.items():

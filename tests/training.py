@@ -1,4 +1,4 @@
-"""Small runs of Megatron's own loop through the launcher."""
+"""Run Megatron's own training loop on small models through the launcher."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ FLAGS = """
     --log-interval 1 --eval-iters 1 --eval-interval 8
 """.split()
 if not torch.cuda.is_available():
-    # where there is a GPU, Megatron would leave the weights on the host
+    # on a machine with a GPU, this flag would leave the weights on the host
     FLAGS.append("--use-cpu-initialization")
 OURS = "examples/pretrain_gpt.py"
 HGRN2 = ("--spec", "hgrn2")
@@ -26,12 +26,17 @@ LAUNCHER = ("-m", "hgrn2_megatron")
 
 
 def launch(*flags, script: str = OURS, num_processes: int = 1, launcher=LAUNCHER) -> subprocess.CompletedProcess:
-    """A run that may end in an error."""
+    """Start a run that may end in an error, and return it when it has ended."""
     return harness.torchrun(num_processes, *launcher, script, *FLAGS, *map(str, flags))
 
 
 def train(*flags, **options) -> tuple[dict[int, str], str]:
-    """Losses by iteration, as logged, and the whole output; options as of `launch`."""
+    """Run without errors, and return the logged losses by iteration and the whole output.
+
+    Args:
+        flags: flags of the script.
+        options: options of `launch`.
+    """
     done = launch(*flags, **options)
     assert done.returncode == 0, done.stdout[-3000:]
     return losses_of(done.stdout), done.stdout
@@ -43,7 +48,7 @@ def losses_of(output: str) -> dict[int, str]:
 
 
 def assert_continues(losses: dict[int, str], uninterrupted: dict[int, str], tolerance: float = 0):
-    """Compare the losses of a run resumed after iteration 4 with those of the run that went on."""
+    """Compare the losses of a run that resumed after iteration 4 with the losses of the uninterrupted run."""
     assert sorted(losses) == [i for i in sorted(uninterrupted) if i >= 5]
     # the second line that any Megatron run logs is the mean of its first two iterations
     for i in losses.keys() - {6}:
@@ -51,7 +56,7 @@ def assert_continues(losses: dict[int, str], uninterrupted: dict[int, str], tole
 
 
 def saved_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by the name it was saved under: weights and optimizer state."""
+    """Return every tensor of a checkpoint by its saved name, as a full tensor: weights and optimizer states."""
     reader = dcp.FileSystemReader(folder / f"iter_{iteration:07d}")
     stored = reader.read_metadata().state_dict_metadata
     tensors = {
