@@ -25,7 +25,7 @@ CACHED_LAUNCHES = 4096
 
 
 def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
-    """Return the output of the chunk kernels, the final state, and what the backward may use again.
+    """Return the output of the chunk kernels, the final state, and tensors that save the backward some work.
 
     Args:
         inputs: the inputs, on one CUDA device.
@@ -34,7 +34,7 @@ def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
     Returns:
         o: [B, T, H, V] dtype of v.
         final_state: [N, H, K, V] fp32; None without output_final_state.
-        saved: a tuple that saves the backward some work. With save_states it holds the states [chunks, H, K, V] of
+        saved: a tuple of tensors for the backward. With save_states it holds the states [chunks, H, K, V] of
             `Config.dtype` that enter the chunks, decayed towards their middle, and the counts of bands
             [chunks, H, blocks of K] int8. Without save_states it holds the states [segments, H, K, V] fp32 that enter
             the segments, or nothing.

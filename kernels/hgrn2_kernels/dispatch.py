@@ -1,4 +1,4 @@
-"""The choice between the kernels for Hopper and those of chunk_triton.py, which run on every supported GPU."""
+"""Choose between the kernels for Hopper and the kernels of chunk_triton.py, which run on every supported GPU."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def kernels(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tupl
 
 
 def module(q: Tensor, v: Tensor):
-    """Return the module whose `chunk_forward` and `chunk_backward` compute these inputs."""
+    """Return the module whose `chunk_forward` and `chunk_backward` take these inputs."""
     # in the interpreter there is no GPU, and Gluon has no interpreter
     if q.is_cuda and kernels(tuple(q.shape), v.shape[3], q.dtype, capability(q.device)) == "hopper":
         from hgrn2_kernels import hopper

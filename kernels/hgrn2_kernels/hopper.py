@@ -160,7 +160,7 @@ def state_descriptor(states: Tensor) -> TensorDescriptor:
 
 
 class HopperLaunches(Launches):
-    """The launches over one set of inputs. It inherits those of chunk_state, chunk_output and chunk_gradient."""
+    """The launches over one set of inputs. It inherits the launches of chunk_state, chunk_output and chunk_gradient."""
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
         B, T, H, K = q.shape

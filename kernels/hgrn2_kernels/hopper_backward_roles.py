@@ -1,6 +1,6 @@
 """The roles of the two groups of warps in hopper_backward.py: `make_operands` and `walk`.
 
-The formulas are those of the fast form in chunk_forms.py and chunk_gradient.py.
+The formulas are the same as in the fast form of chunk_forms.py and chunk_gradient.py.
 """
 
 from triton.experimental import gluon

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The inputs of one call of `chunk_hgrn2`, checked; that function gives shapes and dtypes.
+    """The checked inputs of one call of `chunk_hgrn2`, whose docstring gives shapes and dtypes.
 
     A tuple costs less time per launch than a dataclass, and unpacks into the flat arguments of torch.library.
 

@@ -10,7 +10,7 @@ from hgrn2_kernels.strides import unit_stride
 
 
 def forward(f, v, lower_bound, cu_seqlens):
-    """Return the state and the log decay. Arguments and results are those of `shard_states`."""
+    """Return the state and the log decay. Arguments and results are as in `shard_states`."""
     f, v = unit_stride(f), unit_stride(v)
     with torch.cuda.device_of(f):
         # the queries are not read

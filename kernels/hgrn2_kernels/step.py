@@ -82,7 +82,7 @@ torch_ops.define(
 
 
 def _step(q, f, v, lower_bound, state, slots, scale):
-    """Compute in plain PyTorch what the kernel computes. The arguments are those of `step_hgrn2`."""
+    """Compute the same as the kernel in plain PyTorch. The arguments are as in `step_hgrn2`."""
     N, T, H, _ = q.shape
     o = v.new_zeros(N, T, H, v.shape[-1])
     # the row of the state of each sequence, and which sequences have one

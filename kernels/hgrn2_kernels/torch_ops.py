@@ -39,7 +39,7 @@ def differentiate(name: str, backward: Callable, setup_context: Callable) -> Non
     """Register the backward of hgrn2::name, and make the operator hgrn2::name_backward refuse to be differentiated.
 
     Args:
-        backward, setup_context: as torch.library.register_autograd takes them.
+        backward, setup_context: arguments of torch.library.register_autograd.
     """
     torch.library.register_autograd(f"hgrn2::{name}", backward, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"hgrn2::{name}_backward", _refuse, lib=_library)

@@ -36,9 +36,9 @@ LIMIT = tl.constexpr(96.0)
 # The same limit for fp32, where rounding errors of larger decays would be visible.
 LIMIT_FP32 = tl.constexpr(20.0)
 LARGEST, LARGEST_FP32 = tl.constexpr(2.0**LIMIT.value), tl.constexpr(2.0**LIMIT_FP32.value)
-# The most bands that a chunk is cut into. With more bands, the rounding of a token's read of its own write would be
-# larger than what closed gates leave of the other tokens, and the exact form is hardly slower. In fp32 that happens
-# from the second band on.
+# The most bands that a chunk is cut into. With more bands, closed gates would leave less of the other tokens than the
+# rounding error with which a token reads its own write, and the exact form is hardly slower. In fp32 this happens with
+# two bands.
 BANDS = tl.constexpr(4)
 BANDS_FP32 = tl.constexpr(1)
 # The three forms in which a chunk is computed: one product, one product per band, or exact.
