@@ -150,7 +150,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def glu_width(hidden_size: int, ratio: int = 4) -> int:
     """Return the width of the gated channel mixer, rounded up to a multiple of 256.
 
-    At this width its three matrices have as many parameters as the two of an MLP of width `ratio * hidden_size`.
+    At this width its three matrices have about as many parameters as the two matrices of an MLP of width
+    `ratio * hidden_size`.
 
     Source: fla's HGRN2MLP.
     """

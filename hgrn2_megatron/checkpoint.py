@@ -75,7 +75,7 @@ def restore(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if pattern and not stages_fit(pattern, args.pipeline_model_parallel_size):
         args.hybrid_layer_pattern = pattern.replace(PIPE, "")
-    # Every run through the launcher saves the plugin's flags, but only those of an HGRN2 model mean something.
+    # Every run through the launcher saves the plugin's flags, but they mean something only for an HGRN2 model.
     saved_is_hgrn2 = is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
     for name in CHECKPOINT_ARGS if saved_is_hgrn2 else ("layernorm_epsilon",):
         if hasattr(checkpoint_args, name):

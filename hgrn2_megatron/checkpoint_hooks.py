@@ -45,7 +45,7 @@ def install_saving() -> None:
 
 
 def install_optimizer() -> None:
-    """Correct what the distributed optimizer saves with --dist-ckpt-optim-fully-reshardable before megatron-core 0.20.
+    """Fix the states that the distributed optimizer saves with --dist-ckpt-optim-fully-reshardable before 0.20.
 
     The optimizer cuts parameters out of buffers without padding, but its offsets count the padding between buckets. So
     it saves and loads parts of the wrong parameters. The lower bounds have a bucket of their own, which makes padding

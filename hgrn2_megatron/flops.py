@@ -14,8 +14,8 @@ from hgrn2_megatron.config import HGRN2Config
 def model_flops(args: argparse.Namespace, tokens: int, count: Callable[[argparse.Namespace], float]) -> float:
     """Return the floating-point operations of a forward and backward over `tokens` tokens.
 
-    A multiplication and an addition count as two operations. The count of an HGRN2 layer is that of the recurrence and
-    does not depend on the kernels. It has four projections, the update of the state, and the output read from it.
+    A multiplication and an addition count as two operations. The count of an HGRN2 layer is the count of the recurrence
+    and does not depend on the kernels. It has four projections, the update of the state, and the output read from it.
 
     Args:
         args: Megatron's validated args.

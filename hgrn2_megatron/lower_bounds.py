@@ -21,8 +21,8 @@ class LowerBounds(torch.nn.Module):
 
     The parameter is stored flat, because Megatron applies weight decay to two-dimensional parameters and not to
     one-dimensional ones. It has the model's dtype, because Megatron's plain mixed-precision optimizer cannot save a
-    parameter that is fp32 in a bf16 model. That optimizer keeps an fp32 copy of it, as of every parameter. The bounds
-    themselves are fp32.
+    parameter that is fp32 in a bf16 model. That optimizer keeps an fp32 copy of every parameter, also of this one. The
+    bounds themselves are fp32.
 
     Every model chunk of every pipeline stage holds a replica, even a chunk without HGRN2 layers. Before a step Megatron
     sums the gradients of the replicas, as it does for the embedders of diffusion models. Only one replica counts in the

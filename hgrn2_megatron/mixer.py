@@ -56,7 +56,7 @@ class HGRN2Mixer(MegatronModule):
         ignored: arguments that Megatron passes to every mixer and that HGRN2 does not use, such as cp_comm_type and
             attn_mask_type.
 
-    Source: arXiv 2404.07904. The weights are those of fla's HGRN2Attention without short convolutions.
+    Source: arXiv 2404.07904. The weights are the same as in fla's HGRN2Attention without short convolutions.
     """
 
     def __init__(

@@ -221,7 +221,7 @@ def _check_dimensions(s: Settings, hgrn2: HGRN2Config):
             )
 
 
-# Features that cannot be used with --hgrn2-loss-chunk-size, in rows like those of UNSUPPORTED.
+# Features that cannot be used with --hgrn2-loss-chunk-size. The rows have the same parts as in UNSUPPORTED.
 NOT_WITH_CHUNKED_LOSS = (
     (lambda s: s.cross_entropy_loss_fusion, "--cross-entropy-loss-fusion", "drop one of the two flags"),
     (lambda s: s.defer_embedding_wgrad_compute, "--defer-embedding-wgrad-compute", "drop one of the two flags"),

@@ -5,7 +5,7 @@ tokens, are gathered on one rank each.
 
 Megatron cuts a sequence into 2 * cp chunks. Rank r holds chunks r and 2 * cp - 1 - r, the first followed by the second.
 There are three layouts. In a batch, each sequence is cut by itself. In the packed layout "documents", each document is
-cut by itself. In the packed layout "stream", the whole packed row is cut, and a document may reach over several chunks.
+cut by itself. In the packed layout "stream", the whole packed row is cut, and a document may span several chunks.
 """
 
 import torch

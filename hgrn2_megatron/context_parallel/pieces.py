@@ -1,4 +1,4 @@
-"""Plans for a context-parallel rank's tokens of packed sequences: where states are exchanged, and what is gathered.
+"""Plan which of a context-parallel rank's packed sequences exchange states, and which are gathered on one rank.
 
 A piece is a part of a sequence on one rank. The sequence continues before or after the piece on another rank. A rank's
 two chunks of a sequence are two pieces.
