@@ -40,7 +40,7 @@ class Figures:
         """Return the figures in the log of a run, or None if the run did not finish.
 
         Args:
-            log: what Megatron printed.
+            log: output of Megatron.
             tokens: number of tokens of one iteration.
             processes: number of GPUs.
             warm_up: number of iterations at the start that do not count.

@@ -70,8 +70,8 @@ class Layout:
     def flags(self, of_one: int, micro_batch: int) -> list[str]:
         """Return Megatron's flags of this layout.
 
-        If the name gives no micro-batch, it grows with TP and CP, so that each process has as many tokens at a time as
-        one process alone.
+        If the name gives no micro-batch, the micro-batch grows with TP and CP. Each process then has as many tokens at
+        a time as one process alone.
 
         Args:
             of_one: number of sequences of an iteration on one process alone.
