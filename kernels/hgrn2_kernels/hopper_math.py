@@ -78,8 +78,8 @@ def segment_of(
 ):
     """Return where segment i_s lies: batch row, first token, end of its sequence's tokens, first chunk, n_chunks.
 
-    The arguments are the same as in chunk_state_kernel. With packed sequences, a segment that belongs to no sequence has
-    0 chunks.
+    The arguments are the same as in chunk_state_kernel. With packed sequences, a segment that belongs to no sequence
+    has 0 chunks.
     """
     if TABLED:
         i_n = gl.load(segment_sequence + i_s)
