@@ -2,9 +2,10 @@
 
 The forward launches hopper_forward_kernel, then chunk_output for the chunks beyond the fast limit. The backward
 launches hopper_backward_kernel, then chunk_output in reverse and chunk_gradient for those chunks. Where sequences are
-cut into segments, chunk_state runs first and finds the states that enter the segments. The device alone knows which
-chunks are beyond the limit: a chunk within it has WITHIN bands, and then the kernels for the other chunks do nothing.
-For packed sequences, those kernels also write zeros for the tokens behind the last boundary.
+cut into segments, chunk_state runs first and finds the states that enter the segments. Only the device knows which
+chunks are beyond the limit. A chunk within the limit has the count WITHIN instead of a number of bands, and
+chunk_output and chunk_gradient skip it. For packed sequences, these two also write zeros for the tokens after the last
+boundary.
 
 `chunk_forward` and `chunk_backward` have the arguments and results of those in chunk_triton.py. dispatch.py chooses
 between the two modules.
@@ -31,14 +32,17 @@ from hgrn2_kernels.strides import dense_like
 D = 128
 # the number of programs that an H100 runs at a time, one on each multiprocessor
 PROGRAMS = 132
-# the count of bands of a chunk within the fast limit, for which chunk_output and chunk_gradient have nothing to do
+# the count of bands of a chunk within the fast limit, which chunk_output and chunk_gradient skip
 WITHIN = -1
 # registers of a thread that makes operands, forward and backward; the warps of the products get the rest
 FORWARD_REGS, BACKWARD_REGS = 104, 104
 
 
 def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
-    """Run the forward; see chunk_triton.chunk_forward. Saved counts of bands are int32, and WITHIN within the limit."""
+    """Run the forward; see chunk_triton.chunk_forward.
+
+    The saved counts of bands are int32, and WITHIN for chunks within the limit.
+    """
     q, f, v = (by_tma(x) for x in inputs[:3])
     with torch.cuda.device_of(q):
         run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
@@ -170,7 +174,7 @@ class HopperLaunches(Launches):
             bands = q.new_full((Chunks.of(B, T, N, 64).NC, H, K // 64), WITHIN, dtype=torch.int32)
         super().__init__(q, f, v, lower_bound, scale, cu_seqlens, bands)
         if counts and N is not None:
-            # the chunks behind the last sequence, see Launches
+            # chunks after the last sequence have 0 bands, as in Launches
             bands.masked_fill_((self.chunk_sequence == N)[:, None, None], 0)
         whole, self.plan = self.plan.segments, _plan(self.plan, B * T)
         if self.plan.segments.tabled and self.plan.segments != whole:

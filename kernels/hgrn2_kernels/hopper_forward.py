@@ -210,7 +210,7 @@ def hopper_forward_kernel(
     bound,  # [H, K] fp32, read where BOUNDED
     initial,  # [segments, H, K, V] fp32: state before the segment, read where HAS_INITIAL
     final,  # [segments, H, K, V] fp32, out where FINAL: state after the segment
-    bands,  # [chunks, H, K / 64] int32 of WITHIN or 0, out: counts of bands beyond the limit, at least 2
+    bands,  # [chunks, H, K / 64] int32, filled with WITHIN or 0; out: counts of bands above 1
     sums,
     ones,
     cu_seqlens,

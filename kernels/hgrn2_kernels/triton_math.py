@@ -223,8 +223,8 @@ def bands_of(whole, DT: tl.constexpr):
 def form_of(n_bands):
     """Return the form of a chunk with n_bands bands.
 
-    It is -1 for a chunk that needs none: 0 bands mean that it lies after the packed sequences, and a negative number
-    means that another kernel has computed it.
+    The form is -1 for a chunk that needs none. 0 bands mean that the chunk lies after the packed sequences, and a
+    negative number means that another kernel has computed the chunk.
     """
     return tl.where(n_bands < 1, -1, tl.where(n_bands == 1, FAST, tl.where(n_bands <= BANDS, BANDED, EXACT)))
 
