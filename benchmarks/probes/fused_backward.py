@@ -363,12 +363,12 @@ class Bench:
             p = Problem(shape)
             q, f, v, do, bound = p.q, p.f, p.v, p.do, p.bound
             run = Launches(q, f, v, bound, D**-0.5, None)
-            states, _, _ = run.states(v, None, wants_last=False)
+            states, _, _ = run.states(v, None, wants_final=False)
             if not (run.bands == 1).all():
                 raise SystemExit(
                     "a chunk is beyond the fast limit, but these probes have only the fast form: weaken the gates"
                 )
-            dstates, _, _ = run.states(do, None, reverse=True, wants_last=False)
+            dstates, _, _ = run.states(do, None, reverse=True, wants_final=False)
             today = {name: torch.empty_like(do) for name in ("o", "dq", "df", "dv")}
             run.output(v, states, today["o"])
             run.output(do, dstates, today["dv"], reverse=True)

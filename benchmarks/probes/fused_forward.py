@@ -521,7 +521,7 @@ class Problem:
 
         def before(y, reverse, into=None):
             added, decays = run._per_segment(y, D) if into is None else into, run._per_segment(y)
-            run._walk(y, reverse, None, None, last=added, decays=decays)
+            run._walk(y, reverse, None, None, final=added, decays=decays)
             return run._scan(added, decays, None, None, reverse)[0]
 
         return before
@@ -614,14 +614,14 @@ class Bench:
             problem = Problem(shape)
             q, f, v, bound = problem.q, problem.f, problem.v, problem.bound
             run = Launches(q, f, v, bound, D**-0.5, None)
-            states, _, _ = run.states(v, None, wants_last=False)
+            states, _, _ = run.states(v, None, wants_final=False)
             if not (run.bands == 1).all():
                 raise SystemExit(
                     "a chunk is beyond the fast limit, but these probes have only the fast form: weaken the gates"
                 )
             today = dict(states=states, o=torch.empty_like(problem.do), dv=torch.empty_like(problem.do))
             run.output(v, states, today["o"])
-            dstates, _, _ = run.states(problem.do, None, reverse=True, wants_last=False)
+            dstates, _, _ = run.states(problem.do, None, reverse=True, wants_final=False)
             run.output(problem.do, dstates, today["dv"], reverse=True)
             today["dstates"] = dstates
             gold = [
@@ -632,10 +632,10 @@ class Bench:
             measured = row["measured"]
             measured["public"] = milliseconds(lambda: chunk_hgrn2(q, f, v, bound))
             measured["public, states kept"] = milliseconds(lambda: chunk_hgrn2(q, f, v, bound, save_states=True))
-            measured["walk"] = milliseconds(lambda: run.states(v, None, wants_last=False))
+            measured["walk"] = milliseconds(lambda: run.states(v, None, wants_final=False))
             measured["output"] = milliseconds(lambda: run.output(v, states, today["o"]))
             measured["reversed walk"] = milliseconds(
-                lambda: run.states(problem.do, None, reverse=True, wants_last=False)
+                lambda: run.states(problem.do, None, reverse=True, wants_final=False)
             )
             measured["dv"] = milliseconds(lambda: run.output(problem.do, dstates, today["dv"], reverse=True))
             measured["attention"] = attention_ms(problem.B, problem.T, problem.H)

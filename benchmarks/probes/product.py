@@ -122,7 +122,7 @@ def measure(case: Case):
 
     measured = row["measured"] = {}
     for name, (forward, backward) in dict(hopper=new, today=old).items():
-        measured[f"{name}: forward"] = in_graph(lambda forward=forward: forward(*inputs, False, True))
+        measured[f"{name}: forward"] = in_graph(lambda forward=forward: forward(inputs, False, True))
         measured[f"{name}: both"] = in_graph(lambda pair=(forward, backward): both(*pair))
         measured[f"{name}: both, eager"] = milliseconds(lambda pair=(forward, backward): both(*pair))
         measured[f"{name}: both, recomputed"] = in_graph(lambda pair=(forward, backward): both(*pair, False))
