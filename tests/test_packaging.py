@@ -59,4 +59,4 @@ def known_patches(folder: Path, **options) -> list[str]:
         [sys.executable, "-m", "hgrn2_megatron", "patch", folder], text=True, capture_output=True, **options
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    return re.findall(r"0\.\d+", done.stderr.partition("there are patches for")[2])
+    return re.findall(r"0\.\d+", done.stderr.partition("there are patches only for")[2])

@@ -158,9 +158,9 @@ def test_only_models_that_ask_for_it_have_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hgrn2_loss_chunk_size": 0}, "at least 1, got 0"),
+        ({"hgrn2_loss_chunk_size": 0}, "is 0, but a chunk has at least 1 token"),
         ({"hgrn2_loss_chunk_size": 7, "cross_entropy_loss_fusion": True}, "--cross-entropy-loss-fusion: drop one"),
-        ({"hgrn2_loss_chunk_size": 7, "hybrid_layer_pattern": "M-M-"}, "give pretrain_gpt.py --spec hgrn2"),
+        ({"hgrn2_loss_chunk_size": 7, "hybrid_layer_pattern": "M-M-"}, "run pretrain_gpt.py with --spec hgrn2"),
         ({"hgrn2_loss_chunk_size": 7, "mtp_num_layers": 1}, "--mtp-num-layers is not supported"),
     ],
 )
