@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from train import POSITIONS, bits_per_byte, merged
+from train import POSITIONS, bits_per_byte, is_done, merged
 
 # A training curve has at most this many points.
 POINTS = 100
@@ -46,7 +46,6 @@ def read(folder: Path) -> dict:
     training = [[piece[-1] * of_one, round(sum(log.losses[i] for i in piece) / len(piece), 5)] for piece in pieces]
     positions = folder / POSITIONS
     lengths = json.loads(positions.read_text()) if positions.exists() else []
-    done = bool(iterations) and iterations[-1] == log.last and log.last in log.heldout
     return {
         **{name: run[name] for name in ("model", "size", "lr", "seed", "seq_length", "data", "flags")},
         "parameters": log.parameters,
@@ -54,7 +53,7 @@ def read(folder: Path) -> dict:
         "iterations": iterations[-1] if iterations else 0,
         "seconds": round(spent, 1),
         "tokens_per_second": round(log.tokens_per_second()) if iterations else None,
-        "done": done,
+        "done": is_done(log),
         "heldout": heldout,
         "training": training,
         "lengths": [one | {"bits_per_byte": round(bits_per_byte(one["loss"], run, "heldout"), 5)} for one in lengths],

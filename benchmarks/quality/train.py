@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 POSITIONS = "positions.json"
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.append(str(EXAMPLES))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
+from runs import parse  # noqa: E402
 from training_log import LAUNCH, TrainingLog, bits, device_flags, run_lines  # noqa: E402
 
 BLOCK = (
@@ -121,6 +122,11 @@ def merged(folder: Path, seq_length: int) -> TrainingLog:
     return whole
 
 
+def is_done(log: TrainingLog) -> bool:
+    """Return whether a run has its last iteration and the held-out loss after it."""
+    return bool(log.losses) and max(log.losses) == log.last and log.last in log.heldout
+
+
 def train(args: argparse.Namespace) -> bool:
     """Train a piece of a run, and return whether the run is done.
 
@@ -177,8 +183,7 @@ def train(args: argparse.Namespace) -> bool:
         elif len(piece.heldout) > known:
             at = max(piece.heldout)
             print(f"{args.model} {at}/{piece.last}: held-out {bits_per_byte(piece.heldout[at], run):.4f} bits per byte")
-    whole = merged(folder, run["seq_length"])
-    return bool(whole.losses) and max(whole.losses) == whole.last and whole.last in whole.heldout
+    return is_done(merged(folder, run["seq_length"]))
 
 
 def bits_per_byte(loss: float, run: dict, dataset: str = "heldout-sample") -> float:
@@ -188,8 +193,6 @@ def bits_per_byte(loss: float, run: dict, dataset: str = "heldout-sample") -> fl
 
 
 def main():
-    words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--data", type=Path, required=True, help="folder that tokens.py wrote")
@@ -206,7 +209,7 @@ def main():
     )
     parser.add_argument("--turn", type=Path, help="wait for the lock on this file before training")
     parser.add_argument("--every", type=int, default=50, help="iterations from one printed line to the next")
-    args = parser.parse_args(words[:end], argparse.Namespace(extra=words[end + 1 :]))
+    args = parse(parser)
     try:
         done = train(args)
     except ValueError as error:
