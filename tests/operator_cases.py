@@ -110,3 +110,21 @@ def hand_on(chain: int):
         return lambda: entering.transpose(0, 1).flatten(0, 1)
 
     return start
+
+
+def capture_without_waiting(step):
+    """Return a CUDA graph of step, and the results that it fills. Raise an error if step waits for the device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from operator_cases import GATES, bounds, make_inputs, relative_error, run
+from operator_cases import GATES, bounds, capture_without_waiting, make_inputs, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
 from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch
@@ -97,19 +97,7 @@ def test_cuda_graph_replays_other_numbers_without_waiting_for_the_device(packed)
         o, _ = chunk_hgrn2(*leaves, cu_seqlens=cu_seqlens)
         return o, *torch.autograd.grad(o, leaves, do)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture_without_waiting(step)
     # gates so strong that other chunks take the exact form
     with torch.no_grad():
         leaves[1].mul_(16)

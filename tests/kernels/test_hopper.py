@@ -8,7 +8,7 @@ import json
 import harness
 import pytest
 import torch
-from operator_cases import ALL_GATES, NAMES, TRITON_RELEASE, make_inputs, relative_error, run
+from operator_cases import ALL_GATES, NAMES, TRITON_RELEASE, capture_without_waiting, make_inputs, relative_error, run
 
 from hgrn2_kernels import dispatch, hopper, recurrent_hgrn2
 from hgrn2_kernels.chunk_plan import Chunks, Segments
@@ -178,19 +178,7 @@ def test_a_graph_replays_gates_of_other_forms_without_waiting_for_the_device():
         o, ht, saved = hopper.chunk_forward(inputs, True, True)
         return o, ht, *hopper.chunk_backward(do, dht, inputs, saved)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture_without_waiting(step)
     f.mul_(16)
     graph.replay()
     assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
