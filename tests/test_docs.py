@@ -28,7 +28,7 @@ OTHER_RELEASES = {f"--{name.replace('_', '-')}" for name in (*NEW_IN_19, *NEW_IN
 
 
 def rows(text: str) -> list[list[str]]:
-    """Cells of every table row of a page, without head rows' rulers."""
+    """Return the cells of every table row of a page, without the lines that separate a head from its rows."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return [row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
@@ -42,7 +42,7 @@ def section(page: Path, heading: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A page without its code: neither indented or fenced blocks nor spans."""
+    """Return a page without its code: no indented blocks, no fenced blocks and no spans."""
     text = re.sub(r"^(```.*?^```|    .*?)$", "", text, flags=re.M | re.S)
     return re.sub(r"`[^`\n]*`", "", text)
 
@@ -58,7 +58,7 @@ def files() -> set[str]:
 
 
 def mapped() -> dict[str, str]:
-    """Path -> description of every line of CONTRIBUTING's map; a folder ends in a slash."""
+    """Return the description of each path in CONTRIBUTING's map. The path of a folder ends in a slash."""
     found, folders = {}, []
     for line in section(CONTRIBUTING, "Map of the tree").splitlines():
         if not line.startswith("    "):
@@ -118,14 +118,14 @@ def named_strings(tree: ast.Module) -> dict[str, str]:
 
 
 def is_table_row(node: ast.AST) -> bool:
-    """Whether a node is (condition, flag, what to do instead)."""
+    """Return whether a node is a row of a table: a condition, its flag, and what to do instead."""
     if not (isinstance(node, ast.Tuple) and len(node.elts) == 3 and isinstance(node.elts[0], ast.Lambda | ast.Name)):
         return False
     return all(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in node.elts[1:])
 
 
 def refusals() -> list[tuple[str, set[str]]]:
-    """Where the package refuses something, and the flags in the message, for each refusal that names one.
+    """Return, for each refusal that names a flag, its place in the package and the flags in its message.
 
     A refusal is a UsageError or ValueError that is made, or a row (condition, flag, what to do instead) of a table.
     """
@@ -145,7 +145,7 @@ LISTS = ("Differences from a checkpoint", "What fla's format cannot express")
 
 
 def documented_refusals() -> list[tuple[str, set[str]]]:
-    """Each row of refusals.md that names flags in its first cell, and these flags."""
+    """Return the first cell of each row of refusals.md that names flags in it, and these flags."""
     text = REFUSALS.read_text()
     for heading in LISTS:
         text = text.replace(section(REFUSALS, heading), "")
@@ -153,11 +153,11 @@ def documented_refusals() -> list[tuple[str, set[str]]]:
 
 
 def unmatched(needs: list[tuple[str, set[str]]], allowed) -> list[str]:
-    """Names of the first list that get no partner of their own.
+    """Return the names of the first list that get no partner of their own.
 
     Args:
         needs: name and flags of each.
-        allowed: from flags to the indices of partners that will do.
+        allowed: function that returns, for some flags, the indices of the possible partners.
     """
     taken: dict[int, int] = {}
 
@@ -295,7 +295,7 @@ def test_pages_that_the_code_names_exist():
 
 
 def words(text: str) -> list[str]:
-    """Words as a reader sees them: a link is its text, marks are none."""
+    """Return the words that a reader sees. A link counts as its text, and marks do not count."""
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r"\]\([^)]*\)", "]", text)
     return [word for word in text.split() if re.search(r"\w", word)]
