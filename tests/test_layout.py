@@ -20,7 +20,7 @@ ORDER = """
     layer mixer generation
     context_parallel.operator context_parallel.exchange context_parallel.pieces context_parallel.__init__
     lower_bounds norm tensor_parallel
-    settings cpu patching
+    settings cpu patching forms
     __init__ config
 """.split()
 

@@ -1,0 +1,68 @@
+"""Relate a HybridModel to the GPT that computes the same function: their layer patterns and the names of their weights.
+
+A layer of a GPT is two layers of a HybridModel, a token mixer and a channel mixer. All other weights exist once in
+both forms.
+"""
+
+import re
+from collections.abc import Callable
+
+from hgrn2_megatron.config import CHANNEL_MIXERS, EXPERTS, MIXERS, PIPE, UsageError
+
+LAYER = re.compile(r"\bdecoder\.layers\.(\d+)\.(\w+)")
+CHANNEL_MODULES = ("pre_mlp_layernorm", "mlp")
+FINAL_NORM = {"gpt": "decoder.final_layernorm.", "stack": "decoder.final_norm."}
+SYMBOLS = {letter: symbol for symbol, letter in MIXERS.items()}
+
+
+def gpt_pattern(pattern: str) -> tuple[str, list[bool]]:
+    """Return the layers of the GPT that computes the same function as a HybridModel.
+
+    Args:
+        pattern: Megatron's `hybrid_layer_pattern`. Its `|` are ignored, and so are its heads for multi-token
+            prediction, because a GPT with HGRN2 layers has none.
+
+    Returns:
+        The GPT's layer pattern with one letter for each layer, and for each layer whether it has experts: "M-*E" gives
+        "H*" and [False, True].
+
+    Raises:
+        UsageError: the layers are not pairs of a token mixer, M or *, and a channel mixer, - or E.
+    """
+    symbols = pattern.split("/")[0].replace(PIPE, "")
+    pairs = [symbols[i : i + 2] for i in range(0, len(symbols), 2)]
+    if not all(len(pair) == 2 and pair[0] in MIXERS and pair[1] in CHANNEL_MIXERS for pair in pairs):
+        raise UsageError(
+            f"--hybrid-layer-pattern {pattern!r} has no counterpart among GPTs: each layer of a GPT is a pair of a "
+            "token mixer, M or *, and a channel mixer, - or E, as in 'M-M-*E'"
+        )
+    return "".join(MIXERS[pair[0]] for pair in pairs), [pair[1] == EXPERTS for pair in pairs]
+
+
+def stack_pattern(layers: str, experts: list[bool]) -> str:
+    """Return the `hybrid_layer_pattern` of the HybridModel that computes the same function as a GPT.
+
+    Args:
+        layers: H or * for each layer of the GPT.
+        experts: whether each layer of the GPT has experts.
+    """
+    return "".join(SYMBOLS[layer] + (EXPERTS if has else "-") for layer, has in zip(layers, experts, strict=True))
+
+
+def stack_name(name: str) -> str:
+    """Return the name in a HybridModel of a weight that has the given name in a GPT.
+
+    Args:
+        name: key of a weight in a distributed checkpoint, or of a state that an optimizer keeps for a weight.
+    """
+    return _renamed(name, "gpt", "stack", lambda layer, module: 2 * layer + (module in CHANNEL_MODULES))
+
+
+def gpt_name(name: str) -> str:
+    """Return the name in a GPT of a weight that has the given name in a HybridModel whose layers are pairs."""
+    return _renamed(name, "stack", "gpt", lambda layer, module: layer // 2)
+
+
+def _renamed(name: str, here: str, there: str, number: Callable[[int, str], int]) -> str:
+    name = name.replace(FINAL_NORM[here], FINAL_NORM[there])
+    return LAYER.sub(lambda found: f"decoder.layers.{number(int(found[1]), found[2])}.{found[2]}", name)
