@@ -1,6 +1,7 @@
 """Every layout trains the same model: losses, gradients, their norms and weights of real Megatron ranks over gloo."""
 
 import functools
+import itertools
 import json
 
 import harness
@@ -22,8 +23,10 @@ MODELS = {
     "tied": {"tied": True},
     "per-token-loss": {"calculate_per_token_loss": True},
     "experts": EXPERTS,
+    "stack-pure": {"hybrid_layer_pattern": "M-M-M-M-"},
     # a HybridModel, whose first half has no HGRN2 layer
     "stack": {"hybrid_layer_pattern": "*-*-M-M-"},
+    "stack-experts": EXPERTS | {"hybrid_layer_pattern": "M-*EMEM-"},
 }
 # losses of padding do not count; Megatron's rotary positions know documents alone
 PACKED = {"calculate_per_token_loss": True}
@@ -62,9 +65,11 @@ LAYOUTS = {
     "pp2-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED}),
     "ep2": (2, {"ep": 2}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
-    # of the stack alone: chunks as its pattern divides them, one without any mixer; a stage without any layer
-    "pp2-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "*-|*-M|-|M-"}}),
-    "pp2-empty-segment": (2, {"pp": 2, "config": {"hybrid_layer_pattern": "*-*-M-M-|"}}),
+    # of the stack alone: `|` between segments of so many layers, one of which has no mixer, and one no layer at all
+    "pp2-segments": (2, {"pp": 2, "segments": [3, 5]}),
+    "pp2-vpp2-segments": (2, {"pp": 2, "vpp": 2, "segments": [2, 3, 1, 2]}),
+    "pp2-empty-segment": (2, {"pp": 2, "segments": [8, 0]}),
+    "pp2-dp2-segments": (4, {"pp": 2, "segments": [3, 5]} | DISTRIBUTED),
 }
 GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in ("ep2", "segment", "chunks"))]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
@@ -78,6 +83,21 @@ CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimiz
 CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]
 CASES += [("stack", layout) for layout in ("tp2", "tp2-sequence-parallel", "pp2", "pp2-recompute", "cp2")]
 CASES += [("stack", layout) for layout in ("pp2-vpp2-segments", "pp2-empty-segment", "pp2-dp2-distributed-optimizer")]
+SEGMENTS = ("pp2-segments", "pp2-vpp2-segments", "pp2-dp2-segments")
+CASES += [("stack-pure", layout) for layout in ("tp2-sequence-parallel", "cp2", "dp2-distributed-optimizer", *SEGMENTS)]
+CASES += [("stack", layout) for layout in ("pp2-segments", "dp2-distributed-optimizer")]
+CASES += [
+    ("stack-experts", layout) for layout in ("ep2", "dp2-distributed-optimizer", "tp2-sequence-parallel", *SEGMENTS)
+]
+
+
+def with_segments(model: dict, layout: dict) -> dict:
+    """Return a HybridModel whose pattern has a `|` after each segment of a layout but the last."""
+    if "segments" not in layout:
+        return model
+    symbols = iter(model["hybrid_layer_pattern"])
+    segments = ["".join(itertools.islice(symbols, length)) for length in layout["segments"]]
+    return model | {"hybrid_layer_pattern": "|".join(segments) + "".join(symbols)}
 
 
 # those that also run against the older release of megatron-core
@@ -100,14 +120,11 @@ def results(request, tmp_path_factory):
         chosen = [c for c in cases if LAYOUTS[c[1]][0] == num_processes]
         if num_processes == 1:
             chosen = [(model, "one") for model in dict(cases)]
-        runs = {
-            f"{model}-{layout}": {
-                "weights": f"{model}.weights",
-                "model": MODELS[model] | DEPTH,
-                "layout": LAYOUTS.get(layout, (1, {}))[1],
-            }
-            for model, layout in chosen
-        }
+        runs = {}
+        for model, name in chosen:
+            layout = LAYOUTS.get(name, (1, {}))[1]
+            whole = with_segments(MODELS[model], layout) | DEPTH
+            runs[f"{model}-{name}"] = {"weights": f"{model}.weights", "model": whole, "layout": layout}
         worker = harness.ROOT / "tests" / "parallel" / "worker.py"
         done = harness.torchrun(num_processes, str(worker), str(folder), json.dumps(runs))
         assert done.returncode == 0, done.stdout[-6000:]
