@@ -3,8 +3,12 @@
 A stack is Megatron's TransformerBlock in a GPT, or HGRN2Stack in a HybridModel.
 """
 
+from collections.abc import Sequence
+
+import torch
+
 from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.lower_bounds import LowerBounds
+from hgrn2_megatron.lower_bounds import DetachedBounds, LowerBounds
 
 
 def create_bounds(stack, hgrn2: HGRN2Config, num_rows: int) -> LowerBounds | None:
@@ -31,6 +35,26 @@ def create_bounds(stack, hgrn2: HGRN2Config, num_rows: int) -> LowerBounds | Non
     )
 
 
+def share_bounds_with_heads(stack, heads: torch.nn.Module) -> None:
+    """Connect the HGRN2 layers of the heads of multi-token prediction to the stack's lower bounds.
+
+    A head stands behind the whole stack, so it reads the deepest row. No bound of the stack depends on the heads, and a
+    model may drop them. Under `--mtp-detach-heads`, no gradient of a head reaches the table.
+
+    Args:
+        stack: module whose `hgrn2_bounds` is the replica of the pipeline stage that has the heads.
+        heads: Megatron's MultiTokenPredictionBlock.
+    """
+    bounds = stack.hgrn2_bounds
+    if bounds is None:
+        return
+    # Megatron 0.18 has no such field
+    source = DetachedBounds(bounds) if getattr(stack.config, "mtp_detach_heads", False) else bounds
+    for module in heads.modules():
+        if hasattr(module, "use_lower_bounds"):
+            module.use_lower_bounds(source, bounds.num_layers - 1)
+
+
 def share_bounds(stack, rows: list[int]) -> None:
     """Connect `stack.hgrn2_bounds` to the stack's HGRN2 layers, or to its output if it has no HGRN2 layer.
 
@@ -51,10 +75,8 @@ def share_bounds(stack, rows: list[int]) -> None:
         stack.register_forward_hook(lambda stack, inputs, output: stack.hgrn2_bounds.tie(output))
 
 
-def banner(config, hgrn2: HGRN2Config, num_layers: int, warnings: list[str]) -> None:
-    """Print the warnings and one line that describes the model, on rank 0."""
-    import torch
-
+def banner(config, hgrn2: HGRN2Config, num_layers: int, warnings: list[str], heads: Sequence[str] = ()) -> None:
+    """Print the warnings and one line that describes the model, on rank 0. `heads` are those of a HybridModel."""
     from hgrn2_kernels import implementation
 
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -63,10 +85,11 @@ def banner(config, hgrn2: HGRN2Config, num_layers: int, warnings: list[str]) -> 
     op = implementation(device, config.params_dtype)
     size = getattr(config, "hgrn2_loss_chunk_size", None)
     loss = f", loss by {size} tokens" if size else ""
+    mtp = f"{len(heads)} MTP head{'s' if len(heads) > 1 else ''} ({heads[0]}), " if heads else ""
     for warning in warnings:
         print(f"HGRN2 warning: {warning}", flush=True)
     print(
-        f"HGRN2: {hgrn2.num_hgrn2_layers(num_layers)} of {num_layers} layers, "
+        f"HGRN2: {hgrn2.num_hgrn2_layers(num_layers)} of {num_layers} layers, {mtp}"
         f"expand {hgrn2.expand_ratio}, lower bounds {hgrn2.lower_bounds}, op={op}{loss}",
         flush=True,
     )

@@ -6,9 +6,9 @@ from typing import Any
 HGRN2, ATTENTION = "H", "*"
 LOWER_BOUNDS = ("learned", "none")
 # Symbols of Megatron's --hybrid-layer-pattern: token mixers, each with its letter in an HGRN2Config, channel mixers,
-# and the separator of pipeline stages.
+# the separator of pipeline stages, and the one before each head of multi-token prediction.
 MIXERS = {"M": HGRN2, "*": ATTENTION}
-CHANNEL_MIXERS, EXPERTS, PIPE = "-E", "E", "|"
+CHANNEL_MIXERS, EXPERTS, PIPE, HEAD = "-E", "E", "|", "/"
 
 
 class UsageError(ValueError):
@@ -22,6 +22,15 @@ def stages_fit(pattern: str, num_stages: int) -> bool:
     """
     segments = pattern.count(PIPE) + 1
     return segments == 1 or (num_stages > 1 and segments % num_stages == 0)
+
+
+def split_heads(pattern: str) -> tuple[str, list[str]]:
+    """Return the main part of a HybridModel's pattern, and its heads of multi-token prediction.
+
+    "M-|*-/M-/M-" gives "M-|*-" and ["M-", "M-"].
+    """
+    main, *heads = pattern.split(HEAD)
+    return main, heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +76,17 @@ class HGRN2Config:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     @classmethod
-    def of_stack(cls, settings: Any) -> "HGRN2Config":
+    def of_stack(cls, settings: Any, with_heads: bool = False) -> "HGRN2Config":
         """Read the settings of a HybridModel, whose layer pattern comes from Megatron's `hybrid_layer_pattern`.
 
+        Args:
+            settings: Megatron's args or config.
+            with_heads: whether the layer pattern also has the token mixers of the heads of multi-token prediction,
+                which have no rows in the table of lower bounds.
+
         Returns:
-            A config whose `layer_pattern` has one letter for each token mixer of the model: "M-M-|*-" gives "HH*".
+            A config whose `layer_pattern` has one letter for each token mixer: "M-M-|*-/M-" gives "HH*", and "HH*H"
+            with the heads.
 
         Raises:
             UsageError: the pattern is missing, or a HybridModel with HGRN2 layers cannot have it.
@@ -82,17 +97,20 @@ class HGRN2Config:
                 "--spec hgrn2_megatron.spec hgrn2_stack needs --hybrid-layer-pattern: give one to pretrain_hybrid.py, "
                 "for example 'M-M-*-', or run pretrain_gpt.py with --spec hgrn2"
             )
-        if "/" in pattern:
-            raise UsageError(
-                f"--hybrid-layer-pattern {pattern!r} asks for multi-token prediction, which is not supported with "
-                "HGRN2 layers yet: drop the / and what follows it"
-            )
-        unknown = sorted(set(pattern) - {*MIXERS, *CHANNEL_MIXERS, PIPE})
-        if unknown or "M" not in pattern:
+        main, heads = split_heads(pattern)
+        unknown = sorted(set(pattern) - {*MIXERS, *CHANNEL_MIXERS, PIPE, HEAD})
+        if unknown or "M" not in main:
             wrong = f"symbols that an HGRN2 model cannot have, {' '.join(unknown)}" if unknown else "no M"
+            where = " before the first /" if heads and not unknown else ""
             raise UsageError(
-                f"--hybrid-layer-pattern {pattern!r} has {wrong}: write M for an HGRN2 layer, * for attention, "
-                "- for an MLP, E for experts and | between pipeline stages"
+                f"--hybrid-layer-pattern {pattern!r} has {wrong}{where}: write M for an HGRN2 layer, * for attention, "
+                "- for an MLP, E for experts, | between pipeline stages and / before each head of multi-token "
+                "prediction"
+            )
+        if "" in heads:
+            raise UsageError(
+                f"--hybrid-layer-pattern {pattern!r} has a / without a head of multi-token prediction behind it: drop "
+                "the /, or write the layers of the head, for example '/*-'"
             )
         given = cls.of(settings)
         if given.layer_pattern != cls.layer_pattern:
@@ -100,7 +118,8 @@ class HGRN2Config:
                 f"--hgrn2-layer-pattern {given.layer_pattern!r} is for a GPT, but this is a HybridModel: drop the flag "
                 "and give the layers in --hybrid-layer-pattern, with M for HGRN2 and * for attention"
             )
-        return dataclasses.replace(given, layer_pattern="".join(MIXERS.get(symbol, "") for symbol in pattern))
+        symbols = pattern if with_heads else main
+        return dataclasses.replace(given, layer_pattern="".join(MIXERS.get(symbol, "") for symbol in symbols))
 
     def num_heads(self, hidden_size: int) -> int:
         """Return the number of heads of an HGRN2 layer.

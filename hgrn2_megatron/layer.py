@@ -56,6 +56,11 @@ def _use_te(config: TransformerConfig) -> bool:
     return config.transformer_impl == "transformer_engine"
 
 
+def backend(config: TransformerConfig) -> TESpecProvider | LocalSpecProvider:
+    """Return the classes of linear layers, those of Transformer Engine or Megatron's own."""
+    return TESpecProvider() if _use_te(config) else LocalSpecProvider()
+
+
 def final_norm(config: TransformerConfig):
     """Return the class of the norm after the last layer."""
     return TESpecProvider().layer_norm() if _use_te(config) else LocalRMSNorm
@@ -107,17 +112,16 @@ WITH_BOUND = {TransformerLayer: HGRN2Layer, MoETransformerLayer: HGRN2MoELayer}
 
 def with_mixer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """Return the spec of the same layer with the HGRN2 mixer in the place of self-attention."""
-    use_te, submodules = _use_te(config), spec.submodules
-    backend = TESpecProvider() if use_te else LocalSpecProvider()
+    use_te, submodules, classes = _use_te(config), spec.submodules, backend(config)
     # Transformer Engine fuses the input norm into in_proj. A separate norm is saved under the name of the fused one, as
     # Megatron does for attention, so that each implementation can load the other's checkpoints.
-    in_proj = backend.column_parallel_layer_norm_linear() if use_te else backend.column_parallel_linear()
+    in_proj = classes.column_parallel_layer_norm_linear() if use_te else classes.column_parallel_linear()
     keys_map = {} if use_te else {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
     submodules = dataclasses.replace(
         submodules,
         self_attention=ModuleSpec(
             module=HGRN2Mixer,
-            submodules=HGRN2MixerSubmodules(in_proj=in_proj, out_proj=backend.row_parallel_linear()),
+            submodules=HGRN2MixerSubmodules(in_proj=in_proj, out_proj=classes.row_parallel_linear()),
         ),
         sharded_state_dict_keys_map=submodules.sharded_state_dict_keys_map | keys_map,
     )

@@ -1,5 +1,7 @@
 """Lower bounds of the forget gates, which come from one learned table for all layers of the model."""
 
+import dataclasses
+
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -117,6 +119,21 @@ class LowerBounds(torch.nn.Module):
         replica_id = (self.replica, 0, dp_cp_group.rank())
         key = f"{prefix}weight"
         return {key: ShardedTensorFactory(key, self.weight, build, merge, replica_id)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DetachedBounds:
+    """Lower bounds without a gradient, for the heads of multi-token prediction under `--mtp-detach-heads`.
+
+    Attributes:
+        bounds: the lower bounds of the stack.
+    """
+
+    bounds: LowerBounds
+
+    def __call__(self, layer: int) -> Tensor:
+        """Return the lower bound of one block, as `LowerBounds` does."""
+        return self.bounds(layer).detach()
 
 
 class _Tie(torch.autograd.Function):

@@ -6,7 +6,7 @@ docs/reference/refusals.md lists every refusal.
 import torch.nn.functional as F
 
 from hgrn2_megatron import cpu, cuda_graphs, megatron_flags
-from hgrn2_megatron.config import ATTENTION, EXPERTS, PIPE, HGRN2Config, UsageError, stages_fit
+from hgrn2_megatron.config import ATTENTION, EXPERTS, PIPE, HGRN2Config, UsageError, split_heads, stages_fit
 from hgrn2_megatron.settings import Settings, global_args, refuse
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
@@ -26,10 +26,12 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     Raises:
         UsageError: a setting cannot train HGRN2. The message names the flag to change.
     """
-    hgrn2 = HGRN2Config.of_stack(settings) if stack else HGRN2Config.of(settings)
+    hgrn2 = HGRN2Config.of_stack(settings, with_heads=True) if stack else HGRN2Config.of(settings)
     _check_block(settings, hgrn2)
     if stack:
-        _check_stages(settings)
+        main, heads = split_heads(settings.hybrid_layer_pattern)
+        _check_stages(settings, main)
+        _check_heads(settings, heads)
     _check_unsupported(settings, UNSUPPORTED + (UNSUPPORTED_IN_STACK if stack else UNSUPPORTED_IN_GPT))
     cuda_graphs.check(settings, hgrn2)
     _check_packing(settings, hgrn2)
@@ -79,7 +81,6 @@ UNSUPPORTED = (
         "--multi-latent-attention",
         "use grouped-query attention in a hybrid",
     ),
-    (lambda s: s.mtp_num_layers, "--mtp-num-layers", "drop the flag"),
     (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop the flag"),
     (
         lambda s: s.heterogeneous_layers_config_path or s.heterogeneous_layers_config_encoded_json,
@@ -128,6 +129,12 @@ UNSUPPORTED_IN_GPT = (
         "--hybrid-layer-pattern in a GPT",
         "give --hgrn2-layer-pattern, or run pretrain_hybrid.py with --spec hgrn2_megatron.spec hgrn2_stack",
     ),
+    (
+        lambda s: s.mtp_num_layers,
+        "--mtp-num-layers in a GPT",
+        "run pretrain_hybrid.py with --spec hgrn2_stack and a --hybrid-layer-pattern that ends in a head, such as "
+        "'M-M-M-*-/*-'",
+    ),
 )
 UNSUPPORTED_IN_STACK = (
     # HybridModel does not know mrope and would train without positions
@@ -136,6 +143,11 @@ UNSUPPORTED_IN_STACK = (
         lambda s: EXPERTS in s.hybrid_layer_pattern and not (s.num_moe_experts or s.num_experts),
         "an E in --hybrid-layer-pattern without --num-experts",
         "give --num-experts, or write - for an MLP",
+    ),
+    (
+        lambda s: s.mtp_hybrid_override_pattern,
+        "--mtp-hybrid-override-pattern",
+        "write each head behind a / at the end of --hybrid-layer-pattern, as in 'M-M-*-/*-'",
     ),
 )
 
@@ -152,12 +164,28 @@ def _check_unsupported(s: Settings, table: tuple):
             )
 
 
-def _check_stages(s: Settings):
+def _check_heads(s: Settings, heads: list[str]):
+    """Check the heads of multi-token prediction, with which the model trains in the way that the pattern says."""
+    if s.mtp_num_layers and s.mtp_num_layers != len(heads):
+        raise UsageError(
+            f"--mtp-num-layers is {s.mtp_num_layers}, but --hybrid-layer-pattern {s.hybrid_layer_pattern!r} has "
+            f"{len(heads)} heads: write each head behind a / at the end of the pattern, as in 'M-M-*-/*-', and drop "
+            "--mtp-num-layers"
+        )
+    if heads and s.dataloader_inter_document_masking and not s.sft and (s.context_parallel_size or 1) > 1:
+        raise UsageError(
+            f"--dataloader-inter-document-masking with --context-parallel-size {s.context_parallel_size} divides the "
+            "whole stream of documents among the ranks, but Megatron's multi-token prediction expects each document to "
+            "be divided by itself: drop the heads behind the / in --hybrid-layer-pattern, or one of the two flags"
+        )
+
+
+def _check_stages(s: Settings, main: str):
     """Check the `|` of a HybridModel's pattern. Megatron's own error would be about an interleaved schedule."""
     stages = s.pipeline_model_parallel_size or 1
-    if not stages_fit(s.hybrid_layer_pattern, stages):
+    if not stages_fit(main, stages):
         raise UsageError(
-            f"--hybrid-layer-pattern {s.hybrid_layer_pattern!r} has {s.hybrid_layer_pattern.count(PIPE) + 1} segments "
+            f"--hybrid-layer-pattern {s.hybrid_layer_pattern!r} has {main.count(PIPE) + 1} segments "
             f"for --pipeline-model-parallel-size {stages}: write one segment per stage, or the same number of segments "
             "for each stage, and no | for a single stage"
         )

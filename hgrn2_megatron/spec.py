@@ -1,9 +1,10 @@
 """The two specs that `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
 
-Importing this module patches Megatron with the functions of megatron_hooks.py and checkpoint_hooks.py. It always
-patches:
+Importing this module patches Megatron with the functions of megatron_hooks.py, model_hooks.py and checkpoint_hooks.py. It
+always patches:
 - TransformerBlock and the function that reads its spec, so that the layers become HGRN2 layers;
 - GPTModel, so that its loss can be computed by chunks;
+- HybridModel, so that its stack knows the whole pattern and its heads read the lower bounds;
 - MambaInferenceStateConfig and DynamicInferenceContext, so that the dynamic engine keeps HGRN2's states;
 - StaticBufferLoader, so that CUDA graphs of the iteration keep their buffers;
 - the function that divides a checkpoint's tensors among the ranks that save or load it;
@@ -14,11 +15,16 @@ Where `megatron.training.checkpointing` is already imported, it patches the two 
 """
 
 import sys
+import types
 
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-from hgrn2_megatron import checkpoint_hooks, megatron_hooks
+from hgrn2_megatron import checkpoint_hooks, megatron_hooks, model_hooks
 from hgrn2_megatron.config import UsageError
 
 
@@ -42,10 +48,21 @@ class HGRN2Placeholder(BaseTransformerLayer):
 hgrn2 = ModuleSpec(module=HGRN2Placeholder)
 
 # The spec names the module instead of importing it, so that a GPT also works on releases without HybridModel.
-hgrn2_stack = ModuleSpec(module=("hgrn2_megatron.stack", "HGRN2Stack"))
+hgrn2_stack = ModuleSpec(
+    module=("hgrn2_megatron.stack", "HGRN2Stack"),
+    # Megatron reads only the heads from here. The layers depend on the config, so HGRN2Stack and HGRN2Head make them.
+    submodules=types.SimpleNamespace(
+        mtp_block_spec=ModuleSpec(
+            module=MultiTokenPredictionBlock,
+            submodules=MultiTokenPredictionBlockSubmodules([ModuleSpec(module=("hgrn2_megatron.mtp", "HGRN2Head"))]),
+        )
+    ),
+)
 
 megatron_hooks.install_layers(HGRN2Placeholder, hgrn2_stack)
 megatron_hooks.install_loss()
+model_hooks.install_hybrid_model(hgrn2_stack)
+model_hooks.install_heads()
 megatron_hooks.install_generation()
 megatron_hooks.install_graphs()
 checkpoint_hooks.install_saving()

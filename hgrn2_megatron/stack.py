@@ -1,7 +1,6 @@
 """HGRN2Stack, the layers of Megatron's HybridModel with HGRN2 in the place of Mamba (symbol M)."""
 
 import copy
-import types
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,7 +11,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from hgrn2_megatron import cuda_graphs, requirements
 from hgrn2_megatron.block import banner, create_bounds, share_bounds
-from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError
+from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError, split_heads
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
 from hgrn2_megatron.settings import Settings, global_args
 
@@ -28,12 +27,13 @@ class HGRN2Stack(HybridStack):
     """One pipeline chunk of a HybridModel: HGRN2 at M, attention at *, an MLP at -, experts at E.
 
     Each layer is one half of a GPT's layer, so "M-M-*-" computes the same function as a GPT with the pattern "HH*".
-    The table of lower bounds has one row for each token mixer, M or *, of the whole pattern.
+    The table of lower bounds has one row for each token mixer, M or *, of the main part of the whole pattern. The heads
+    of multi-token prediction behind it are in mtp.py.
 
     Args:
-        config: Megatron's TransformerConfig, with `hgrn2_*` fields if the launcher built it. With several pipeline
-            stages, the whole pattern comes from Megatron's command line or from an attribute `hybrid_layer_pattern` of
-            the config.
+        config: Megatron's TransformerConfig, with `hgrn2_*` fields if the launcher built it. The whole pattern comes
+            from its attribute `hybrid_layer_pattern` or from Megatron's command line.
+        submodules: ignored, because the layers depend on the config. Megatron passes it if the spec has it.
         layer_type_list: symbols of this chunk.
         pp_layer_offset: number of symbols before this chunk.
         pre_process: whether this is the model's first chunk.
@@ -48,6 +48,7 @@ class HGRN2Stack(HybridStack):
     def __init__(
         self,
         config: TransformerConfig,
+        submodules: HybridStackSubmodules | None = None,
         *,
         layer_type_list: list[str],
         pg_collection: ProcessGroupCollection,
@@ -56,15 +57,18 @@ class HGRN2Stack(HybridStack):
         post_layer_norm: bool = True,
         **rest,
     ):
+        settings = Settings(config, global_args())
+        warnings = requirements.check(settings, stack=True)
         own = "".join(layer_type_list)
-        pattern = Settings(config, global_args()).hybrid_layer_pattern
-        if pattern is None and pg_collection.pp.size() == 1:
-            pattern = own
-        whole = types.SimpleNamespace(hybrid_layer_pattern=pattern)
-        warnings = requirements.check(Settings(whole, config, global_args()), stack=True)
+        pattern, heads = split_heads(settings.hybrid_layer_pattern)
         _check_chunk(pattern, own, pp_layer_offset, config, pg_collection.pp)
+        if len(heads) != (config.mtp_num_layers or 0):
+            raise UsageError(
+                f"mtp_num_layers of the config is {config.mtp_num_layers}, but the hybrid layer pattern has "
+                f"{len(heads)} heads of multi-token prediction: set mtp_num_layers to this number"
+            )
         cuda_graphs.settle(config)
-        hgrn2 = HGRN2Config.of_stack(Settings(whole, config))
+        hgrn2 = HGRN2Config.of_stack(settings)
         num_mixers = len(hgrn2.layer_pattern)
 
         # Megatron's own final norm needs Transformer Engine, so the norm is added below.
@@ -87,21 +91,22 @@ class HGRN2Stack(HybridStack):
         share_bounds(self, _rows(pattern.replace(PIPE, ""), pp_layer_offset, len(own)))
         _make_room_for_expert_losses(config)
         if pre_process:
-            banner(config, hgrn2, num_mixers, warnings)
+            banner(config, hgrn2, num_mixers, warnings, heads)
 
 
 def _make_room_for_expert_losses(config: TransformerConfig):
     """Make every stage log the losses of experts with one value per layer.
 
-    Stages with experts do this by themselves. On a stage without experts, Megatron before 0.20 logs one value for each
-    E of the pattern. The sum over stages then waits forever.
+    Stages with experts do this by themselves, and add one value for each head of multi-token prediction. On a stage
+    without experts, Megatron before 0.20 logs one value for each E of the pattern. The sum over stages then waits
+    forever.
     """
     if not config.num_moe_experts:
         return
     kinds = config.moe_router_load_balancing_type
     names = [EXPERT_LOSSES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in EXPERT_LOSSES]
     for name in (*names, "z_loss"):
-        get_moe_metrics_tracker().ensure_initialized(name, config.num_layers)
+        get_moe_metrics_tracker().ensure_initialized(name, config.num_layers + (config.mtp_num_layers or 0))
 
 
 def _rows(symbols: str, start: int, length: int) -> list[int]:
@@ -110,7 +115,7 @@ def _rows(symbols: str, start: int, length: int) -> list[int]:
 
 
 def _check_chunk(pattern: str, own: str, start: int, config: TransformerConfig, pp_group):
-    """Check that `pattern` is the whole pattern that Megatron builds. The lower bounds need the whole depth."""
+    """Check that `pattern` is the main part of what Megatron builds. The lower bounds need the whole depth."""
     segments, num_stages = pattern.split(PIPE), pp_group.size()
     chunks = num_stages * (config.virtual_pipeline_model_parallel_size or 1) if num_stages > 1 else 1
     if len(segments) not in (1, chunks):

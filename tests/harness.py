@@ -103,7 +103,10 @@ def build_model(
     positions = "rope" if "*" in (pattern or config.get("hgrn2_layer_pattern", "H")) else "none"
     positions = config.pop("position_embedding_type", positions)
     if pattern:
-        config |= dict(is_hybrid_model=True, num_layers=len(pattern.replace("|", "")))
+        main, *heads = pattern.split("/")
+        # Megatron's command line takes both numbers from the pattern.
+        numbers = dict(num_layers=len(main.replace("|", "")), mtp_num_layers=len(heads) or None)
+        config = dict(is_hybrid_model=True, **numbers) | config
         form = functools.partial(HybridModel, hybrid_stack_spec=hgrn2_stack, hybrid_layer_pattern=pattern)
     else:
         form = functools.partial(GPTModel, transformer_layer_spec=hgrn2)

@@ -37,18 +37,35 @@ def token_mixer(x: Tensor, w: dict[str, Tensor], bound: Tensor, head_dim: int) -
     return o @ w["attn.o_proj.weight"].T
 
 
-def logits(weights: dict[str, Tensor], tokens: Tensor, num_layers: int, head_dim: int) -> Tensor:
-    """tokens [batch, time] -> [batch, time, vocab]."""
+def channel_mixer(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    y = rms_norm(x, w["mlp_norm.weight"], 1e-6)
+    y = F.silu(y @ w["mlp.gate_proj.weight"].T) * (y @ w["mlp.up_proj.weight"].T)
+    return x + y @ w["mlp.down_proj.weight"].T
+
+
+def block(x: Tensor, w: dict[str, Tensor], bound: Tensor, head_dim: int) -> Tensor:
+    """x: [batch, time, d]; w: weights of the layer, named without its prefix."""
+    x = x + token_mixer(rms_norm(x, w["attn_norm.weight"], 1e-6), w, bound, head_dim)
+    return channel_mixer(x, w)
+
+
+def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, named without it."""
+    return {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
+
+
+def hidden(weights: dict[str, Tensor], tokens: Tensor, num_layers: int, head_dim: int) -> Tensor:
+    """tokens [batch, time] -> [batch, time, d], the input of the output layer."""
     bounds = lower_bounds(weights["model.lower_bounds"])
     x = weights["model.embeddings.weight"][tokens]
     for layer in range(num_layers):
-        prefix = f"model.layers.{layer}."
-        w = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
-        x = x + token_mixer(rms_norm(x, w["attn_norm.weight"], 1e-6), w, bounds[layer], head_dim)
-        y = rms_norm(x, w["mlp_norm.weight"], 1e-6)
-        y = F.silu(y @ w["mlp.gate_proj.weight"].T) * (y @ w["mlp.up_proj.weight"].T)
-        x = x + y @ w["mlp.down_proj.weight"].T
-    return rms_norm(x, weights["model.norm.weight"], 1e-6) @ weights["lm_head.weight"].T
+        x = block(x, under(f"model.layers.{layer}.", weights), bounds[layer], head_dim)
+    return rms_norm(x, weights["model.norm.weight"], 1e-6)
+
+
+def logits(weights: dict[str, Tensor], tokens: Tensor, num_layers: int, head_dim: int) -> Tensor:
+    """tokens [batch, time] -> [batch, time, vocab]."""
+    return hidden(weights, tokens, num_layers, head_dim) @ weights["lm_head.weight"].T
 
 
 def from_megatron(ours: dict[str, Tensor], num_layers: int, head_dim: int) -> dict[str, Tensor]:
@@ -60,18 +77,25 @@ def from_megatron(ours: dict[str, Tensor], num_layers: int, head_dim: int) -> di
         "lm_head.weight": ours["output_layer.weight"],
     }
     for layer in range(num_layers):
-        a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        by_head = ours[a + "self_attention.in_proj.weight"].unflatten(0, (-1, 3, head_dim))
-        for part, name in enumerate("qfi"):
-            theirs[f"{b}attn.{name}_proj.weight"] = by_head[:, part].flatten(0, 1)
-        gate, up = ours[a + "mlp.linear_fc1.weight"].chunk(2)
-        theirs |= {
-            b + "attn_norm.weight": ours[a + "input_layernorm.weight"],
-            b + "attn.g_norm.weight": ours[a + "self_attention.norm.weight"],
-            b + "attn.o_proj.weight": ours[a + "self_attention.out_proj.weight"],
-            b + "mlp_norm.weight": ours[a + "pre_mlp_layernorm.weight"],
-            b + "mlp.gate_proj.weight": gate,
-            b + "mlp.up_proj.weight": up,
-            b + "mlp.down_proj.weight": ours[a + "mlp.linear_fc2.weight"],
-        }
+        w = layer_from_megatron(under(f"decoder.layers.{layer}.", ours), head_dim)
+        theirs |= {f"model.layers.{layer}.{name}": x for name, x in w.items()}
+    return theirs
+
+
+def layer_from_megatron(ours: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    """The parameters of one of our layers under the published names, without a prefix. Attention keeps its own names."""
+    gate, up = ours["mlp.linear_fc1.weight"].chunk(2)
+    theirs = {
+        "attn_norm.weight": ours["input_layernorm.weight"],
+        "mlp_norm.weight": ours["pre_mlp_layernorm.weight"],
+        "mlp.gate_proj.weight": gate,
+        "mlp.up_proj.weight": up,
+        "mlp.down_proj.weight": ours["mlp.linear_fc2.weight"],
+    }
+    if "self_attention.in_proj.weight" not in ours:
+        return theirs | {name: x for name, x in ours.items() if name.startswith("self_attention.")}
+    by_head = ours["self_attention.in_proj.weight"].unflatten(0, (-1, 3, head_dim))
+    theirs |= {f"attn.{name}_proj.weight": by_head[:, part].flatten(0, 1) for part, name in enumerate("qfi")}
+    theirs["attn.g_norm.weight"] = ours["self_attention.norm.weight"]
+    theirs["attn.o_proj.weight"] = ours["self_attention.out_proj.weight"]
     return theirs

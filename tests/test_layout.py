@@ -15,8 +15,8 @@ PACKAGE = harness.ROOT / "hgrn2_megatron"
 ORDER = """
     __main__ doctor patch
     conversion.command conversion.check conversion.weights conversion.config conversion.files conversion.__init__
-    spec megatron_hooks checkpoint_hooks checkpoint flops arguments
-    stack requirements megatron_flags cuda_graphs block chunked_loss
+    spec model_hooks megatron_hooks checkpoint_hooks checkpoint flops arguments
+    mtp stack requirements megatron_flags cuda_graphs block chunked_loss
     layer mixer generation
     context_parallel.operator context_parallel.exchange context_parallel.pieces context_parallel.__init__
     lower_bounds norm tensor_parallel

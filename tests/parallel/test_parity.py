@@ -27,6 +27,10 @@ MODELS = {
     # a HybridModel, whose first half has no HGRN2 layer
     "stack": {"hybrid_layer_pattern": "*-*-M-M-"},
     "stack-experts": EXPERTS | {"hybrid_layer_pattern": "M-*EMEM-"},
+    # heads of multi-token prediction
+    "mtp": {"hybrid_layer_pattern": "M-*-M-/M-/M-", "mtp_loss_scaling_factor": 1.0},
+    "mtp-tied": {"hybrid_layer_pattern": "M-*-/M-", "mtp_loss_scaling_factor": 1.0, "tied": True},
+    "mtp-attention": {"hybrid_layer_pattern": "M-M-/*-", "mtp_loss_scaling_factor": 1.0},
 }
 # losses of padding do not count; Megatron's rotary positions know documents alone
 PACKED = {"calculate_per_token_loss": True}
@@ -70,8 +74,12 @@ LAYOUTS = {
     "pp2-vpp2-segments": (2, {"pp": 2, "vpp": 2, "segments": [2, 3, 1, 2]}),
     "pp2-empty-segment": (2, {"pp": 2, "segments": [8, 0]}),
     "pp2-dp2-segments": (4, {"pp": 2, "segments": [3, 5]} | DISTRIBUTED),
+    # of the models with heads: a last stage whose head alone has an HGRN2 layer, or that has nothing but the head
+    "pp2-mtp": (2, {"pp": 2, "config": {"hybrid_layer_pattern": "M-|*-/M-"}}),
+    "pp2-mtp-recompute": (2, {"pp": 2, "config": RECOMPUTE | {"hybrid_layer_pattern": "M-*-|M-/M-/M-"}}),
+    "pp2-mtp-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "M-|*-|M-|/M-/M-"}}),
 }
-GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in ("ep2", "segment", "chunks"))]
+GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in ("ep2", "segment", "chunks", "mtp"))]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
 CASES += [("hybrid", layout) for layout in GPT_LAYOUTS if not layout.startswith("cp2-")]
 CASES += [("per-token-loss", "cp2")]
@@ -89,6 +97,10 @@ CASES += [("stack", layout) for layout in ("pp2-segments", "dp2-distributed-opti
 CASES += [
     ("stack-experts", layout) for layout in ("ep2", "dp2-distributed-optimizer", "tp2-sequence-parallel", *SEGMENTS)
 ]
+CASES += [("mtp", layout) for layout in ("tp2-sequence-parallel", "pp2-mtp-recompute", "pp2-mtp-vpp2-segments")]
+CASES += [("mtp", layout) for layout in ("cp2", "dp2-distributed-optimizer", "tp2-recompute-selective")]
+CASES += [("mtp-attention", layout) for layout in ("tp2-sequence-parallel", "pp2", "cp2")]
+CASES += [("mtp-tied", "pp2-mtp")]
 
 
 def with_segments(model: dict, layout: dict) -> dict:
