@@ -35,7 +35,7 @@ def create_bounds(stack, hgrn2: HGRN2Config, num_rows: int) -> LowerBounds | Non
     )
 
 
-def share_bounds_with_heads(stack, heads: torch.nn.Module) -> None:
+def share_bounds_with_heads(stack, heads) -> None:
     """Connect the HGRN2 layers of the heads of multi-token prediction to the stack's lower bounds.
 
     A head stands behind the whole stack, so it reads the deepest row. No bound of the stack depends on the heads, and a

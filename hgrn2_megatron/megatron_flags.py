@@ -21,6 +21,7 @@ class Effect(enum.Enum):
     ATTENTION = "taken by attention layers"
     ATTENTION_OF_GPT = "taken by attention layers of a GPT"
     GPT = "taken in a GPT"
+    HEADS = "taken by heads of a HybridModel"
     NOWHERE = "no effect"
     REFUSED = "refused"
 
@@ -154,13 +155,18 @@ TABLE = (
         "details of several residual streams",
         "mhc_num_residual_streams mhc_sinkhorn_iterations mhc_init_gating_factor mhc_recompute_layer_num",
     ),
-    _row(Effect.REFUSED, "multi-token prediction", "mtp_num_layers"),
     _row(
-        Effect.NOWHERE,
-        "details of multi-token prediction",
-        "mtp_loss_scaling_factor mtp_use_repeated_layer mtp_hybrid_override_pattern mtp_standalone mtp_detach_heads "
-        "mtp_hsm",
+        Effect.EVERYWHERE,
+        "number of heads of multi-token prediction, as in --hybrid-layer-pattern; refused in a GPT",
+        "mtp_num_layers",
     ),
+    _row(
+        Effect.HEADS,
+        "details of multi-token prediction",
+        "mtp_loss_scaling_factor mtp_use_repeated_layer mtp_detach_heads mtp_hsm",
+    ),
+    _row(Effect.REFUSED, "older place for the layers of a head", "mtp_hybrid_override_pattern"),
+    _row(Effect.NOWHERE, "pipeline stages of a GPT that hold heads alone", "mtp_standalone"),
     _row(
         Effect.REFUSED,
         "attention masks and positions that start again at each document",
@@ -187,7 +193,9 @@ def command_line() -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions}
 
 
-def without_effect(settings: Any, args: argparse.Namespace | None, attention: bool, stack: bool) -> list[str]:
+def without_effect(
+    settings: Any, args: argparse.Namespace | None, attention: bool, stack: bool, heads: bool = False
+) -> list[str]:
     """Return the flags that the user gives but that have no effect in this model.
 
     A flag counts as given if its value differs from the default.
@@ -197,10 +205,12 @@ def without_effect(settings: Any, args: argparse.Namespace | None, attention: bo
         args: Megatron's args, or None where only megatron.core is used.
         attention: whether the model has attention layers.
         stack: True for a HybridModel, False for a GPT.
+        heads: whether the model has heads of multi-token prediction.
     """
     taken = {Effect.EVERYWHERE, Effect.REFUSED}
     taken |= {Effect.ATTENTION} if attention else set()
     taken |= set() if stack else {Effect.GPT}
+    taken |= {Effect.HEADS} if heads else set()
     taken |= {Effect.ATTENTION_OF_GPT} if attention and not stack else set()
     names = [name for row in TABLE if row.effect not in taken for name in row.names]
     if args is None:

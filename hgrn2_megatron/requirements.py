@@ -6,7 +6,7 @@ docs/reference/refusals.md lists every refusal.
 import torch.nn.functional as F
 
 from hgrn2_megatron import cpu, cuda_graphs, megatron_flags
-from hgrn2_megatron.config import ATTENTION, EXPERTS, PIPE, HGRN2Config, UsageError, split_heads, stages_fit
+from hgrn2_megatron.config import ATTENTION, EXPERTS, HEAD, PIPE, HGRN2Config, UsageError, split_heads, stages_fit
 from hgrn2_megatron.settings import Settings, global_args, refuse
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
@@ -81,6 +81,11 @@ UNSUPPORTED = (
         "--multi-latent-attention",
         "use grouped-query attention in a hybrid",
     ),
+    (
+        lambda s: s.mtp_hybrid_override_pattern,
+        "--mtp-hybrid-override-pattern",
+        "write each head behind a / at the end of a HybridModel's --hybrid-layer-pattern, as in 'M-M-*-/*-'",
+    ),
     (lambda s: s.experimental_attention_variant, "--experimental-attention-variant", "drop the flag"),
     (
         lambda s: s.heterogeneous_layers_config_path or s.heterogeneous_layers_config_encoded_json,
@@ -144,11 +149,6 @@ UNSUPPORTED_IN_STACK = (
         "an E in --hybrid-layer-pattern without --num-experts",
         "give --num-experts, or write - for an MLP",
     ),
-    (
-        lambda s: s.mtp_hybrid_override_pattern,
-        "--mtp-hybrid-override-pattern",
-        "write each head behind a / at the end of --hybrid-layer-pattern, as in 'M-M-*-/*-'",
-    ),
 )
 
 
@@ -165,7 +165,7 @@ def _check_unsupported(s: Settings, table: tuple):
 
 
 def _check_heads(s: Settings, heads: list[str]):
-    """Check the heads of multi-token prediction, with which the model trains in the way that the pattern says."""
+    """Check the heads of multi-token prediction. Megatron would build those of the pattern, whatever the flag says."""
     if s.mtp_num_layers and s.mtp_num_layers != len(heads):
         raise UsageError(
             f"--mtp-num-layers is {s.mtp_num_layers}, but --hybrid-layer-pattern {s.hybrid_layer_pattern!r} has "
@@ -292,7 +292,8 @@ def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
             f"--hgrn2-norm-eps is {hgrn2.norm_eps}, but the published weight format allows only {PUBLISHED_MIXER_EPS}, "
             "so this model cannot be exported"
         )
-    idle = megatron_flags.without_effect(s, global_args(), ATTENTION in hgrn2.layer_pattern, stack)
+    heads = stack and HEAD in s.hybrid_layer_pattern
+    idle = megatron_flags.without_effect(s, global_args(), ATTENTION in hgrn2.layer_pattern, stack, heads)
     if idle:
         warnings.append(f"these flags have no effect in this model: {', '.join(idle)}; see docs/reference/flags.md")
     return warnings

@@ -1,7 +1,7 @@
 """The two specs that `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
 
-Importing this module patches Megatron with the functions of megatron_hooks.py, model_hooks.py and checkpoint_hooks.py. It
-always patches:
+Importing this module patches Megatron with the functions of megatron_hooks.py, model_hooks.py and
+checkpoint_hooks.py. It always patches:
 - TransformerBlock and the function that reads its spec, so that the layers become HGRN2 layers;
 - GPTModel, so that its loss can be computed by chunks;
 - HybridModel, so that its stack knows the whole pattern and its heads read the lower bounds;

@@ -83,7 +83,7 @@ def from_megatron(ours: dict[str, Tensor], num_layers: int, head_dim: int) -> di
 
 
 def layer_from_megatron(ours: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """The parameters of one of our layers under the published names, without a prefix. Attention keeps its own names."""
+    """The parameters of one of our layers under the published names, without a prefix; attention has its own."""
     gate, up = ours["mlp.linear_fc1.weight"].chunk(2)
     theirs = {
         "attn_norm.weight": ours["input_layernorm.weight"],

@@ -105,7 +105,8 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
             "--dataloader-inter-document-masking with --context-parallel-size",
         ),
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers in a GPT .* run pretrain_hybrid.py with --spec hgrn2_stack"),
+        ({"mtp_hybrid_override_pattern": "M-"}, "--mtp-hybrid-override-pattern"),
         ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant"),
         ({"heterogeneous_layers_config_path": "x.json"}, "--heterogeneous-layers-config-path"),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "--heterogeneous-layers-config-encoded-json"),
@@ -267,7 +268,7 @@ def stack_settings(**changes) -> types.SimpleNamespace:
 
 @pytest.mark.parametrize(
     ("pattern", "blocks"),
-    [("M-M-M-", "HHH"), ("M-*-|M-", "H*H"), ("MM--*", "HH*"), ("|M-", "H")],
+    [("M-M-M-", "HHH"), ("M-*-|M-", "H*H"), ("MM--*", "HH*"), ("|M-", "H"), ("M-*-/M-/M-", "H*")],
 )
 def test_blocks_of_a_hybrid_model_are_its_token_mixers(pattern, blocks):
     assert HGRN2Config.of_stack(stack_settings(hybrid_layer_pattern=pattern)).layer_pattern == blocks
@@ -275,7 +276,14 @@ def test_blocks_of_a_hybrid_model_are_its_token_mixers(pattern, blocks):
 
 @pytest.mark.parametrize(
     ("pattern", "stages", "fits"),
-    [("M-M-", 4, True), ("M-|M-", 2, True), ("M|-|M|-", 2, True), ("M-|M-", 1, False), ("M-|M|-", 2, False)],
+    [
+        ("M-M-", 4, True),
+        ("M-|M-", 2, True),
+        ("M|-|M|-", 2, True),
+        ("M-|M-", 1, False),
+        ("M-|M-/M-", 2, True),
+        ("M-|M|-", 2, False),
+    ],
 )
 def test_segments_of_a_hybrid_model_are_those_of_the_stages(pattern, stages, fits):
     settings = Settings(stack_settings(hybrid_layer_pattern=pattern, pipeline_model_parallel_size=stages))
@@ -288,13 +296,30 @@ def test_segments_of_a_hybrid_model_are_those_of_the_stages(pattern, stages, fit
 def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
     assert check(Settings(stack_settings()), stack=True) == []
     assert check(Settings(stack_settings(hybrid_layer_pattern="MEM-", num_experts=4)), stack=True) == []
+    with_heads = dict(hybrid_layer_pattern="M-M-/M-/M-", mtp_num_layers=2, position_embedding_type="none")
+    assert check(Settings(stack_settings(**with_heads)), stack=True) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hybrid_layer_pattern": None}, "needs --hybrid-layer-pattern"),
-        ({"hybrid_layer_pattern": "M-/M-"}, "multi-token prediction"),
+        ({"hybrid_layer_pattern": "M-/"}, "a / without a head"),
+        ({"hybrid_layer_pattern": "*-/M-"}, "has no M before the first /"),
+        ({"hybrid_layer_pattern": "M-/G-"}, "cannot have, G:"),
+        ({"hybrid_layer_pattern": "M-/M-", "mtp_num_layers": 2}, "--mtp-num-layers is 2, but .* has 1 heads"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers is 1, but .* has 0 heads"),
+        ({"hybrid_layer_pattern": "M-/ME"}, "--num-experts"),
+        ({"hybrid_layer_pattern": "M-/*-", "context_parallel_size": 2}, "--context-parallel-size .* only 1"),
+        (
+            {
+                "hybrid_layer_pattern": "M-/M-",
+                "context_parallel_size": 2,
+                "dataloader_inter_document_masking": True,
+                "micro_batch_size": 1,
+            },
+            "--dataloader-inter-document-masking .* multi-token prediction expects each document",
+        ),
         ({"hybrid_layer_pattern": "M-G-"}, "cannot have, G:"),
         ({"hybrid_layer_pattern": "M-D-"}, "cannot have, D:"),
         ({"hybrid_layer_pattern": "M-+-"}, r"cannot have, \+:"),
@@ -305,7 +330,6 @@ def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
         ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope"),
         ({"normalization": "LayerNorm"}, "--normalization"),
         ({"context_parallel_size": 2}, "--context-parallel-size"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
     ],
 )
 def test_what_a_hybrid_model_cannot_have_is_refused(changes, message):

@@ -27,8 +27,8 @@ PACKINGS = {
 
 
 # Megatron divides a loss of multi-token prediction by the number of tokens of each context-parallel rank, so only equal
-# numbers give the same gradients as one rank. These tokens do not count: each rank of 2 or 4 has as many, also after the
-# mask has moved by one or two tokens.
+# numbers give the gradients of one rank. The losses of these tokens do not count. Each of 2 or 4 ranks has as many of
+# them, also after the mask has moved by one or two tokens.
 UNPREDICTED = [0, 1, 8, 9, 13, 14, 18, 19]
 
 
