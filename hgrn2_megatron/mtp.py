@@ -39,3 +39,11 @@ class HGRN2Head(MultiTokenPredictionLayer):
                 # not tell a router that it is in a head. Later ones do, but number it within the head.
                 module.is_mtp_layer = True
                 module.set_layer_number(self.layer_number)
+
+    def forward(self, *args, inference_params=None, **kwargs):
+        """Compute the head as in training, without the caches of generation.
+
+        Megatron skips heads while an engine generates, but not for a caller that gives the deprecated inference_params.
+        The layers of a head have the numbers of layers of the stack, under which the stack keeps its states.
+        """
+        return super().forward(*args, **kwargs)

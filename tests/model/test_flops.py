@@ -71,3 +71,17 @@ def test_tokens_of_packed_sequences_count_as_they_are(count):
 def test_attention_is_counted_as_before(count):
     tokens = BATCH * SEQ
     assert count(None) == of_weights(tokens, hgrn2_layer_pattern="H***") + 4 * tokens * SEQ * SCORES
+
+
+@pytest.mark.parametrize("head", ["M-", "M", "*-"])
+def test_each_head_counts_as_its_layers_and_an_output_layer(head, count):
+    """Megatron counts no head's projection of the hidden state and the embedding, and ours is its count."""
+    main, tokens, number = "M-M-M-*-", BATCH * SEQ, 2
+    layers = of_weights(tokens, hybrid_layer_pattern=main + number * head) - of_weights(
+        tokens, hybrid_layer_pattern=main
+    )
+    mixers = STATE if "M" in head else SEQ * SCORES
+    want = count("hgrn2_stack", hybrid_layer_pattern=main) + layers
+    want += number * tokens * (mixers + 6 * 64 * harness.VOCAB)
+    pattern = main + number * f"/{head}"
+    assert count("hgrn2_stack", hybrid_layer_pattern=pattern, mtp_num_layers=number) == pytest.approx(want, rel=1e-12)
