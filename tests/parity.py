@@ -157,15 +157,14 @@ def _name(chunk, name: str) -> str:
 
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
+    if ".local_experts." in name:
+        before, expert, after = re.split(r"(?<=local_experts)\.(\d+)\.", name)
+        own = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        expert = int(expert) + own * parallel_state.get_expert_model_parallel_rank()
+        name = f"{before}.{expert}.{after}"
     if name.startswith("decoder.layers."):
         _, _, local, rest = name.split(".", 3)
-        layer = chunk.decoder.layers[int(local)].layer_number - 1
-        if ".local_experts." in rest:
-            before, expert, after = re.split(r"(?<=local_experts)\.(\d+)\.", rest)
-            own = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-            expert = int(expert) + own * parallel_state.get_expert_model_parallel_rank()
-            rest = f"{before}.{expert}.{after}"
-        return f"decoder.layers.{layer}.{rest}"
+        return f"decoder.layers.{chunk.decoder.layers[int(local)].layer_number - 1}.{rest}"
     return name
 
 

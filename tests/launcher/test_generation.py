@@ -56,7 +56,7 @@ def test_megatrons_static_engine_takes_the_likeliest_tokens(pattern, engine):
 @pytest.mark.releases
 @pytest.mark.parametrize(
     ("tp", "pp", "settings"),
-    [(1, 1, "{}"), (1, 1, '{"hybrid_layer_pattern": "M-M-"}'), (2, 1, "{}"), (1, 2, '{"num_layers": 4}')],
+    [(1, 1, "{}"), (1, 1, '{"hybrid_layer_pattern": "M-M-/M-"}'), (2, 1, "{}"), (1, 2, '{"num_layers": 4}')],
     ids=["gpt", "hybrid-model", "tp2", "pp2"],
 )
 def test_megatrons_dynamic_engine_takes_the_likeliest_tokens(tp, pp, settings):

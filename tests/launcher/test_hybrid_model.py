@@ -111,7 +111,7 @@ EXPERTS = ("--num-experts", 2, "--moe-aux-loss-coeff", 1e-2, "--moe-z-loss-coeff
     [
         ("ME|M-", "aux_loss", "load_balancing_loss"),
         ("M-|ME", "seq_aux_loss", "seq_load_balancing_loss"),
-        ("M-|M-|ME|M-", "global_aux_loss", "global_load_balancing_loss"),
+        ("M-|M-|ME|M-/ME", "global_aux_loss", "global_load_balancing_loss"),
     ],
 )
 def test_a_stage_without_experts_logs_the_losses_of_those_of_others(pattern, kind, name, tmp_path):

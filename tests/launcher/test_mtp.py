@@ -54,3 +54,10 @@ def test_megatrons_static_engine_takes_the_likeliest_tokens():
     settings = json.dumps({"hybrid_layer_pattern": "M-*-" + HEADS})
     done = harness.python("tests/launcher/static_engine.py", "1", "legacy", "40", settings)
     assert done.stdout.count("40 of 40 right") == 4, done.stdout[-3000:]
+
+
+def test_unmodified_megatron_lm_script(run, megatron_lm):
+    losses, output = train(
+        *STACK, "--hybrid-layer-pattern", "M-*-" + HEADS, script=str(megatron_lm / "pretrain_hybrid.py")
+    )
+    assert losses == run[0] and logged(output, "mtp_2 loss") == logged(run[1], "mtp_2 loss")

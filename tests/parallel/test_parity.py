@@ -30,6 +30,7 @@ MODELS = {
     # heads of multi-token prediction
     "mtp": {"hybrid_layer_pattern": "M-*-M-/M-/M-", "mtp_loss_scaling_factor": 1.0},
     "mtp-tied": {"hybrid_layer_pattern": "M-*-/M-", "mtp_loss_scaling_factor": 1.0, "tied": True},
+    "mtp-experts": EXPERTS | {"hybrid_layer_pattern": "M-ME/ME", "mtp_loss_scaling_factor": 1.0},
     "mtp-attention": {"hybrid_layer_pattern": "M-M-/*-", "mtp_loss_scaling_factor": 1.0},
 }
 # losses of padding do not count; Megatron's rotary positions know documents alone
@@ -100,7 +101,7 @@ CASES += [
 CASES += [("mtp", layout) for layout in ("tp2-sequence-parallel", "pp2-mtp-recompute", "pp2-mtp-vpp2-segments")]
 CASES += [("mtp", layout) for layout in ("cp2", "dp2-distributed-optimizer", "tp2-recompute-selective")]
 CASES += [("mtp-attention", layout) for layout in ("tp2-sequence-parallel", "pp2", "cp2")]
-CASES += [("mtp-tied", "pp2-mtp")]
+CASES += [("mtp-tied", "pp2-mtp"), ("mtp-experts", "ep2")]
 
 
 def with_segments(model: dict, layout: dict) -> dict:
