@@ -47,7 +47,7 @@ class HGRN2Placeholder(BaseTransformerLayer):
 
 hgrn2 = ModuleSpec(module=HGRN2Placeholder)
 
-# The spec names the module instead of importing it, so that a GPT also works on releases without HybridModel.
+# The spec names its modules instead of importing them, so that a GPT does not load them.
 hgrn2_stack = ModuleSpec(
     module=("hgrn2_megatron.stack", "HGRN2Stack"),
     # Megatron reads only the heads from here. The layers depend on the config, so HGRN2Stack and HGRN2Head make them.
