@@ -22,9 +22,12 @@ from hgrn2_kernels.once import once_differentiable
 from hgrn2_megatron.config import UsageError
 from hgrn2_megatron.patching import change_class
 
+# Value of the argument runtime_gather_output that asks LossLayer for PendingLogits.
+BY_CHUNKS = "by chunks"
+
 
 class LossLayer(ColumnParallelLinear):
-    """Megatron's output layer, which returns losses instead of logits if it is called with labels.
+    """Megatron's output layer, which can leave its logits to be computed later, for one chunk of tokens at a time.
 
     This is a layer and not a function, because Megatron waits for gathered parameters when it calls the module that
     holds them.
@@ -35,7 +38,7 @@ class LossLayer(ColumnParallelLinear):
         """Change the class of an output layer to this class. The layer keeps its parameters and hooks.
 
         Args:
-            layer: output layer that a GPTModel has built.
+            layer: output layer that a GPTModel or a HybridModel has built.
 
         Raises:
             UsageError: it is not Megatron's plain output layer.
@@ -48,58 +51,78 @@ class LossLayer(ColumnParallelLinear):
         change_class(layer, cls, "forward", ["self", "input_", "weight", "runtime_gather_output"])
 
     def forward(
-        self,
-        input_: Tensor,
-        weight: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-        *,
-        labels: Tensor | None = None,
-        scale_logits: Callable[[Tensor], Tensor] | None = None,
-    ):
-        """Return the loss of each token, or the output of ColumnParallelLinear if there are no labels.
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | str | None = None
+    ) -> tuple:
+        """Return PendingLogits and None if runtime_gather_output is BY_CHUNKS, else the output of ColumnParallelLinear.
+
+        A model passes this argument on to every call of its output layer. So it reaches the calls for the heads of
+        multi-token prediction too.
 
         Args:
             input_: [s, b, h] hidden states, or [s/tp, b, h] under sequence parallelism, in the model's dtype.
             weight: [vocab/tp, h]; None takes the layer's own weight.
-            runtime_gather_output: argument of ColumnParallelLinear. It is ignored if there are labels.
-            labels: [b, s] int64, or None.
-            scale_logits: function that multiplies logits by a constant, as MuP does.
-
-        Returns:
-            [b, s] fp32, the cross-entropy of every token in nats.
+            runtime_gather_output: BY_CHUNKS, or an argument of ColumnParallelLinear.
         """
-        if labels is None:
+        if runtime_gather_output != BY_CHUNKS:
             return super().forward(input_, weight, runtime_gather_output)
-        weight = self.weight if weight is None else weight
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        return PendingLogits(self, hidden.flatten(0, 1), self.weight if weight is None else weight), None
+
+
+class PendingLogits:
+    """The logits of all tokens, which are computed for one chunk of tokens at a time when their losses are asked for.
+
+    A model treats them as the tensor that they stand for: it multiplies them by a constant, and makes losses of them.
+
+    Args:
+        layer: output layer of the logits.
+        hidden: [s b, h] hidden states of all tokens, in the model's dtype.
+        weight: [vocab/tp, h].
+        factor: number that multiplies the logits, as MuP asks for.
+    """
+
+    def __init__(self, layer: LossLayer, hidden: Tensor, weight: Tensor, factor: float = 1.0):
+        self.layer, self.hidden, self.weight, self.factor = layer, hidden, weight, factor
+
+    def __mul__(self, factor: float) -> "PendingLogits":
+        return PendingLogits(self.layer, self.hidden, self.weight, self.factor * factor)
+
+    def losses(self, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of every token in nats, [b, s] fp32.
+
+        Args:
+            labels: [b, s] int64.
+        """
         labels = labels.transpose(0, 1)
         losses = _chunked_loss(
-            hidden.flatten(0, 1),
-            weight,
+            self.hidden,
+            self.weight,
             labels.flatten(),
-            self.config.hgrn2_loss_chunk_size,
-            scale_logits,
-            self.tp_group,
-            self.gradient_accumulation_fusion,
+            self.layer.config.hgrn2_loss_chunk_size,
+            self.factor,
+            self.layer.tp_group,
+            self.layer.gradient_accumulation_fusion,
         )
         return losses.view(labels.shape).transpose(0, 1).contiguous()
 
+    @torch.no_grad()
+    def sums(self, count: Callable, *values: Tensor) -> tuple[Tensor, ...]:
+        """Return the sums over all chunks of what `count` returns for one chunk of n tokens.
 
-def output_losses(*, hidden_states, output_layer: LossLayer, output_weight, labels, scale_logits, **unused) -> Tensor:
-    """Return the losses [b, s] fp32 that the model would return itself, as an `output_processor` of GPTModel.forward.
-
-    Args:
-        hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
-        output_layer: the model's output layer.
-        output_weight: [vocab/tp, h], or None for the layer's own weight.
-        labels: [b, s] int64.
-        scale_logits: function that multiplies logits by a constant.
-        unused: other arguments that GPTModel passes to an output_processor.
-    """
-    return output_layer(hidden_states, weight=output_weight, labels=labels, scale_logits=scale_logits)
+        Args:
+            count: function of logits [n, 1, vocab/tp] in the model's dtype, and of one tensor [1, n] for each of
+                `values`. It returns a tuple of tensors.
+            values: values of each token, [b, s].
+        """
+        columns = [x.transpose(0, 1).flatten() for x in values]
+        counts = (
+            count(_logits(self.hidden[part], self.weight, self.factor)[:, None], *(x[None, part] for x in columns))
+            for part in _chunks(len(self.hidden), self.layer.config.hgrn2_loss_chunk_size)
+        )
+        return tuple(sum(parts) for parts in zip(*counts, strict=True))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -118,16 +141,18 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         size: int,
-        scale: Callable[[Tensor], Tensor],
+        factor: float,
         tp_group: ProcessGroup,
         fused: bool,
     ) -> Tensor:
         losses, maxima, sums = (torch.empty_like(labels, dtype=torch.float32) for _ in range(3))
         words = VocabUtility.vocab_range_from_per_partition_vocab_size(len(weight), tp_group.rank(), tp_group.size())
         for part in _chunks(len(hidden), size):
-            losses[part], maxima[part], sums[part] = _losses(hidden[part], weight, labels[part], words, scale, tp_group)
+            losses[part], maxima[part], sums[part] = _losses(
+                hidden[part], weight, labels[part], words, factor, tp_group
+            )
         ctx.save_for_backward(hidden, weight, labels, maxima, sums)
-        ctx.size, ctx.scale, ctx.words = size, scale, words
+        ctx.size, ctx.factor, ctx.words = size, factor, words
         # It is read from the parameter here, as Megatron's linear layers do.
         ctx.main_grad = getattr(weight, "main_grad", None) if fused else None
         return losses
@@ -143,7 +168,7 @@ class _ChunkedLoss(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(hidden), ctx.size):
             dlogits = _logits_gradient(
-                hidden[part], weight, labels[part], maxima[part], sums[part], dlosses[part], ctx.words, ctx.scale
+                hidden[part], weight, labels[part], maxima[part], sums[part], dlosses[part], ctx.words, ctx.factor
             )
             if dhidden is not None:
                 torch.mm(dlogits, weight, out=dhidden[part])
@@ -163,19 +188,27 @@ def _chunks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
+def _logits(hidden: Tensor, weight: Tensor, factor: float) -> Tensor:
+    return _scaled(hidden @ weight.t(), factor)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
 def _losses(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     words: tuple[int, int],
-    scale: Callable[[Tensor], Tensor],
+    factor: float,
     tp_group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses of a chunk [n, h], and the maxima and sums of exponentials of its logits, each [n] fp32.
 
     Maxima and sums are taken over the words of all tensor-parallel ranks.
     """
-    logits, maxima = VocabParallelCrossEntropy.calculate_logits_max(scale(hidden @ weight.t()))
+    logits, maxima = VocabParallelCrossEntropy.calculate_logits_max(_logits(hidden, weight, factor))
     all_reduce(maxima, op=ReduceOp.MAX, group=tp_group)
     _, _, predicted, sums, _ = VocabParallelCrossEntropy.calculate_predicted_logits(logits, labels, maxima, *words)
     all_reduce(predicted, group=tp_group)
@@ -191,17 +224,17 @@ def _logits_gradient(
     sums: Tensor,
     dlosses: Tensor,
     words: tuple[int, int],
-    scale: Callable[[Tensor], Tensor],
+    factor: float,
 ) -> Tensor:
     """Return the gradient of the product of a chunk [n, h] and the weight: [n, vocab/tp], dtype of hidden."""
-    logits = scale(hidden @ weight.t()).float()
+    logits = _logits(hidden, weight, factor).float()
     target_mask, target, _, _, softmax = VocabParallelCrossEntropy.calculate_predicted_logits(
         logits, labels, maxima, *words
     )
     softmax.div_(sums.unsqueeze(-1))
     grad_2d, rows, update, grad = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(softmax, target_mask)
     dlogits = VocabParallelCrossEntropy.calculate_gradients(grad_2d, rows, target, update, grad, dlosses)
-    return scale(dlogits.to(hidden.dtype))
+    return _scaled(dlogits.to(hidden.dtype), factor)
 
 
 def _finish_weight_gradient(dweight: Tensor, weight: Tensor, main_grad: Tensor | None) -> Tensor:

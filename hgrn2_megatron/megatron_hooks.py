@@ -1,7 +1,7 @@
 """Patches of Megatron for HGRN2 models. The docstring of each function says what it wraps, and why at that place.
 
-The patches for checkpoints are in checkpoint_hooks.py, and the patches for a machine without CUDA are in cpu.py. All of
-them check their targets with patching.py.
+The patches of GPTModel and HybridModel are in model_hooks.py, the patches for checkpoints in checkpoint_hooks.py, and
+the patches for a machine without CUDA in cpu.py. All of them check their targets with patching.py.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 
 from hgrn2_megatron import arguments, checkpoint_hooks, cuda_graphs, requirements
 from hgrn2_megatron.config import HGRN2Config, UsageError
-from hgrn2_megatron.patching import unknown_release, wrap
+from hgrn2_megatron.patching import wrap
 from hgrn2_megatron.settings import Settings, global_args
 
 
@@ -79,50 +79,6 @@ def _prepare_stack(stack) -> None:
     stack.hgrn2_bounds = create_bounds(stack, hgrn2, config.num_layers)
     if stack.pre_process:
         banner(config, hgrn2, config.num_layers, warnings)
-
-
-def install_loss() -> None:
-    """Wrap GPTModel, so that its output layer computes the losses by chunks if the config has `hgrn2_loss_chunk_size`.
-
-    A spec does not describe the output layer, which the model builds itself. The caller of a model may pass an
-    output_processor, which replaces the step from hidden states to losses. Megatron's scripts pass none, so the wrapped
-    model passes its own. An output_processor of the caller is left alone.
-
-    Raises:
-        RuntimeError: the installed Megatron is an unknown release.
-    """
-    from megatron.core.models.gpt import GPTModel
-
-    from hgrn2_megatron.chunked_loss import LossLayer, output_losses
-
-    def size_of(model) -> int | None:
-        return getattr(model.config, "hgrn2_loss_chunk_size", None)
-
-    def make_init(init):
-        def __init__(self, *args, **kwargs):
-            init(self, *args, **kwargs)
-            if size_of(self) and self.post_process:
-                LossLayer.take_over(self.output_layer)
-
-        return __init__
-
-    def make_postprocess(postprocess):
-        signature = inspect.signature(postprocess)
-        if "output_processor" not in signature.parameters:
-            raise unknown_release(GPTModel, "GPTModel._postprocess has no parameter output_processor")
-
-        def _postprocess(self, *args, **kwargs):
-            if not size_of(self):
-                return postprocess(self, *args, **kwargs)
-            given = signature.bind(self, *args, **kwargs).arguments
-            if given["labels"] is not None and given.get("output_processor") is None:
-                given["output_processor"] = output_losses
-            return postprocess(**given)
-
-        return _postprocess
-
-    wrap(GPTModel, "__init__", ["self", "config", "transformer_layer_spec", "vocab_size"], make_init)
-    wrap(GPTModel, "_postprocess", ["self", "hidden_states", "input_ids", "position_ids", "labels"], make_postprocess)
 
 
 def install_generation() -> None:

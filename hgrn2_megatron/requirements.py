@@ -37,7 +37,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
-    _check_loss(settings, stack)
+    _check_loss(settings)
     if cpu.installed():
         refuse(settings, cpu.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)
@@ -264,20 +264,21 @@ NOT_WITH_CHUNKED_LOSS = (
         "--tensor-parallel-num-weight-shards",
         "drop one of the two flags",
     ),
+    (
+        # GPTModel would write PendingLogits
+        lambda s: s.config_logger_dir and not s.hybrid_layer_pattern,
+        "--config-logger-dir, which writes the logits of a GPT",
+        "drop one of the two flags",
+    ),
 )
 
 
-def _check_loss(s: Settings, stack: bool):
+def _check_loss(s: Settings):
     size = s.hgrn2_loss_chunk_size
     if size is None:
         return
     if size < 1:
         raise UsageError(f"--hgrn2-loss-chunk-size is {size}, but a chunk has at least 1 token: give a larger number")
-    if stack:
-        raise UsageError(
-            "--hgrn2-loss-chunk-size is for a GPT, but this is a HybridModel, which computes its loss itself: drop the "
-            "flag, or run pretrain_gpt.py with --spec hgrn2"
-        )
     refuse(s, NOT_WITH_CHUNKED_LOSS, "--hgrn2-loss-chunk-size cannot be used with {}")
 
 

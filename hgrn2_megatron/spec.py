@@ -1,10 +1,10 @@
 """The two specs that `--spec` names: `hgrn2` for a GPT, `hgrn2_stack` for a HybridModel.
 
-Importing this module patches Megatron with the functions of megatron_hooks.py, model_hooks.py and
-checkpoint_hooks.py. It always patches:
+Importing this module patches Megatron with the functions of megatron_hooks.py, model_hooks.py and checkpoint_hooks.py.
+It always patches:
 - TransformerBlock and the function that reads its spec, so that the layers become HGRN2 layers;
-- GPTModel, so that its loss can be computed by chunks;
-- HybridModel, so that its stack knows the whole pattern and its heads read the lower bounds;
+- GPTModel and HybridModel, and the functions that read their logits, so that losses can be computed by chunks;
+- HybridModel also so that its stack knows the whole pattern and its heads read the lower bounds;
 - MambaInferenceStateConfig and DynamicInferenceContext, so that the dynamic engine keeps HGRN2's states;
 - StaticBufferLoader, so that CUDA graphs of the iteration keep their buffers;
 - the function that divides a checkpoint's tensors among the ranks that save or load it;
@@ -60,8 +60,9 @@ hgrn2_stack = ModuleSpec(
 )
 
 megatron_hooks.install_layers(HGRN2Placeholder, hgrn2_stack)
-megatron_hooks.install_loss()
+model_hooks.install_gpt_model()
 model_hooks.install_hybrid_model(hgrn2_stack)
+model_hooks.install_loss()
 model_hooks.install_heads()
 megatron_hooks.install_generation()
 megatron_hooks.install_graphs()

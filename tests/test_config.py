@@ -149,6 +149,7 @@ CHUNKED_LOSS_CLASHES = [
     ({"fp8_output_proj": True}, "--fp8-output-proj"),
     ({"logit_dtype": "fp32"}, "--output-logit-dtype"),
     ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards"),
+    ({"config_logger_dir": "logs"}, "--config-logger-dir, which writes the logits of a GPT"),
 ]
 
 
@@ -326,7 +327,6 @@ def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
         ({"hybrid_layer_pattern": "*-*-"}, "has no M:"),
         ({"hgrn2_layer_pattern": "H*"}, "--hgrn2-layer-pattern 'H\\*' is for a GPT"),
         ({"hybrid_layer_pattern": "MEM-"}, "--num-experts"),
-        ({"hgrn2_loss_chunk_size": 8192}, "--hgrn2-loss-chunk-size is for a GPT"),
         ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope"),
         ({"normalization": "LayerNorm"}, "--normalization"),
         ({"context_parallel_size": 2}, "--context-parallel-size"),

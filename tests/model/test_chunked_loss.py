@@ -1,15 +1,21 @@
 """--hgrn2-loss-chunk-size: the losses and gradients of Megatron's own path, and never more logits than a chunk's."""
 
+import copy
+import inspect
+
 import harness
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hgrn2_megatron import UsageError, chunked_loss, megatron_hooks
+from hgrn2_megatron import UsageError, chunked_loss, model_hooks
 
 pytestmark = pytest.mark.releases
 
 TOKENS = harness.BATCH * harness.SEQ
+STACK = {"hybrid_layer_pattern": "M-M-"}
+MUP = {"use_mup": True, "mup_base_hidden_size": 16}
+both_forms = pytest.mark.parametrize("form", [{}, STACK], ids=["gpt", "stack"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -18,7 +24,7 @@ def megatron():
 
 
 def build(size: int | None = None, dtype: torch.dtype = torch.float32, **settings):
-    """A model of the same weights, whatever the size."""
+    """A model of two layers, a GPT or a HybridModel, of the same weights whatever the size."""
     torch.manual_seed(0)
     model = harness.build_model(num_layers=2, hgrn2_loss_chunk_size=size, params_dtype=dtype, **settings)
     model.load_state_dict(harness.full_weights(model), strict=False)
@@ -40,23 +46,73 @@ def results(model) -> dict[str, torch.Tensor]:
 # one token, no divisor of the 160, one chunk, more than there are
 @pytest.mark.parametrize("size", [1, 7, 64, TOKENS, 1000])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_losses_and_every_gradient_are_those_of_megatrons_path(size, tied):
-    ours = results(build(size, tied=tied))
+@both_forms
+def test_losses_and_every_gradient_are_those_of_megatrons_path(size, tied, form):
+    ours = results(build(size, tied=tied, **form))
     assert ours["losses"].shape == (harness.BATCH, harness.SEQ) and ours["losses"].dtype == torch.float32
-    harness.assert_all_close(ours, results(build(tied=tied)), tolerance=2e-6)
+    harness.assert_all_close(ours, results(build(tied=tied, **form)), tolerance=2e-6)
 
 
-def test_logits_are_scaled_as_mup_scales_them():
-    mup = dict(use_mup=True, mup_base_hidden_size=16)
-    model = build(7, **mup)
+@both_forms
+def test_logits_are_scaled_as_mup_scales_them(form):
+    model = build(7, **MUP, **form)
     assert model.config.mup_output_mult == 0.25
-    harness.assert_all_close(results(model), results(build(**mup)), tolerance=2e-6)
+    harness.assert_all_close(results(model), results(build(**MUP, **form)), tolerance=2e-6)
+
+
+def results_of_heads(model, **settings) -> dict[str, torch.Tensor]:
+    """What Megatron logs of two heads of multi-token prediction, and the gradients of hidden states and output weight.
+
+    About half of the predictions are right.
+    """
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper, process_mtp_loss
+
+    config = copy.copy(model.config)
+    for name, value in ({"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3} | settings).items():
+        setattr(config, name, value)
+    labels, weight = harness.batch()[1], model.output_layer.weight
+    hidden = torch.cat([weight.detach()[labels.roll(-head, 1)].transpose(0, 1) for head in range(3)])
+    hidden += torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
+    hidden.requires_grad_()
+    given = dict(
+        hidden_states=hidden,
+        labels=labels,
+        loss_mask=(labels % 5 > 0).float(),
+        output_layer=model.output_layer,
+        output_weight=None,
+        runtime_gather_output=chunked_loss.BY_CHUNKS if config.hgrn2_loss_chunk_size else None,
+        is_training=True,
+        compute_language_model_loss=model.compute_language_model_loss,
+        config=config,
+        scale_logits_fn=model._scale_logits if config.use_mup else None,
+    )
+    # from 0.19 on
+    if "tp_group" in inspect.signature(process_mtp_loss).parameters:
+        given["tp_group"] = model.tp_group
+    MTPLossLoggingHelper.tracker.clear()
+    process_mtp_loss(**given).sum().backward()
+    logged = {name: x for name, x in MTPLossLoggingHelper.tracker.items() if isinstance(x, torch.Tensor)}
+    return logged | {name: x.grad for name, x in {"hidden": hidden, "weight": weight}.items() if x.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [({}, {}), ({}, {"calculate_per_token_loss": True}), ({}, {"mtp_detach_heads": True}), (MUP, {})],
+    ids=["mean", "per-token", "detached", "mup"],
+)
+def test_heads_of_multi_token_prediction_have_the_losses_gradients_and_counts_of_megatrons_path(settings, changes):
+    ours, theirs = (results_of_heads(build(size, **STACK, **settings), **changes) for size in (7, None))
+    harness.assert_all_close(ours, theirs, tolerance=2e-6)
+    for name in set(ours) & {"correct_values", "total_values"}:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 def results_of_last_layer(model, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     """Losses of hidden states [s, b, h], and gradients of them and of the output weight."""
     hidden = hidden.to(model.config.params_dtype, copy=True).requires_grad_()
-    losses = model._postprocess(hidden, None, None, harness.batch()[1], None, None, None)
+    by_chunks = chunked_loss.BY_CHUNKS if model.config.hgrn2_loss_chunk_size else None
+    logits, _ = model.output_layer(hidden, runtime_gather_output=by_chunks)
+    losses = model.compute_language_model_loss(harness.batch()[1], logits)
     losses.sum().backward()
     return {"losses": losses.detach(), "hidden": hidden.grad, "weight": model.output_layer.weight.grad}
 
@@ -91,12 +147,14 @@ class LogitRows(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("size", "rows"), [(70, 70), (150, 150), (None, TOKENS)])
-def test_no_more_logits_than_a_chunks_exist(size, rows, monkeypatch):
+@pytest.mark.parametrize("compute", [results, results_of_heads])
+@both_forms
+def test_no_more_logits_than_a_chunks_exist(size, rows, compute, form, monkeypatch):
     # the width of nothing else
     monkeypatch.setattr(harness, "VOCAB", 11)
-    model = build(size)
+    model = build(size, **form)
     with LogitRows() as seen:
-        results(model)
+        compute(model)
     # above the 64 rows of the transposed weight
     assert seen.largest == rows
 
@@ -134,9 +192,10 @@ def test_a_frozen_weight_gets_no_gradient_and_the_others_the_same():
     harness.assert_all_close(frozen(7), frozen(None), tolerance=2e-6)
 
 
-def test_logits_and_evaluation_are_megatrons():
+@both_forms
+def test_logits_and_evaluation_are_megatrons(form):
     tokens, _ = harness.batch()
-    ours, theirs = build(7), build()
+    ours, theirs = build(7, **form), build(**form)
     with torch.no_grad():
         assert torch.equal(ours(tokens, None, None), theirs(tokens, None, None))
         assert harness.relative_error(losses_of(ours), losses_of(theirs)) < 1e-6
@@ -148,11 +207,12 @@ def test_an_output_processor_of_the_caller_is_left_alone():
     assert given.shape == (harness.SEQ, harness.BATCH, 64)
 
 
-def test_only_models_that_ask_for_it_have_it():
-    assert type(build().output_layer) is not chunked_loss.LossLayer
-    assert type(build(7).output_layer) is chunked_loss.LossLayer
+@both_forms
+def test_only_models_that_ask_for_it_have_it(form):
+    assert type(build(**form).output_layer) is not chunked_loss.LossLayer
+    assert type(build(7, **form).output_layer) is chunked_loss.LossLayer
     # of a pipeline's other stages
-    harness.build_model(hgrn2_loss_chunk_size=7, post_process=False)
+    harness.build_model(hgrn2_loss_chunk_size=7, post_process=False, **form)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +220,6 @@ def test_only_models_that_ask_for_it_have_it():
     [
         ({"hgrn2_loss_chunk_size": 0}, "is 0, but a chunk has at least 1 token"),
         ({"hgrn2_loss_chunk_size": 7, "cross_entropy_loss_fusion": True}, "--cross-entropy-loss-fusion: drop one"),
-        ({"hgrn2_loss_chunk_size": 7, "hybrid_layer_pattern": "M-M-"}, "run pretrain_gpt.py with --spec hgrn2"),
         ({"hgrn2_loss_chunk_size": 7, "mtp_num_layers": 1}, "--mtp-num-layers in a GPT is not supported"),
     ],
 )
@@ -177,11 +236,11 @@ def test_another_output_layer_is_refused():
 
 
 def test_a_megatron_without_the_seam_is_refused(monkeypatch):
-    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-    def _postprocess(self, hidden_states, input_ids, position_ids, labels):
+    def forward(self, input_ids, position_ids, attention_mask, decoder_input, labels):
         pass
 
-    monkeypatch.setattr(GPTModel, "_postprocess", _postprocess)
-    with pytest.raises(RuntimeError, match="does not know this Megatron release: GPTModel._postprocess"):
-        megatron_hooks.install_loss()
+    monkeypatch.setattr(HybridModel, "forward", forward)
+    with pytest.raises(RuntimeError, match="release: .*forward has no parameter runtime_gather_output"):
+        model_hooks.install_hybrid_model(None)
