@@ -202,9 +202,12 @@ def test_logits_and_evaluation_are_megatrons(form):
 
 
 def test_an_output_processor_of_the_caller_is_left_alone():
+    def logits(*, hidden_states, output_layer, runtime_gather_output, **unused):
+        return output_layer(hidden_states, runtime_gather_output=runtime_gather_output)[0]
+
     tokens, labels = harness.batch()
-    given = build(7)(tokens, None, None, labels=labels, output_processor=lambda *, hidden_states, **_: hidden_states)
-    assert given.shape == (harness.SEQ, harness.BATCH, 64)
+    given = build(7)(tokens, None, None, labels=labels, output_processor=logits)
+    assert given.shape == (harness.SEQ, harness.BATCH, harness.VOCAB)
 
 
 @both_forms
