@@ -205,7 +205,7 @@ def test_compiled_the_loss_adds_to_main_grad(backend):
         weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
 
         def loss(hidden, weight):
-            return 2 * chunked_loss._chunked_loss(hidden, weight, labels, 3, lambda x: x, WORLD.WORLD, True)
+            return 2 * chunked_loss._chunked_loss(hidden, weight, labels, 3, 1.0, WORLD.WORLD, True)
 
         y = (torch.compile(loss, backend=backend) if compiles else loss)(hidden, weight)
         y.sum().backward()
