@@ -5,6 +5,7 @@ PyTorch with a recurrence over single tokens. The logits of the checkpoint come 
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from hgrn2_kernels import recurrent_hgrn2
 from hgrn2_megatron import cpu
-from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
+from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig, is_stack_spec
 from hgrn2_megatron.config import HGRN2Config, UsageError
-from hgrn2_megatron.conversion.config import megatron_args, query_groups
+from hgrn2_megatron.conversion.config import as_gpt, megatron_args, query_groups
 from hgrn2_megatron.conversion.files import HFTensors, checkpoint_folder, read_args, read_json
+from hgrn2_megatron.forms import gpt_pattern, stack_pattern
 
 BATCH, TIME = 2, 40
 # largest difference that passes, relative to the largest logit; both sides compute in fp32
@@ -67,6 +69,7 @@ def hf_logits(args: argparse.Namespace, read: Callable[[str], Tensor], tokens: T
     Returns:
         logits: [B, T, vocab] fp32.
     """
+    args = as_gpt(args)
     hgrn2, d = HGRN2Config.of(args), args.hidden_size
     bounds: list[Tensor | None] = [None] * args.num_layers
     if hgrn2.lower_bounds == "learned":
@@ -110,6 +113,8 @@ def megatron_logits(
 ) -> Tensor:
     """Compute the logits of Megatron's model from a torch_dist checkpoint, in one process, on a GPU if there is one.
 
+    The model is a GPT or a HybridModel, as the checkpoint says, without heads for multi-token prediction.
+
     Args:
         checkpoint: folder that `--load` takes, or the folder of one iteration.
         tokens: [B, T] int64.
@@ -125,14 +130,20 @@ def megatron_logits(
     cpu.install()
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from hgrn2_megatron.checkpoint import adapt
-    from hgrn2_megatron.spec import hgrn2
+    from hgrn2_megatron.spec import hgrn2, hgrn2_stack
 
     folder = checkpoint_folder(checkpoint)
     args = read_args(folder)
-    hgrn2_config = HGRN2Config.of(args)
+    hgrn2_config, num_layers = HGRN2Config.of(args), args.num_layers
+    form = functools.partial(GPTModel, transformer_layer_spec=hgrn2)
+    if is_stack_spec(args.spec):
+        pattern = stack_pattern(*gpt_pattern(args.hybrid_layer_pattern))
+        form = functools.partial(HybridModel, hybrid_stack_spec=hgrn2_stack, hybrid_layer_pattern=pattern)
+        num_layers = len(pattern)
     backend = "gloo" if cpu.needed() else "nccl"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -140,7 +151,7 @@ def megatron_logits(
     settings = BLOCK | dict(normalization=args.normalization, layernorm_epsilon=args.layernorm_epsilon)
     config = HGRN2TransformerConfig(
         **settings,
-        num_layers=args.num_layers,
+        num_layers=num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads,
@@ -157,9 +168,8 @@ def megatron_logits(
         persist_layer_norm=False,
         **{f"hgrn2_{name}": value for name, value in vars(hgrn2_config).items()},
     )
-    model = GPTModel(
+    model = form(
         config=config,
-        transformer_layer_spec=hgrn2,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=tokens.shape[1],
         position_embedding_type=args.position_embedding_type,

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hgrn2_megatron.config import UsageError
-from hgrn2_megatron.conversion.config import hf_config, megatron_args
+from hgrn2_megatron.conversion.config import as_gpt, hf_config, megatron_args
 from hgrn2_megatron.conversion.files import (
     INDEX,
     TRACKER,
@@ -40,6 +40,8 @@ TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "generation_config.json"),
 )
+# beginning of the names of the weights of heads for multi-token prediction
+MTP = "mtp."
 # ids of special tokens, with fla's defaults
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
@@ -59,13 +61,14 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
         return self._read(index.fqn)
 
 
-def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[[], None]:
+def to_megatron(source: Path, out: Path, dtype: torch.dtype | None, gpt: bool) -> Callable[[], None]:
     """Check a Hugging Face folder, and return a function that writes it as a Megatron checkpoint.
 
     Args:
         source: folder with config.json and safetensors files.
         out: folder for `--load`. The checkpoint itself is its subfolder `release`.
         dtype: dtype of the weights to write; None keeps the dtype of each weight.
+        gpt: whether the checkpoint is of a GPT. Otherwise it is of a HybridModel.
 
     Returns:
         A function without arguments that writes the checkpoint. Nothing is written before.
@@ -74,7 +77,7 @@ def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[
         UsageError: the folder cannot be converted.
     """
     config = read_json(source / "config.json")
-    args = megatron_args(config)
+    args = as_gpt(megatron_args(config)) if gpt else megatron_args(config)
     tensors = HFTensors(source, args.ffn_hidden_size)
     if not args.untie_embeddings_and_output_weights:
         # This would be a second copy of the embeddings, which fla does not read either.
@@ -116,7 +119,12 @@ def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[
 
 
 def to_hf(
-    source: Path, out: Path, dtype: torch.dtype | None, vocab_size: int | None, max_shard_bytes: float
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    vocab_size: int | None,
+    max_shard_bytes: float,
+    drop_mtp_heads: bool,
 ) -> Callable[[], None]:
     """Check a torch_dist checkpoint, and return a function that writes it as a Hugging Face folder.
 
@@ -126,6 +134,7 @@ def to_hf(
         dtype: dtype of the weights to write; None keeps the dtype of each weight.
         vocab_size: number of tokens without Megatron's padding; None takes it from the checkpoint's args.
         max_shard_bytes: largest size of a safetensors file in bytes. A larger weight gets a file of its own.
+        drop_mtp_heads: whether to leave out heads for multi-token prediction. They own no weight of the main model.
 
     Returns:
         A function without arguments that writes the folder. Nothing is written before.
@@ -138,8 +147,11 @@ def to_hf(
     embeddings = tensors.stored.get("embedding.word_embeddings.weight")
     if embeddings is None:
         raise UsageError(
-            f"{folder}: embedding.word_embeddings.weight is missing: give a checkpoint of a GPT with HGRN2 layers"
+            f"{folder}: embedding.word_embeddings.weight is missing: give a checkpoint of a model with HGRN2 layers"
         )
+    if drop_mtp_heads:
+        args.mtp_num_layers = None
+        tensors.stored = {name: entry for name, entry in tensors.stored.items() if not name.startswith(MTP)}
     args.padded_vocab_size = embeddings[0][0]
     vocab_size = vocab_size or getattr(args, "vocab_size", None) or args.padded_vocab_size
     if vocab_size > args.padded_vocab_size:
@@ -247,6 +259,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--vocab-size", type=int, help="number of tokens without Megatron's padding, if the checkpoint does not tell it"
     )
+    parser.add_argument(
+        "--model",
+        choices=("hybrid", "gpt"),
+        default="hybrid",
+        help="model of the Megatron checkpoint to write: 'hybrid' for pretrain_hybrid.py, 'gpt' for pretrain_gpt.py "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drop-mtp-heads",
+        action="store_true",
+        help="leave out the heads for multi-token prediction, which Hugging Face's format has no place for",
+    )
     args = parser.parse_args(argv)
     if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
         raise UsageError(f"{args.out} is not empty: give another folder, or --overwrite")
@@ -257,9 +281,10 @@ def main(argv: list[str]) -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from_hf, dtype = (args.source / "config.json").is_file(), DTYPES.get(args.dtype)
     if from_hf:
-        write = to_megatron(args.source, args.out, dtype)
+        write = to_megatron(args.source, args.out, dtype, args.model == "gpt")
     else:
-        write = to_hf(args.source, args.out, dtype, args.vocab_size, args.max_shard_size * 1e9)
+        shard_bytes = args.max_shard_size * 1e9
+        write = to_hf(args.source, args.out, dtype, args.vocab_size, shard_bytes, args.drop_mtp_heads)
     write()
     print(f"Converted {args.source} to {args.out}.", flush=True)
     if not args.no_check:

@@ -8,8 +8,9 @@ import argparse
 import dataclasses
 from typing import Any
 
-from hgrn2_megatron.arguments import GPT, MODULE, full_spec, glu_width
+from hgrn2_megatron.arguments import GPT, MODULE, STACK, full_spec, glu_width, is_hgrn2_spec, is_stack_spec
 from hgrn2_megatron.config import ATTENTION, HGRN2, HGRN2Config, UsageError
+from hgrn2_megatron.forms import gpt_pattern, stack_pattern
 
 # Megatron's default for --make-vocab-size-divisible-by. Every usual TP size divides it.
 VOCAB_MULTIPLE = 128
@@ -24,8 +25,32 @@ def _refuse(field: str, value: Any, reason: str):
     raise UsageError(f"config.json: {field} is {value!r}: {reason}")
 
 
+def as_gpt(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the args of the GPT that computes the same function as a model of either form.
+
+    fla's layers are those of a GPT. The `|` of a HybridModel's pattern and its heads for multi-token prediction are
+    left out.
+
+    Args:
+        args: Megatron's args of a GPT, which are returned as they are, or of a HybridModel.
+
+    Raises:
+        UsageError: no GPT computes the same function.
+    """
+    if not is_stack_spec(args.spec):
+        return args
+    try:
+        layers, _ = gpt_pattern(args.hybrid_layer_pattern)
+    except UsageError as error:
+        raise UsageError(
+            f"the checkpoint cannot be converted, because fla's layers are those of a GPT: {error}"
+        ) from error
+    form = {"spec": [MODULE, GPT], "num_layers": len(layers), "hgrn2_layer_pattern": layers}
+    return argparse.Namespace(**vars(args) | form | {"hybrid_layer_pattern": None})
+
+
 def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
-    """Return Megatron's args of the model that a config.json describes.
+    """Return Megatron's args of the HybridModel that a config.json describes.
 
     Args:
         config: content of the config.json of an HGRN2 model from any release of fla. A missing field has fla's default.
@@ -72,19 +97,18 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
     width = c.get("intermediate_size") or glu_width(d, c.get("hidden_ratio") or 4)
     positions = c.get("max_position_embeddings", 2048)
     layers = attention["layers"]
-    hgrn2 = HGRN2Config(
-        expand_ratio=expand,
-        layer_pattern="".join(ATTENTION if layer in layers else HGRN2 for layer in range(depth)) if layers else HGRN2,
-        lower_bounds="learned" if c.get("use_lower_bound", True) else "none",
-    )
+    hgrn2 = HGRN2Config(expand_ratio=expand, lower_bounds="learned" if c.get("use_lower_bound", True) else "none")
+    letters = "".join(ATTENTION if layer in layers else HGRN2 for layer in range(depth))
+    pattern = stack_pattern(letters, [False] * depth)
     hgrn2_heads = hgrn2.num_heads(d)
     heads = attention.get("num_heads") or hgrn2_heads
     groups = attention.get("num_kv_heads") or heads
     dtype = str(c.get("dtype") or c.get("torch_dtype")).removeprefix("torch.")
     return argparse.Namespace(
-        spec=[MODULE, GPT],
+        spec=[MODULE, STACK],
         **{f"hgrn2_{name}": value for name, value in dataclasses.asdict(hgrn2).items()},
-        num_layers=depth,
+        hybrid_layer_pattern=pattern,
+        num_layers=len(pattern),
         hidden_size=d,
         ffn_hidden_size=width,
         num_attention_heads=heads,
@@ -163,7 +187,6 @@ def _attention(attn: Any, hidden_size: int, depth: int) -> dict[str, Any]:
 # Settings of a Megatron model that fla's format cannot express if they are set: attribute -> flag.
 NOT_IN_FLA = {
     "num_experts": "--num-experts",
-    "mtp_num_layers": "--mtp-num-layers",
     "add_bias_linear": "biases of linear layers (--disable-bias-linear)",
     "use_mup": "--use-mup",
     "apply_layernorm_1p": "--apply-layernorm-1p",
@@ -186,7 +209,7 @@ def hf_config(args: argparse.Namespace, vocab_size: int, dtype: str, token_ids: 
     """Return the content of config.json for a Megatron model.
 
     Args:
-        args: args of the run that saved the model.
+        args: args of the run that saved the model, a GPT or a HybridModel.
         vocab_size: number of tokens without Megatron's padding.
         dtype: dtype of the weights: "bfloat16", "float32" or "float16".
         token_ids: ids of special tokens, such as bos_token_id, which Megatron does not know.
@@ -195,8 +218,18 @@ def hf_config(args: argparse.Namespace, vocab_size: int, dtype: str, token_ids: 
         UsageError: fla's format cannot express the model. The error names the flag.
     """
     spec = full_spec(list(getattr(args, "spec", None) or ["none"]))
-    if spec != [MODULE, GPT]:
-        raise UsageError(f"the checkpoint has --spec {' '.join(spec or ())}: only --spec hgrn2 can be converted")
+    if not is_hgrn2_spec(spec):
+        raise UsageError(
+            f"the checkpoint has --spec {' '.join(spec or ())}: only --spec hgrn2 and --spec hgrn2_stack can be "
+            "converted"
+        )
+    if getattr(args, "mtp_num_layers", None):
+        raise UsageError(
+            f"--mtp-num-layers is {args.mtp_num_layers} in the checkpoint: fla's format has no place for heads of "
+            "multi-token prediction. Give --drop-mtp-heads to convert the model without them: its own logits stay as "
+            "they are"
+        )
+    args = as_gpt(args)
     hgrn2, d = HGRN2Config.of(args), args.hidden_size
     if hgrn2.norm_eps != HGRN2Config.norm_eps:
         raise UsageError(

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hgrn2_megatron.arguments import is_stack_spec
 from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.conversion.config import query_groups
+from hgrn2_megatron.conversion.config import as_gpt, query_groups
+from hgrn2_megatron.forms import stack_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +59,13 @@ class Weight:
 
 
 def weights(args: argparse.Namespace, vocab_size: int) -> list[Weight]:
-    """Return the table of all weights of a model.
+    """Return the table of all weights of a GPT or a HybridModel, without heads for multi-token prediction.
 
     Args:
         args: Megatron's args of the model. Megatron's embeddings have `args.padded_vocab_size` rows.
         vocab_size: number of rows of the embeddings in fla's model.
     """
+    is_stack, args = is_stack_spec(args.spec), as_gpt(args)
     hgrn2, d, ff = HGRN2Config.of(args), args.hidden_size, args.ffn_hidden_size
     padding, vocab = args.padded_vocab_size - vocab_size, (vocab_size, d)
     table = [Weight("embedding.word_embeddings.weight", {"model.embeddings.weight": vocab}, padding=padding)]
@@ -93,4 +96,4 @@ def weights(args: argparse.Namespace, vocab_size: int) -> list[Weight]:
     table.append(Weight("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}))
     if args.untie_embeddings_and_output_weights:
         table.append(Weight("output_layer.weight", {"lm_head.weight": vocab}, padding=padding))
-    return table
+    return [dataclasses.replace(w, name=stack_name(w.name)) for w in table] if is_stack else table

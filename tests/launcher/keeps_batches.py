@@ -1,4 +1,4 @@
-"""examples/pretrain_gpt.py whose rank 0 keeps the tokens and labels of every micro-batch in the folder BATCHES.
+"""examples/pretrain_hybrid.py whose rank 0 keeps the tokens and labels of every micro-batch in the folder BATCHES.
 
 A script for the launcher, not a test.
 """
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from megatron.training.argument_utils import hybrid_config_from_args
 
 sys.path.insert(0, "examples")
 import pretrain_gpt
@@ -26,4 +27,4 @@ def get_and_keep(data_iterator):
 
 
 pretrain_gpt.get_batch = get_and_keep
-pretrain_gpt.main()
+pretrain_gpt.main(hybrid_config_from_args)

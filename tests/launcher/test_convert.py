@@ -2,19 +2,23 @@
 
 import argparse
 import json
+import shutil
 
 import harness
 import plain_hgrn2
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from training import HGRN2, train
+from training import STACK, assert_equal, train
 
 from hgrn2_megatron import UsageError
+from hgrn2_megatron.arguments import MODULE
 from hgrn2_megatron.conversion import check as hf_check
 from hgrn2_megatron.conversion import command as convert
 from hgrn2_megatron.conversion.config import megatron_args
-from hgrn2_megatron.conversion.files import MegatronTensors
+from hgrn2_megatron.conversion.files import MegatronTensors, read_args
+from hgrn2_megatron.forms import stack_name
 
 HIDDEN, WIDTH, LAYERS, EXPAND = 64, 96, 3, 16
 ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 5000.0}
@@ -114,6 +118,7 @@ MODELS = {
     "vocabulary that fits": {"vocab_size": 256},
     "several files": {"files": 3},
     "bf16": {"dtype": torch.bfloat16},
+    "gpt": HYBRID,
     "num_heads alone": {"expand_ratio": None, "num_heads": HIDDEN // EXPAND},
 }
 
@@ -124,10 +129,12 @@ def there_and_back(tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp("model") for name in MODELS}
     for name, folder in folders.items():
         write_hf(folder / "hf", **MODELS[name])
-    steps = [
-        (folder / a, folder / b) for a, b in (("hf", "megatron"), ("megatron", "back")) for folder in folders.values()
+    there = [
+        (folder / "hf", folder / "megatron", "--model", "gpt" if name == "gpt" else "hybrid")
+        for name, folder in folders.items()
     ]
-    run_checked([(words, 0, False) for words in steps])
+    back = [(folder / "megatron", folder / "back") for folder in folders.values()]
+    run_checked([(words, 0, False) for words in there + back])
     return folders
 
 
@@ -136,15 +143,28 @@ def there_and_back(tmp_path_factory):
 def test_there_and_back_is_exact(model, there_and_back):
     source, back = (there_and_back[model] / name for name in ("hf", "back"))
     expected, actual = read_hf(source), read_hf(back)
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        assert actual[name].dtype == x.dtype and torch.equal(actual[name], x), name
+    assert {name: x.dtype for name, x in actual.items()} == {name: x.dtype for name, x in expected.items()}
+    assert_equal(actual, expected)
     # the settings are the same to a reader, whatever is left to defaults
     given, written = (json.loads((folder / "config.json").read_text()) for folder in (source, back))
     settings = [vars(megatron_args(config)) | {"bf16": None} for config in (given, written)]
     assert settings[0] == settings[1]
     assert written["architectures"] == ["HGRN2ForCausalLM"]
     assert (back / "tokenizer.json").read_text() == '{"of": "a test"}'
+
+
+def test_the_form_that_is_written(there_and_back):
+    """Both forms have the same tensors under other names, and their args name the form."""
+    names, args = [], []
+    for model in ("hybrid", "gpt"):
+        folder = there_and_back[model] / "megatron" / "release"
+        names.append(MegatronTensors(folder).stored.keys())
+        args.append(read_args(folder))
+    assert names[0] == {stack_name(name) for name in names[1]} != names[1]
+    assert [x.spec for x in args] == [[MODULE, "hgrn2_stack"], [MODULE, "hgrn2"]]
+    assert [x.num_layers for x in args] == [2 * LAYERS, LAYERS]
+    assert [x.hybrid_layer_pattern for x in args] == ["M-*-M-", None]
+    assert [x.hgrn2_layer_pattern for x in args] == ["H", "H*H"]
 
 
 def test_small_files_have_an_index(tmp_path):
@@ -198,6 +218,8 @@ def test_the_check_knows_right_from_wrong_in_every_dtype(tmp_path):
                 name, status = f"{kept} {flags} {wrong}", 2 if wrong else 0
                 there.append(((source, tmp_path / f"to {name}", *flags), status, wrong))
                 back.append(((tmp_path / f"{kept} there", tmp_path / f"from {name}", *flags), status, wrong))
+    heads = with_mtp_head(run(write_hf(tmp_path / "hf", **HYBRID), tmp_path / "main"), tmp_path / "heads")
+    back.append(((heads, tmp_path / "without heads", "--drop-mtp-heads"), 0, False))
     run_checked([*there, *back])
 
 
@@ -220,7 +242,7 @@ def test_ids_of_special_tokens_travel(tmp_path):
 
 def test_what_a_config_leaves_out_is_as_in_fla():
     args = megatron_args({"model_type": "hgrn2"})
-    assert (args.num_layers, args.hidden_size, args.ffn_hidden_size) == (24, 2048, 5632)
+    assert (args.hybrid_layer_pattern, args.hidden_size, args.ffn_hidden_size) == (24 * "M-", 2048, 5632)
     assert (args.vocab_size, args.padded_vocab_size, args.hgrn2_expand_ratio) == (32000, 32000, 128)
     assert args.untie_embeddings_and_output_weights and args.hgrn2_lower_bounds == "learned"
     assert megatron_args({"model_type": "hgrn2", "hidden_ratio": 3}).ffn_hidden_size == 4096
@@ -243,25 +265,25 @@ def test_the_check_refuses_different_logits(tmp_path, monkeypatch):
 TP2_PP2 = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
 
 
-@pytest.mark.releases
-def test_through_a_run_of_megatron(tmp_path, monkeypatch):
-    """Command line there, with the check; two iterations on TP2 x PP2; command line back, with the check."""
-    # the second layer, whose bound is not zero, is the HGRN2 layer
-    attn = ATTENTION | {"layers": [0]}
-    source = write_hf(tmp_path / "hf", vocab_size=128, expand_ratio=32, num_hidden_layers=2, attn=attn)
-    done = harness.python("-m", "hgrn2_megatron", "convert", str(source), str(tmp_path / "megatron"))
-    assert done.returncode == 0 and "differ by at most" in done.stdout, done.stdout[-2000:]
+# model -> layers with attention, and a pattern whose stages may end between the two layers of a pair
+RUNS = {"pure": ([], "M-M|-M-"), "hybrid": ([0], "*-M-|M-")}
+
+
+@pytest.mark.parametrize("model", RUNS)
+def test_through_a_run_of_megatron(model, tmp_path, monkeypatch):
+    """Convert there, train an iteration at learning rate 0 on TP2 x PP2, and convert back: no bit changes."""
+    layers, pattern = RUNS[model]
+    attn = ATTENTION | {"layers": layers} if layers else None
+    source = write_hf(tmp_path / "hf", vocab_size=128, expand_ratio=32, attn=attn)
+    run(source, tmp_path / "megatron")
 
     (tmp_path / "batches").mkdir()
     monkeypatch.setenv("BATCHES", str(tmp_path / "batches"))
-    model = "--num-attention-heads 4 --num-query-groups 2 --group-query-attention --vocab-size 128".split()
-    load = ("--load", tmp_path / "megatron", "--use-checkpoint-args")
-    save = ("--save", tmp_path / "trained", "--save-interval", 2, "--exit-interval", 2)
-    losses, _ = train(
-        *(*HGRN2, *model, *TP2_PP2, "--sequence-parallel", *load, *save),
-        script="tests/launcher/keeps_batches.py",
-        num_processes=4,
-    )
+    parts = (*TP2_PP2, "--sequence-parallel", "--hybrid-layer-pattern", pattern)
+    load = ("--load", tmp_path / "megatron", "--use-checkpoint-args", "--num-attention-heads", 4, "--vocab-size", 128)
+    save = ("--save", tmp_path / "trained", "--save-interval", 1, "--train-iters", 1, "--lr", 0)
+    script = "tests/launcher/keeps_batches.py"
+    losses, _ = train(*STACK, *parts, *load, *save, script=script, num_processes=4)
     weights = read_hf(source)
     config = json.loads((source / "config.json").read_text())
     batches = [torch.load(tmp_path / "batches" / f"{n}.pt") for n in (1, 2)]
@@ -270,11 +292,7 @@ def test_through_a_run_of_megatron(tmp_path, monkeypatch):
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     assert abs(float(losses[1]) - loss.item()) < 2e-5
 
-    done = harness.python("-m", "hgrn2_megatron", "convert", str(tmp_path / "trained"), str(tmp_path / "back"))
-    assert done.returncode == 0 and "differ by at most" in done.stdout, done.stdout[-2000:]
-    trained = read_hf(tmp_path / "back")
-    assert trained.keys() == weights.keys()
-    assert all(x.shape == weights[name].shape and not torch.equal(x, weights[name]) for name, x in trained.items())
+    assert_equal(read_hf(run(tmp_path / "trained", tmp_path / "back")), weights)
 
 
 REFUSED = [
@@ -349,18 +367,19 @@ def checkpoint(tmp_path_factory):
     ("changes", "message"),
     [
         ({"hgrn2_norm_eps": 1e-6}, "--hgrn2-norm-eps"),
-        ({"spec": ["hgrn2_megatron.spec", "hgrn2_stack"]}, "hgrn2_stack"),
         ({"spec": None}, "--spec none"),
-        ({"num_experts": 4}, "--num-experts"),
+        ({"hybrid_layer_pattern": "M*-M--"}, r"--hybrid-layer-pattern 'M\*-M--' has no counterpart"),
+        ({"mtp_num_layers": 1, "hybrid_layer_pattern": "M-*-M-/M-"}, "--mtp-num-layers is 1 .* Give --drop-mtp-heads"),
+        ({"num_experts": 4, "hybrid_layer_pattern": "M-*-ME"}, "--num-experts"),
         ({"qk_layernorm": True}, "--qk-layernorm"),
         ({"add_qkv_bias": True}, "--add-qkv-bias"),
         ({"window_size": (64, 0)}, "--window-size"),
         ({"kv_channels": 32}, "--kv-channels"),
         ({"rotary_percent": 0.5}, "--rotary-percent"),
         ({"position_embedding_type": "none"}, "--position-embedding-type"),
-        ({"num_layers": 4}, r"decoder.layers.3\S* is missing"),
-        ({"num_layers": 2}, r"decoder.layers.2\S* has no place"),
-        ({"ffn_hidden_size": 32}, r"decoder.layers.0.mlp.linear_fc1.weight has shape \(192, 64\)"),
+        ({"hybrid_layer_pattern": "M-*-M-|M-"}, r"decoder.layers.6\S* is missing"),
+        ({"hybrid_layer_pattern": "M-*-"}, r"decoder.layers.4\S* has no place"),
+        ({"ffn_hidden_size": 32}, r"decoder.layers.1.mlp.linear_fc1.weight has shape \(192, 64\)"),
     ],
     ids=str,
 )
@@ -374,6 +393,34 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(changes, message, chec
     finally:
         torch.save(saved, common)
     assert not (tmp_path / "out").exists()
+
+
+def with_mtp_head(checkpoint, out):
+    """Copy a converted checkpoint, and add a head for multi-token prediction to it, as Megatron would name it."""
+    shutil.copytree(checkpoint, out)
+    stored = MegatronTensors(checkpoint / "release")
+    tensors = {name: stored.read(name) for name in stored.stored}
+    inner = "mtp.layers.0.mtp_model_layer.layers."
+    tensors |= {
+        "mtp.layers.0.eh_proj.weight": torch.ones(HIDDEN, 2 * HIDDEN),
+        f"{inner}0.self_attention.in_proj.weight": torch.ones(3 * HIDDEN, HIDDEN),
+        f"{inner}1.mlp.linear_fc2.weight": torch.ones(HIDDEN, WIDTH),
+    }
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(out / "release", overwrite=True), no_dist=True)
+    common = out / "release" / "common.pt"
+    saved = torch.load(common, weights_only=False)
+    saved["args"].hybrid_layer_pattern += "/M-"
+    saved["args"].mtp_num_layers = 1
+    torch.save(saved, common)
+    return out
+
+
+def test_a_model_without_its_heads_for_multi_token_prediction(checkpoint, tmp_path):
+    heads = with_mtp_head(checkpoint, tmp_path / "heads")
+    with pytest.raises(UsageError, match="Give --drop-mtp-heads"):
+        run(heads, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert_equal(read_hf(run(heads, tmp_path / "out", "--drop-mtp-heads")), read_hf(checkpoint.parent / "hf"))
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-99]), lambda file: file.unlink()])
