@@ -274,7 +274,7 @@ def test_through_a_run_of_megatron(model, tmp_path, monkeypatch):
     """Convert there, train an iteration at learning rate 0 on TP2 x PP2, and convert back: no bit changes."""
     layers, pattern = RUNS[model]
     attn = ATTENTION | {"layers": layers} if layers else None
-    source = write_hf(tmp_path / "hf", vocab_size=128, expand_ratio=32, attn=attn)
+    source = write_hf(tmp_path / "hf", vocab_size=128, attn=attn)
     run(source, tmp_path / "megatron")
 
     (tmp_path / "batches").mkdir()
