@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hgrn2_megatron.config import UsageError
-from hgrn2_megatron.conversion.config import as_gpt, hf_config, megatron_args
+from hgrn2_megatron.conversion.config import hf_config, megatron_args
 from hgrn2_megatron.conversion.files import (
     INDEX,
     TRACKER,
@@ -61,14 +61,13 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
         return self._read(index.fqn)
 
 
-def to_megatron(source: Path, out: Path, dtype: torch.dtype | None, gpt: bool) -> Callable[[], None]:
-    """Check a Hugging Face folder, and return a function that writes it as a Megatron checkpoint.
+def to_megatron(source: Path, out: Path, dtype: torch.dtype | None) -> Callable[[], None]:
+    """Check a Hugging Face folder, and return a function that writes it as a Megatron checkpoint of a HybridModel.
 
     Args:
         source: folder with config.json and safetensors files.
         out: folder for `--load`. The checkpoint itself is its subfolder `release`.
         dtype: dtype of the weights to write; None keeps the dtype of each weight.
-        gpt: whether the checkpoint is of a GPT. Otherwise it is of a HybridModel.
 
     Returns:
         A function without arguments that writes the checkpoint. Nothing is written before.
@@ -77,7 +76,7 @@ def to_megatron(source: Path, out: Path, dtype: torch.dtype | None, gpt: bool) -
         UsageError: the folder cannot be converted.
     """
     config = read_json(source / "config.json")
-    args = as_gpt(megatron_args(config)) if gpt else megatron_args(config)
+    args = megatron_args(config)
     tensors = HFTensors(source, args.ffn_hidden_size)
     if not args.untie_embeddings_and_output_weights:
         # This would be a second copy of the embeddings, which fla does not read either.
@@ -260,13 +259,6 @@ def main(argv: list[str]) -> None:
         "--vocab-size", type=int, help="number of tokens without Megatron's padding, if the checkpoint does not tell it"
     )
     parser.add_argument(
-        "--model",
-        choices=("hybrid", "gpt"),
-        default="hybrid",
-        help="model of the Megatron checkpoint to write: 'hybrid' for pretrain_hybrid.py, 'gpt' for pretrain_gpt.py "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
         "--drop-mtp-heads",
         action="store_true",
         help="leave out the heads for multi-token prediction, which Hugging Face's format has no place for",
@@ -281,7 +273,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from_hf, dtype = (args.source / "config.json").is_file(), DTYPES.get(args.dtype)
     if from_hf:
-        write = to_megatron(args.source, args.out, dtype, args.model == "gpt")
+        write = to_megatron(args.source, args.out, dtype)
     else:
         shard_bytes = args.max_shard_size * 1e9
         write = to_hf(args.source, args.out, dtype, args.vocab_size, shard_bytes, args.drop_mtp_heads)

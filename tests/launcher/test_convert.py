@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from training import STACK, assert_equal, train
 
 from hgrn2_megatron import UsageError
-from hgrn2_megatron.arguments import MODULE
 from hgrn2_megatron.conversion import check as hf_check
 from hgrn2_megatron.conversion import command as convert
-from hgrn2_megatron.conversion.config import megatron_args
+from hgrn2_megatron.conversion.config import as_gpt, megatron_args
 from hgrn2_megatron.conversion.files import MegatronTensors, read_args
-from hgrn2_megatron.forms import stack_name
+from hgrn2_megatron.forms import gpt_name
 
 HIDDEN, WIDTH, LAYERS, EXPAND = 64, 96, 3, 16
 ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 5000.0}
@@ -109,6 +108,34 @@ def run_checked(cases):
     assert done.stdout.count("\nlogits of") == len(cases) - wrong
 
 
+def change(checkpoint, out, by):
+    """Copy a converted checkpoint, and change its tensors and args by a function."""
+    shutil.copytree(checkpoint, out)
+    stored, common = MegatronTensors(checkpoint / "release"), out / "release" / "common.pt"
+    saved = torch.load(common, weights_only=False)
+    tensors, saved["args"] = by({name: stored.read(name) for name in stored.stored}, saved["args"])
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(out / "release", overwrite=True), no_dist=True)
+    torch.save(saved, common)
+    return out
+
+
+def as_a_gpt(tensors, args):
+    """The checkpoint that a GPT would have saved."""
+    return {gpt_name(name): x for name, x in tensors.items()}, as_gpt(args)
+
+
+def with_mtp_head(tensors, args):
+    """The checkpoint of a model with a head for multi-token prediction, under Megatron's names."""
+    inner = "mtp.layers.0.mtp_model_layer.layers"
+    head = {
+        "mtp.layers.0.eh_proj.weight": torch.ones(HIDDEN, 2 * HIDDEN),
+        f"{inner}.0.self_attention.in_proj.weight": torch.ones(3 * HIDDEN, HIDDEN),
+        f"{inner}.1.mlp.linear_fc2.weight": torch.ones(HIDDEN, WIDTH),
+    }
+    pattern = {"hybrid_layer_pattern": f"{args.hybrid_layer_pattern}/M-", "mtp_num_layers": 1}
+    return tensors | head, argparse.Namespace(**vars(args) | pattern)
+
+
 HYBRID = {"attn": ATTENTION}
 MODELS = {
     "pure": {},
@@ -129,10 +156,9 @@ def there_and_back(tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp("model") for name in MODELS}
     for name, folder in folders.items():
         write_hf(folder / "hf", **MODELS[name])
-    there = [
-        (folder / "hf", folder / "megatron", "--model", "gpt" if name == "gpt" else "hybrid")
-        for name, folder in folders.items()
-    ]
+    gpt = folders["gpt"]
+    change(run(gpt / "hf", gpt / "stack"), gpt / "megatron", as_a_gpt)
+    there = [(folder / "hf", folder / "megatron") for name, folder in folders.items() if name != "gpt"]
     back = [(folder / "megatron", folder / "back") for folder in folders.values()]
     run_checked([(words, 0, False) for words in there + back])
     return folders
@@ -153,18 +179,9 @@ def test_there_and_back_is_exact(model, there_and_back):
     assert (back / "tokenizer.json").read_text() == '{"of": "a test"}'
 
 
-def test_the_form_that_is_written(there_and_back):
-    """Both forms have the same tensors under other names, and their args name the form."""
-    names, args = [], []
-    for model in ("hybrid", "gpt"):
-        folder = there_and_back[model] / "megatron" / "release"
-        names.append(MegatronTensors(folder).stored.keys())
-        args.append(read_args(folder))
-    assert names[0] == {stack_name(name) for name in names[1]} != names[1]
-    assert [x.spec for x in args] == [[MODULE, "hgrn2_stack"], [MODULE, "hgrn2"]]
-    assert [x.num_layers for x in args] == [2 * LAYERS, LAYERS]
-    assert [x.hybrid_layer_pattern for x in args] == ["M-*-M-", None]
-    assert [x.hgrn2_layer_pattern for x in args] == ["H", "H*H"]
+def test_a_hybrid_model_is_written(there_and_back):
+    args = read_args(there_and_back["hybrid"] / "megatron" / "release")
+    assert (args.spec, args.hybrid_layer_pattern, args.num_layers) == ([*STACK[1:]], "M-*-M-", 2 * LAYERS)
 
 
 def test_small_files_have_an_index(tmp_path):
@@ -218,7 +235,8 @@ def test_the_check_knows_right_from_wrong_in_every_dtype(tmp_path):
                 name, status = f"{kept} {flags} {wrong}", 2 if wrong else 0
                 there.append(((source, tmp_path / f"to {name}", *flags), status, wrong))
                 back.append(((tmp_path / f"{kept} there", tmp_path / f"from {name}", *flags), status, wrong))
-    heads = with_mtp_head(run(write_hf(tmp_path / "hf", **HYBRID), tmp_path / "main"), tmp_path / "heads")
+    main = run(write_hf(tmp_path / "hf", **HYBRID), tmp_path / "main")
+    heads = change(main, tmp_path / "heads", with_mtp_head)
     back.append(((heads, tmp_path / "without heads", "--drop-mtp-heads"), 0, False))
     run_checked([*there, *back])
 
@@ -395,28 +413,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(changes, message, chec
     assert not (tmp_path / "out").exists()
 
 
-def with_mtp_head(checkpoint, out):
-    """Copy a converted checkpoint, and add a head for multi-token prediction to it, as Megatron would name it."""
-    shutil.copytree(checkpoint, out)
-    stored = MegatronTensors(checkpoint / "release")
-    tensors = {name: stored.read(name) for name in stored.stored}
-    inner = "mtp.layers.0.mtp_model_layer.layers."
-    tensors |= {
-        "mtp.layers.0.eh_proj.weight": torch.ones(HIDDEN, 2 * HIDDEN),
-        f"{inner}0.self_attention.in_proj.weight": torch.ones(3 * HIDDEN, HIDDEN),
-        f"{inner}1.mlp.linear_fc2.weight": torch.ones(HIDDEN, WIDTH),
-    }
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(out / "release", overwrite=True), no_dist=True)
-    common = out / "release" / "common.pt"
-    saved = torch.load(common, weights_only=False)
-    saved["args"].hybrid_layer_pattern += "/M-"
-    saved["args"].mtp_num_layers = 1
-    torch.save(saved, common)
-    return out
-
-
 def test_a_model_without_its_heads_for_multi_token_prediction(checkpoint, tmp_path):
-    heads = with_mtp_head(checkpoint, tmp_path / "heads")
+    heads = change(checkpoint, tmp_path / "heads", with_mtp_head)
     with pytest.raises(UsageError, match="Give --drop-mtp-heads"):
         run(heads, tmp_path / "out")
     assert not (tmp_path / "out").exists()
