@@ -1,8 +1,11 @@
 """Patches of Megatron's functions that save and load checkpoints. Each patch is one function."""
 
+import copy
 import itertools
 
-from hgrn2_megatron import checkpoint
+from megatron.core.dist_checkpointing.serialization import load_content_metadata
+
+from hgrn2_megatron import checkpoint, checkpoint_check
 from hgrn2_megatron.arguments import is_hgrn2_spec
 from hgrn2_megatron.patching import wrap
 from hgrn2_megatron.settings import megatron_release
@@ -87,6 +90,9 @@ def install_checkpoint() -> None:
 
     Megatron reads a checkpoint twice: first its args, then its weights. It has no hook between the two. By itself it
     loads every weight that has the right shape, even if the weight means something else in this model.
+
+    Megatron 0.19 and later can read a GPT's checkpoint into a HybridModel, but knows no HGRN2 layers. This is off for
+    HGRN2 models.
     """
     import megatron.training.checkpointing as checkpointing
 
@@ -95,14 +101,14 @@ def install_checkpoint() -> None:
 
     def make_restore(load_args_from_checkpoint):
         def wrapped(args, *rest, **kwargs):
-            asked = is_hgrn2_spec(args.spec)
+            before = copy.copy(args)
             restoring.append(True)
             try:
                 result = load_args_from_checkpoint(args, *rest, **kwargs)
             finally:
                 restoring.pop()
-            if isinstance(result, tuple) and (asked or is_hgrn2_spec(args.spec)):
-                checkpoint.restore(args, result[1])
+            if isinstance(result, tuple) and (is_hgrn2_spec(before.spec) or is_hgrn2_spec(args.spec)):
+                checkpoint_check.restore(args, before, result[1])
             return result
 
         return wrapped
@@ -120,12 +126,24 @@ def install_checkpoint() -> None:
             saved = (state_dict or {}).get("args")
             is_distributed = kind is not None and kind.name == "GLOBAL"
             if saved and not restoring:
-                checkpoint.check(args, saved, is_distributed)
+                metadata = load_content_metadata(preloaded_state_dict=state_dict) or {}
+                checkpoint_check.check(args, saved, is_distributed, metadata.get("distrib_optim_sharding_type"))
             if rank0:
                 distributed[:] = [(saved, folder)] if saved and is_distributed else []
+            elif saved and is_hgrn2_spec(args.spec):
+                # Megatron compares the depth, which both forms of a model count differently. It is checked above.
+                saved.num_layers = args.num_layers
             return result
+
+        return wrapped
+
+    def make_setup(maybe_setup_gpt_to_hybrid_load):
+        def wrapped(args, ckpt_args, model):
+            return (None, False) if is_hgrn2_spec(args.spec) else maybe_setup_gpt_to_hybrid_load(args, ckpt_args, model)
 
         return wrapped
 
     wrap(checkpointing, "load_args_from_checkpoint", ["args"], make_restore)
     wrap(checkpointing, "_load_base_checkpoint", ["load_dir", "args", "rank0", "sharded_state_dict"], make_base_load)
+    if hasattr(checkpointing, "_maybe_setup_gpt_to_hybrid_load"):
+        wrap(checkpointing, "_maybe_setup_gpt_to_hybrid_load", ["args", "ckpt_args", "model"], make_setup)

@@ -4,15 +4,58 @@ A layer of a GPT is two layers of a HybridModel, a token mixer and a channel mix
 both forms.
 """
 
+import argparse
+import dataclasses
 import re
 from collections.abc import Callable
 
-from hgrn2_megatron.config import CHANNEL_MIXERS, EXPERTS, MIXERS, PIPE, UsageError
+from hgrn2_megatron.arguments import is_hgrn2_spec, is_stack_spec
+from hgrn2_megatron.config import ATTENTION, CHANNEL_MIXERS, EXPERTS, HGRN2, MIXERS, PIPE, HGRN2Config, UsageError
 
 LAYER = re.compile(r"\bdecoder\.layers\.(\d+)\.(\w+)")
 CHANNEL_MODULES = ("pre_mlp_layernorm", "mlp")
 FINAL_NORM = {"gpt": "decoder.final_layernorm.", "stack": "decoder.final_norm."}
 SYMBOLS = {letter: symbol for symbol, letter in MIXERS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The layers of a model, written in the same way for a GPT and for a HybridModel.
+
+    Attributes:
+        stack: whether the model is a HybridModel.
+        symbols: one symbol for each layer of a HybridModel, and two for each layer of a GPT. There is no `|`, because
+            pipeline stages are not part of the model.
+        heads: heads for multi-token prediction as the pattern has them, "/*-/*-". It is empty for a GPT.
+    """
+
+    stack: bool
+    symbols: str
+    heads: str = ""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Layers":
+        """Read the layers from Megatron's args of any run, with or without HGRN2 layers."""
+        spec = getattr(args, "spec", None)
+        # Runs of earlier Megatron releases have the older name of the flag.
+        names = ("hybrid_layer_pattern", "hybrid_override_pattern")
+        pattern = next(filter(None, (getattr(args, name, None) for name in names)), "")
+        if is_stack_spec(spec) or (pattern and not is_hgrn2_spec(spec)):
+            main, *heads = pattern.split("/")
+            return cls(True, main.replace(PIPE, ""), "".join(f"/{head}" for head in heads))
+        is_hgrn2 = HGRN2Config.of(args).is_hgrn2_layer if is_hgrn2_spec(spec) else lambda layer: False
+        experts = _experts(args)
+        letters = (HGRN2 if is_hgrn2(layer) else ATTENTION for layer in range(len(experts)))
+        return cls(False, stack_pattern("".join(letters), experts))
+
+
+def _experts(args: argparse.Namespace) -> list[bool]:
+    """Return whether each layer of a GPT has experts."""
+    layers = range(getattr(args, "num_layers", None) or 0)
+    if not getattr(args, "num_experts", None):
+        return [False for _ in layers]
+    frequency = args.moe_layer_freq
+    return [layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer]) for layer in layers]
 
 
 def gpt_pattern(pattern: str) -> tuple[str, list[bool]]:

@@ -15,12 +15,12 @@ PACKAGE = harness.ROOT / "hgrn2_megatron"
 ORDER = """
     __main__ doctor patch
     conversion.command conversion.check conversion.weights conversion.config conversion.files conversion.__init__
-    spec model_hooks megatron_hooks checkpoint_hooks checkpoint flops arguments
+    spec model_hooks megatron_hooks checkpoint_hooks checkpoint_check checkpoint flops forms arguments
     mtp stack requirements megatron_flags cuda_graphs block chunked_loss
     layer mixer generation
     context_parallel.operator context_parallel.exchange context_parallel.pieces context_parallel.__init__
     lower_bounds norm tensor_parallel
-    settings cpu patching forms
+    settings cpu patching
     __init__ config
 """.split()
 

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from hgrn2_megatron import UsageError, arguments, checkpoint
+from hgrn2_megatron import UsageError, arguments, checkpoint_check
 from hgrn2_megatron.__main__ import check_spec
 
 FULL = ["hgrn2_megatron.spec", "hgrn2"]
@@ -54,7 +54,7 @@ def test_flags_are_typed_and_every_config_field_has_one():
     fields.remove("hgrn2_packed_layout")
     assert {name for name in vars(args) if name.startswith("hgrn2_")} == fields
     # no part of the model: a run that takes over a checkpoint's has its own
-    assert fields - set(checkpoint.CHECKPOINT_ARGS) == {"hgrn2_loss_chunk_size"}
+    assert fields - set(checkpoint_check.CHECKPOINT_ARGS) == {"hgrn2_loss_chunk_size"}
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,17 @@ def test_silent_values_are_those_of_published_models(hidden, ffn):
         ({}, {"hybrid_layer_pattern": "M-|M-*-"}, None),  # stages are no part of the model
         ({}, {"hybrid_layer_pattern": "M-*-M-"}, "--hybrid-layer-pattern is M-M-[*]- here and M-[*]-M- in"),
         ({"hgrn2_expand_ratio": 64}, {}, "--hgrn2-expand-ratio is 64 here and 128 in"),
-        ({}, {"spec": FULL}, "--spec is hgrn2_megatron.spec hgrn2_stack here and hgrn2_megatron.spec hgrn2 in"),
+        ({}, {"spec": FULL, "num_layers": 3, "hgrn2_layer_pattern": "HH*"}, None),  # the same model as a GPT
+        ({}, {"spec": FULL, "num_layers": 3}, "--hybrid-layer-pattern is M-M-[*]- here and M-M-M- in"),
     ],
 )
 def test_a_hybrid_models_checkpoint_is_of_the_same_model(here, saved, flag):
     model = {"spec": [FULL[0], "hgrn2_stack"], "num_layers": 6, "hybrid_layer_pattern": "M-M-*-"}
     args, checkpoint_args = (argparse.Namespace(**model | changes) for changes in (here, saved))
     if flag is None:
-        return checkpoint.check_same_model(args, checkpoint_args)
+        return checkpoint_check.check_same_model(args, checkpoint_args)
     with pytest.raises(UsageError, match=flag):
-        checkpoint.check_same_model(args, checkpoint_args)
+        checkpoint_check.check_same_model(args, checkpoint_args)
 
 
 @pytest.mark.parametrize("there", [True, False])
