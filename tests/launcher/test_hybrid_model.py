@@ -1,13 +1,16 @@
-"""Megatron's HybridModel through the launcher: real runs, compared by losses with those of the GPT form."""
+"""Megatron's HybridModel through the launcher: real runs, compared with the GPT form, whose checkpoints it shares."""
 
 import re
 
 import harness
 import pytest
-from training import FLAGS, HGRN2, STACK, assert_continues, launch, train
+from training import FLAGS, HGRN2, STACK, assert_continues, assert_equal, launch, saved_tensors, train
+
+from hgrn2_megatron import forms
 
 OURS = "examples/pretrain_hybrid.py"
 PATTERN = ("--hybrid-layer-pattern", "M-M-*-M-")
+GPT = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "HH*H")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,12 +29,19 @@ def run(tmp_path_factory):
     return losses, output, folder
 
 
-def test_the_run_is_that_of_the_gpt_form(run):
+@pytest.fixture(scope="module")
+def gpt_run(tmp_path_factory):
+    """The same run in the GPT form: (losses, checkpoint folder)."""
+    folder = tmp_path_factory.mktemp("gpt")
+    losses, _ = train(*GPT, "--save", folder, "--save-interval", 4)
+    return losses, folder
+
+
+def test_the_run_is_that_of_the_gpt_form(run, gpt_run):
     losses, output, _ = run
     assert "HGRN2: 3 of 4 layers, expand 32, lower bounds learned, op=pytorch" in output
     assert float(losses[8]) < float(losses[1]) - 0.3
-    gpt, _ = train(*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "HH*H")
-    assert losses == gpt
+    assert losses == gpt_run[0]
 
 
 def test_a_resumed_run_takes_the_model_from_the_checkpoint(run):
@@ -72,35 +82,33 @@ def test_stages_on_the_command_line_must_be_those_of_the_run():
     assert done.returncode != 0 and f"hgrn2_megatron: error: {message}" in done.stdout, done.stdout[-2000:]
 
 
-@pytest.fixture(scope="module")
-def gpt_checkpoint(tmp_path_factory):
-    """A checkpoint of the GPT form."""
-    folder = tmp_path_factory.mktemp("gpt")
-    model = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "HH*H")
-    train(*model, "--save", folder, "--save-interval", 2, "--exit-interval", 2)
-    return folder
+def test_a_checkpoint_moves_to_the_other_form_and_back(gpt_run, tmp_path):
+    """Both runs take the model from the checkpoint, and only the name of the script says which form they build."""
+    losses, gpt = gpt_run
+    flags = ("--use-checkpoint-args", "--ckpt-step", 4, "--override-opt-param-scheduler")
+    # The first run has no step left to train, so it saves what it loads.
+    files = ("--load", gpt, "--save", tmp_path / "stack", "--save-interval", 3)
+    train(*flags, *files, "--train-iters", 4, script=OURS)
+    moved = {forms.stack_name(name): x for name, x in saved_tensors(gpt, 4).items()}
+    assert "optimizer.state.exp_avg.decoder.layers.5.mlp.linear_fc2.weight" in moved
+    assert_equal(saved_tensors(tmp_path / "stack", 4), moved)
+
+    files = ("--load", tmp_path / "stack", "--save", tmp_path / "gpt", "--save-interval", 8)
+    back, _ = train(*flags, *files, "--num-layers", 4)
+    assert_continues(back, losses)
+    assert_equal(saved_tensors(tmp_path / "gpt", 8), saved_tensors(gpt, 8))
 
 
-GPT_FORM = (("examples/pretrain_gpt.py", *HGRN2, "--num-layers", 4), "pretrain_gpt.py with --spec hgrn2 ")
-STACK_FORM = ((OURS, *STACK, *PATTERN), "pretrain_hybrid.py with --spec hgrn2_stack ")
-
-
-@pytest.mark.parametrize("flags", [(), ("--use-checkpoint-args",)])
-@pytest.mark.parametrize("theirs", ["gpt", "stack"])
-def test_a_checkpoint_of_the_other_form_is_refused_with_what_to_run_instead(theirs, flags, run, gpt_checkpoint):
-    ours, other, folder = (STACK_FORM, GPT_FORM, gpt_checkpoint) if theirs == "gpt" else (GPT_FORM, STACK_FORM, run[2])
-    (script, *model), (_, instead) = ours[0], other
-    done = launch(*model, "--load", folder, *flags, script=script)
-    errors = [line for line in done.stdout.splitlines() if "hgrn2_megatron: error: " in line]
-    assert done.returncode != 0 and len(errors) == 1, done.stdout[-2000:]
-    assert " in the checkpoint to load: " in errors[0] and f"run {instead}and --use-checkpoint-args" in errors[0]
-
-
-def test_the_advice_of_that_refusal_works(gpt_checkpoint):
-    # that of a HybridModel's checkpoint is the resumed run above
-    (script, *model), _ = GPT_FORM
-    losses, _ = train(*model, "--load", gpt_checkpoint, "--use-checkpoint-args", script=script)
-    assert sorted(losses) == list(range(3, 9))
+def test_a_checkpoint_moves_to_the_other_form_in_another_layout(tmp_path):
+    """Experts, and the distributed optimizer: virtual stages and data parallelism on one side, stages on the other."""
+    experts = ("--num-experts", 4, "--micro-batch-size", 1, "--train-iters", 7)
+    stages = ("--pipeline-model-parallel-size", 2, "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+    model = (*GPT, *experts, "--moe-layer-freq", "[0,1,0,1]", "--num-layers-per-virtual-pipeline-stage", 1)
+    losses, _ = train(*model, *stages, "--save", tmp_path, "--save-interval", 4, num_processes=4)
+    pattern = ("--hybrid-layer-pattern", "M-ME|*-ME")
+    files = ("--load", tmp_path, "--ckpt-step", 4)
+    moved, _ = train(*STACK, *pattern, *experts, *stages, *files, script=OURS, num_processes=2)
+    assert_continues(moved, losses, tolerance=2e-6)
 
 
 EXPERTS = ("--num-experts", 2, "--moe-aux-loss-coeff", 1e-2, "--moe-z-loss-coeff", 1e-3, "--train-iters", 4)
