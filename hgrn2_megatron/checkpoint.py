@@ -46,6 +46,8 @@ def adapt(
         return args
     stored = load_sharded_metadata(checkpoint)
     fresh = [HEADS] if fresh_heads else []
+    if fresh_heads and torch.distributed.get_rank() == 0:
+        print(f"HGRN2: the heads for multi-token prediction, {here.heads}, start fresh", flush=True)
     if from_attention:
         args, keys = _from_attention(args, here)
         fresh += keys
@@ -89,7 +91,7 @@ def _from_attention(args: argparse.Namespace, here: Layers) -> tuple[argparse.Na
         print(
             f"HGRN2: loading {mixers - len(fresh)} of {mixers} mixers and all other shared weights from an attention "
             f"checkpoint; starting fresh: the mixers of layers {', '.join(str(n + 1) for n in fresh)} with their input "
-            f"norms, the lower bounds, {'the heads for multi-token prediction, ' if here.heads else ''}the optimizer",
+            "norms, the lower bounds, the optimizer",
             flush=True,
         )
     # Megatron checks that the ranks together read every part of an entry. No rank reads the attention of HGRN2 layers.

@@ -67,6 +67,9 @@ def restore(args: argparse.Namespace, before: argparse.Namespace, checkpoint_arg
     if stack != saved.stack:
         _translate_layers(args, before, saved, saved_is_hgrn2)
     pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern == getattr(before, "hybrid_layer_pattern", None):
+        # Megatron copies the number of heads, but the pattern with the heads is not the checkpoint's.
+        args.mtp_num_layers = before.mtp_num_layers
     if pattern and not stages_fit(pattern, args.pipeline_model_parallel_size):
         args.hybrid_layer_pattern = pattern.replace(PIPE, "")
     # Every run through the launcher saves the plugin's flags, but they mean something only for an HGRN2 model.
@@ -86,7 +89,7 @@ def _translate_layers(args: argparse.Namespace, before: argparse.Namespace, save
             args.hybrid_layer_pattern = saved.symbols
         return
     layers, experts = _gpt_layers(saved)
-    args.hybrid_layer_pattern, args.mtp_num_layers = before.hybrid_layer_pattern, before.mtp_num_layers
+    args.hybrid_layer_pattern = before.hybrid_layer_pattern
     args.num_layers = before.num_layers or len(layers)
     if any(experts):
         args.moe_layer_freq = [*map(int, experts)]
