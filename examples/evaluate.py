@@ -25,27 +25,27 @@ from hgrn2_megatron.conversion.command import tokenizer_folder
 from hgrn2_megatron.conversion.files import checkpoint_folder, read_args
 
 
-def forward(gpt: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def forward(megatron: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Return logits [B, T, padded vocabulary] of tokens [B, T] int64, on every rank. Call it on all ranks."""
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return gpt(tokens, positions, None, runtime_gather_output=True)
+    return megatron(tokens, positions, None, runtime_gather_output=True)
 
 
 class Model(PreTrainedModel):
-    """A Megatron GPT with the interface of a transformers model, on rank 0. The other ranks call `follow`.
+    """A model of Megatron with the interface of a transformers model, on rank 0. The other ranks call `follow`.
 
     Args:
-        gpt: the model, which returns logits [B, T, padded vocabulary].
+        megatron: a GPTModel or HybridModel, which returns logits [B, T, padded vocabulary].
         vocab_size: size of the vocabulary without Megatron's padding. The logits of the padding are cut off.
         max_length: largest number of tokens of a sequence. Longer sequences are cut into windows.
     """
 
     config_class = PretrainedConfig
 
-    def __init__(self, gpt: torch.nn.Module, vocab_size: int, max_length: int):
+    def __init__(self, megatron: torch.nn.Module, vocab_size: int, max_length: int):
         settings = {"vocab_size": vocab_size, "max_position_embeddings": max_length}
         super().__init__(PretrainedConfig.from_dict(settings))
-        self.gpt = gpt
+        self.megatron = megatron
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module):
@@ -55,19 +55,19 @@ class Model(PreTrainedModel):
     def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
         """Return logits [B, T, vocabulary] of input_ids [B, T] int64."""
         torch.distributed.broadcast_object_list([input_ids.cpu()])
-        logits = forward(self.gpt, input_ids)
+        logits = forward(self.megatron, input_ids)
         return CausalLMOutput(logits=logits[..., : self.config.vocab_size])
 
 
 @torch.inference_mode()
-def follow(gpt: torch.nn.Module):
+def follow(megatron: torch.nn.Module):
     """Compute this rank's part of every forward pass of rank 0, until rank 0 sends None."""
     while True:
         box = [None]
         torch.distributed.broadcast_object_list(box)
         if box[0] is None:
             return
-        forward(gpt, box[0].cuda())
+        forward(megatron, box[0].cuda())
 
 
 def lm_eval_class(model: Model, tokenizer: Path):
@@ -138,12 +138,12 @@ def main():
         use_prebuilt_dataset_helpers()
         tokenizer, lm_eval_flags = read_command_line()
         initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
-        gpt = load_model()
+        megatron = load_model()
     if torch.distributed.get_rank():
-        follow(gpt)
+        follow(megatron)
     else:
         args = get_args()
-        model = Model(gpt, args.vocab_size, args.max_position_embeddings or args.seq_length)
+        model = Model(megatron, args.vocab_size, args.max_position_embeddings or args.seq_length)
         register_model("megatron")(lm_eval_class(model, tokenizer))
         sys.argv = ["lm_eval", "run", "--model", "megatron", *lm_eval_flags]
         cli_evaluate()

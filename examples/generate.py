@@ -20,7 +20,7 @@ from megatron.core import mpu
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
 from megatron.training.initialize import initialize_megatron
@@ -80,11 +80,15 @@ def stdout_for_the_result():
 
 
 def load_model() -> torch.nn.Module:
-    """Return the model that Megatron's args describe, with the weights of --load, in evaluation mode."""
+    """Return the model that Megatron's args describe, with the weights of --load, in evaluation mode.
+
+    It is a HybridModel if the args have a hybrid layer pattern, from the checkpoint or from the command line, and
+    otherwise a GPT.
+    """
     args = get_args()
     # without this, Megatron would continue with random weights
     args.exit_on_missing_checkpoint = True
-    config = gpt_config_from_args(args)
+    config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
     models = config.get_builder_cls()(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )

@@ -12,9 +12,14 @@ import urllib.request
 
 import harness
 import pytest
-from training import HGRN2, LAUNCHER, train
+from training import HGRN2, LAUNCHER, STACK, train
 
 BYTES = ("--vocab-size", 257, "--train-iters", 2, "--save-interval", 2)
+# The mixers of a small model -> Megatron's script that trains it, and its flags. The first is a GPT.
+FORMS = {
+    "H": ("pretrain_gpt.py", HGRN2),
+    "H*": ("pretrain_hybrid.py", (*STACK, "--hybrid-layer-pattern", "M-*-")),
+}
 # longer than the sequences of the training
 SAMPLE = "--use-checkpoint-args --prompt <<< --max-new-tokens 90 --temperature 0".split()
 
@@ -27,9 +32,10 @@ def sample(folder, *flags, num_processes=1) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("pattern", ["H", "H*"])
+@pytest.mark.parametrize("pattern", FORMS)
 def test_ranks_agree_and_say_what_is_kept(pattern, tmp_path):
-    train(*HGRN2, "--hgrn2-layer-pattern", pattern, *BYTES, "--save", tmp_path)
+    script, model = FORMS[pattern]
+    train(*model, *BYTES, "--save", tmp_path, script=f"examples/{script}")
     one, two = sample(tmp_path), sample(tmp_path, "--tensor-model-parallel-size", 2, num_processes=2)
 
     def text(output: str) -> str:
@@ -46,9 +52,15 @@ def test_ranks_agree_and_say_what_is_kept(pattern, tmp_path):
     assert re.search(r"then [\d,.]+ tokens/s", one)
 
 
-@pytest.mark.parametrize(("pattern", "engine"), [("H", "legacy"), ("H*H", "legacy"), ("H", "dynamic")])
-def test_megatrons_static_engine_takes_the_likeliest_tokens(pattern, engine):
-    settings = json.dumps({"hgrn2_layer_pattern": pattern})
+@pytest.mark.parametrize(
+    ("settings", "engine"),
+    [
+        ('{"hgrn2_layer_pattern": "H*H"}', "legacy"),
+        ('{"hybrid_layer_pattern": "M-*-M-"}', "legacy"),
+        ('{"hybrid_layer_pattern": "M-M-M-"}', "dynamic"),
+    ],
+)
+def test_megatrons_static_engine_takes_the_likeliest_tokens(settings, engine):
     done = harness.python("tests/launcher/static_engine.py", "1", engine, "40", settings)
     assert done.stdout.count("40 of 40 right") == 4, done.stdout[-3000:]
 
@@ -56,8 +68,8 @@ def test_megatrons_static_engine_takes_the_likeliest_tokens(pattern, engine):
 @pytest.mark.releases
 @pytest.mark.parametrize(
     ("tp", "pp", "settings"),
-    [(1, 1, "{}"), (1, 1, '{"hybrid_layer_pattern": "M-M-/M-"}'), (2, 1, "{}"), (1, 2, '{"num_layers": 4}')],
-    ids=["gpt", "hybrid-model", "tp2", "pp2"],
+    [(1, 1, "{}"), (2, 1, '{"hybrid_layer_pattern": "M-M-/M-"}'), (1, 2, '{"hybrid_layer_pattern": "M-M-|M-M-"}')],
+    ids=["gpt", "tp2", "pp2"],
 )
 def test_megatrons_dynamic_engine_takes_the_likeliest_tokens(tp, pp, settings):
     num_processes = tp * pp
@@ -78,7 +90,7 @@ def serving(script, folder, log):
     """Megatron's server on a checkpoint; gives the address of its API, which may not be up yet, and the process."""
     port = free_port()
     flags = "--use-checkpoint-args --micro-batch-size 1 --tokenizer-type NullTokenizer --vocab-size 127".split()
-    command = [sys.executable, *LAUNCHER, script, *HGRN2, *flags, "--load", folder, "--port", port]
+    command = [sys.executable, *LAUNCHER, script, *flags, "--load", folder, "--port", port]
     ranks = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -112,15 +124,16 @@ def answer(address: str, process, prompts: list[str], tokens: int) -> list[list[
     return []
 
 
-@pytest.mark.parametrize("pattern", ["H", "H*"])
-def test_megatrons_server_answers(pattern, megatron_lm, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("pattern", "server"), [("H", "text"), ("H*", "hybrid_text")])
+def test_megatrons_server_answers(pattern, server, megatron_lm, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(megatron_lm))
+    trainer, model = FORMS[pattern]
     saving = ("--train-iters", 2, "--save-interval", 2, "--save", tmp_path / "saved")
-    train(*HGRN2, "--hgrn2-layer-pattern", pattern, *saving, script=str(megatron_lm / "pretrain_gpt.py"))
-    script, log = megatron_lm / "tools/run_text_generation_server.py", tmp_path / "log"
-    with serving(script, tmp_path / "saved", log) as server:
-        answers = answer(*server, ["1 2 3", "7"], 12)
+    train(*model, *saving, script=str(megatron_lm / trainer))
+    script, log = megatron_lm / f"tools/run_{server}_generation_server.py", tmp_path / "log"
+    with serving(script, tmp_path / "saved", log) as running:
+        answers = answer(*running, ["1 2 3", "7"], 12)
         assert [len(tokens) for tokens in answers] == [15, 13], log.read_text()[-3000:]
         # a longer prompt goes on as the answer did
         for tokens in answers:
-            assert answer(*server, [" ".join(map(str, tokens[:8]))], len(tokens) - 8) == [tokens]
+            assert answer(*running, [" ".join(map(str, tokens[:8]))], len(tokens) - 8) == [tokens]
