@@ -15,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 
 
 .PHONY: quickstart compare test lint clean
 
-quickstart: $(VENV)/.installed  ## pretrain a small HGRN2 GPT on text, evaluate it, resume it, and write a sample
+quickstart: $(VENV)/.installed  ## pretrain a small HGRN2 HybridModel on text, evaluate it, resume it, and write a sample
 	$(RUN) examples/quickstart.py
 
 compare: $(VENV)/.installed  ## train attention, HGRN2 and a hybrid on the same text and draw their losses

@@ -11,15 +11,27 @@ BLOCK = """
     --normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu
     --hidden-dropout 0 --attention-dropout 0
 """.split()
-ATTENTION, HGRN2, HYBRID = "attention", "HGRN2", "hybrid"
-# name -> whether the launcher starts the script, and the flags that make the model
+ATTENTION, HGRN2, HYBRID, STACK = "attention", "HGRN2", "hybrid", "HybridModel"
+# HybridModels with one head for multi-token prediction, which has one mixer and one MLP
+ATTENTION_HEAD, HGRN2_HEAD = f"{STACK} MTP attention", f"{STACK} MTP HGRN2"
+GPT_SCRIPT, STACK_SCRIPT = "pretrain_gpt.py", "pretrain_hybrid.py"
+
+
+# 24 HGRN2 layers and 24 MLPs: the same function as a GPT of 24 layers
+STACK_FLAGS = ["--spec", "hgrn2_stack", "--hybrid-layer-pattern"]
+LAYERS = "M-" * 24
+# name -> whether the launcher starts the script, the flags that make the model, and Megatron's script
 MODELS = {
-    ATTENTION: (False, [*BLOCK, "--position-embedding-type", "rope"]),
-    HGRN2: (True, ["--spec", "hgrn2"]),
-    HYBRID: (True, ["--spec", "hgrn2", "--hgrn2-layer-pattern", "HHH*"]),
+    ATTENTION: (False, [*BLOCK, "--position-embedding-type", "rope"], GPT_SCRIPT),
+    HGRN2: (True, ["--spec", "hgrn2"], GPT_SCRIPT),
+    HYBRID: (True, ["--spec", "hgrn2", "--hgrn2-layer-pattern", "HHH*"], GPT_SCRIPT),
+    STACK: (True, [*STACK_FLAGS, LAYERS], STACK_SCRIPT),
+    ATTENTION_HEAD: (True, [*STACK_FLAGS, f"{LAYERS}/*-"], STACK_SCRIPT),
+    HGRN2_HEAD: (True, [*STACK_FLAGS, f"{LAYERS}/M-"], STACK_SCRIPT),
     "HGRN2 by two words": (
         False,
         [*BLOCK, "--position-embedding-type", "none", "--spec", "hgrn2_megatron.spec", "hgrn2"],
+        GPT_SCRIPT,
     ),
 }
 # a width that may follow the name of a model -> its flags

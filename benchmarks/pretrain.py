@@ -1,14 +1,16 @@
-"""Measure tokens/s of Megatron-LM's pretraining on one GPU: attention, HGRN2 and a hybrid, by length and precision.
+"""Measure tokens/s of Megatron's pretraining on one GPU: attention, HGRN2 in both forms of the model, and a hybrid.
 
-    python benchmarks/pretrain.py path/to/Megatron-LM [--rows ROW ...] [--profile --logs FOLDER] [--out FILE.json]
-        [-- more flags]
+    python benchmarks/pretrain.py path/to/Megatron-LM [--rows ROW ...] [--rounds N] [--profile --logs FOLDER]
+        [--out FILE.json] [-- more flags]
 
-The benchmark runs the unmodified pretrain_gpt.py on mock data once for each row and prints one table. The model has 24
-layers of 2048, 16 heads, a GLU of 5632 and a vocabulary of 32000. An iteration has 32768 tokens, in bf16 with
-Transformer Engine and the distributed optimizer. Rows of one length have the same flags, except for what their names
-say. "Relative to attention" divides by the attention row of the same length and precision in the same run. Rates are
-from the median iteration after the first two. --profile writes a table of the kernels of one iteration and their times
-into FOLDER.
+The benchmark runs the unmodified pretrain_gpt.py or pretrain_hybrid.py on mock data for each row and prints one table.
+The folder may also be examples/, whose scripts need no checkout. The model has 24 layers of 2048, 16 heads, a GLU of
+5632 and a vocabulary of 32000. "HybridModel" is the same function as "HGRN2", a GPT. An iteration has 32768 tokens, in
+bf16 with Transformer Engine and the distributed optimizer. Rows of one length have the same flags, except for what
+their names say. A rate is from the median iteration after the first two. With --rounds, all rows run N times, one row
+after the other, and a rate is the median of its rounds. "Relative to" divides by the rate of the row of attention or of
+HGRN2 that has the same length and precision in the same call. --profile writes a table of the kernels of one iteration
+and their times into FOLDER.
 """
 
 import argparse
@@ -16,12 +18,27 @@ import collections
 import gzip
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 import report
-from figures import Figures, failure
-from models import ATTENTION, FULL, GPU, GRAPH, HGRN2, HYBRID, LOOP, MODELS, SELECTIVE, SIZE
+from figures import Figures, failure, numbers
+from models import (
+    ATTENTION,
+    ATTENTION_HEAD,
+    FULL,
+    GPU,
+    GRAPH,
+    HGRN2,
+    HGRN2_HEAD,
+    HYBRID,
+    LOOP,
+    MODELS,
+    SELECTIVE,
+    SIZE,
+    STACK,
+)
 from runs import command_line, file_stem, make_table, parse, run, script_in
 
 TOKENS = 32768
@@ -46,50 +63,64 @@ SETTINGS: dict[str, tuple[int, int, list[str]]] = {
 }
 ROWS = [f"{model}, {setting}" for setting in SETTINGS for model in (ATTENTION, HGRN2)]
 ROWS += [f"{HYBRID}, {setting}" for setting in ("4096", "16384 selective", "32768 full")]
+ROWS += [f"{model}, 4096" for model in (STACK, ATTENTION_HEAD, HGRN2_HEAD)]
 PROFILE = "--profile --use-pytorch-profiler --profile-step-start 10 --profile-step-end 11 --profile-ranks 0".split()
 
 
-def command_of(name: str) -> tuple[bool, list[str]]:
-    """Return whether the launcher starts the script of a row, and the flags of the row."""
+def command_of(name: str) -> tuple[str, bool, list[str]]:
+    """Return Megatron's script of a row, whether the launcher starts it, and the flags of the row."""
     model, setting = name.split(", ")
-    launcher, flags = MODELS[model]
+    launcher, flags, script = MODELS[model]
     length, micro_batch, more = SETTINGS[setting]
     size = f"""
         --seq-length {length} --max-position-embeddings {length}
         --micro-batch-size {micro_batch} --global-batch-size {TOKENS // length}
     """.split()
-    return launcher, [*COMMON, *size, *flags, *more]
+    return script, launcher, [*COMMON, *size, *flags, *more]
 
 
-def result(name: str, log: str, found: Figures | None, beside: Figures | None) -> dict:
+def rate_of(rounds: list[Figures | None]) -> float | None:
+    """Return the median of the tokens/s of a row's rounds, or None if none of them finished."""
+    rates = [found.rate for found in rounds if found]
+    return statistics.median(rates) if rates else None
+
+
+def result(name: str, log: str, runs: dict[str, list[Figures | None]]) -> dict:
     """Return the results of a row, or why its run failed.
 
     Args:
         name: name of the row.
-        log: output of Megatron.
-        found: the figures in the log, or None if the run failed.
-        beside: the figures of attention, or None if there are none.
+        log: output of the row's last run.
+        runs: the figures of every row's rounds, or None for a round that failed.
     """
-    if found is None:
+    model, setting = name.split(", ")
+    rate = rate_of(runs[name])
+    if rate is None:
         return {"run": name, "note": failure(log)}
-    return {
-        "run": name,
-        "tokens/s": round(found.rate),
-        "relative to attention": round(found.rate / beside.rate, 2) if beside else None,
+    found = next(found for found in runs[name] if found)
+    row = {"run": name, "tokens/s": round(rate)}
+    for other in (ATTENTION, HGRN2):
+        beside = rate_of(runs.get(f"{other}, {setting}", []))
+        row[f"relative to {other}"] = round(rate / beside, 3) if beside and model != other else None
+    if len(runs[name]) > 1:
+        row["tokens/s of each round"] = [found and round(found.rate) for found in runs[name]]
+    row |= {
         "peak GiB": round(found.peak, 1),
         "loss, first -> last": f"{found.losses[0]:.3f} -> {found.losses[-1]:.3f}",
         "banner": next(iter(re.findall(r"^HGRN2: .*", log, re.M)), ""),
         "losses": found.losses,
     }
+    heads = numbers(r"mtp_1 loss", log)
+    return row | ({"losses of the MTP head": heads} if heads else {})
 
 
 def line(row: dict) -> str:
     """Return the line of the table for a result."""
     if "note" in row:
-        return f"| {row['run']} | {row['note']} | | | | |"
-    ratio = "" if row["relative to attention"] is None else f"{row['relative to attention']:.2f}"
-    first = f"| {row['run']} | {row['tokens/s']:,} | {ratio} | {row['peak GiB']:.1f} |"
-    return f"{first} {row['loss, first -> last']} | {row['banner']} |"
+        return f"| {row['run']} | {row['note']} | | | | | |"
+    ratios = [row[f"relative to {other}"] for other in (ATTENTION, HGRN2)]
+    first = " | ".join([row["run"], f"{row['tokens/s']:,}", *("" if x is None else f"{x:.3f}" for x in ratios)])
+    return f"| {first} | {row['peak GiB']:.1f} | {row['loss, first -> last']} | {row['banner']} |"
 
 
 def kernel_table(folder: Path) -> str:
@@ -111,25 +142,33 @@ def kernel_table(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(script: Path, args: argparse.Namespace, results: list[dict]) -> Iterator[tuple[str, str, str]]:
-    """Run each row, add its result to `results`, and yield its name, its log and its line of the table."""
-    attention: dict[str, Figures | None] = {}
-    for name in args.rows:
-        launcher, flags = command_of(name)
-        traces = args.logs / "traces" / file_stem(name) if args.profile else None
-        if traces:
-            # Megatron writes the trace beside this folder
-            flags += [*PROFILE, "--tensorboard-dir", str(traces / "tensorboard")]
-        log = run(script, launcher, [*flags, *args.extra])
-        found = Figures.of(log, TOKENS, 1, warm_up=2)
-        model, setting = name.split(", ")
-        if model == ATTENTION:
-            attention[setting] = found
-        results.append(result(name, log, found, attention.get(setting)))
-        yield name, log, line(results[-1])
-        # a run that failed may have left no trace
-        if traces and found:
-            (args.logs / f"{traces.name}.kernels.md").write_text(kernel_table(traces))
+def measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Run each row in each round, write the results, and yield the run's name, its log and its line of the table.
+
+    Args:
+        folder: folder of Megatron's scripts.
+        args: command line of this program.
+    """
+    runs: dict[str, list[Figures | None]] = {}
+    results: dict[str, dict] = {}
+    for number in range(1, args.rounds + 1):
+        for row in args.rows:
+            script, launcher, flags = command_of(row)
+            name = f"{row}, round {number}" if args.rounds > 1 else row
+            traces = args.logs / "traces" / file_stem(name) if args.profile else None
+            if traces:
+                # Megatron writes the trace beside this folder
+                flags += [*PROFILE, "--tensorboard-dir", str(traces / "tensorboard")]
+            log = run(folder / script, launcher, [*flags, *args.extra])
+            found = Figures.of(log, TOKENS, 1, warm_up=2)
+            runs.setdefault(row, []).append(found)
+            results[row] = result(row, log, runs)
+            # written after each run, so that a program that is stopped leaves what it has measured
+            report.write(args.out, list(results.values()))
+            yield name, log, line(results[row])
+            # a run that failed may have left no trace
+            if traces and found:
+                (args.logs / f"{traces.name}.kernels.md").write_text(kernel_table(traces))
 
 
 def main():
@@ -137,19 +176,16 @@ def main():
     parser.add_argument(
         "--rows", nargs="+", default=ROWS, metavar="ROW", help=f"rows to run, of these: {'; '.join(ROWS)}"
     )
+    parser.add_argument("--rounds", type=int, default=1, help="number of times that all rows run (default: 1)")
     parser.add_argument("--profile", action="store_true", help="also write the kernels of one iteration; needs --logs")
     args = parse(parser)
     if args.profile and not args.logs:
         parser.error("--profile writes into a folder: add --logs FOLDER")
     head = [
-        "| run | tokens/s | relative to attention | peak GiB | loss, first -> last | banner |",
-        "|---|---|---|---|---|---|",
+        "| run | tokens/s | relative to attention | relative to HGRN2 | peak GiB | loss, first -> last | banner |",
+        "|---|---|---|---|---|---|---|",
     ]
-    results: list[dict] = []
-    try:
-        make_table(head, measure(script_in(args.megatron_lm), args, results), args.logs)
-    finally:
-        report.write(args.out, results)
+    make_table(head, measure(script_in(args.megatron_lm).parent, args), args.logs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Train attention, HGRN2 and a hybrid of the two with the same flags, except the one that names the layers.
+"""Train attention, HGRN2 and a hybrid of the two with the same flags, except those that name the layers.
 
     python examples/compare.py [--size 1b] [--models attention HGRN2]
+
+HGRN2 and the hybrid are HybridModels. Attention is a GPT, because Megatron's own layers of a HybridModel need
+Transformer Engine. The two forms are the same function: a layer of a GPT is two layers of a HybridModel.
 
 The three models train on the bytes of Python's standard library. The script draws their training losses and their
 held-out bits per byte in compare/loss.png, and keeps the logs in compare/. The size "small" runs on any machine. The
@@ -20,27 +23,27 @@ ITERATIONS, HELDOUT_FRACTION = 200, 0.01
 # a point of the drawn curve is the mean of this many iterations
 SMOOTH = 20
 
-# name -> the flags in which this model differs from the others
-MODELS = {
-    "attention": [],
-    "HGRN2": ["--spec", "hgrn2"],
-    "hybrid HHH*": ["--spec", "hgrn2", "--hgrn2-layer-pattern", "HHH*"],
-}
+ATTENTION = "attention"
+# name -> the layers of a HybridModel, repeated over its depth: M is HGRN2, * is attention and - is an MLP
+MODELS = {ATTENTION: "*-", "HGRN2": "M-", "hybrid M-M-M-*-": "M-M-M-*-"}
 # Attention layers use rotary embeddings. HGRN2 layers use no positions.
 BLOCK = (
     "--normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu --hidden-dropout 0 "
     "--attention-dropout 0 --position-embedding-type rope"
 )
+# size -> the depth, as the number of layers of a GPT, and the flags of the model and its training
 SIZES = {
     "small": (
-        "--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 4 --hgrn2-expand-ratio 64 "
+        4,
+        "--hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 4 --hgrn2-expand-ratio 64 "
         "--seq-length 256 --max-position-embeddings 256 --micro-batch-size 8 --global-batch-size 8 "
-        "--lr 2e-3 --min-lr 1e-4"
+        "--lr 2e-3 --min-lr 1e-4",
     ),
     "1b": (
-        "--num-layers 24 --hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 16 "
+        24,
+        "--hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 16 "
         "--seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 2 --global-batch-size 2 "
-        "--lr 3e-4 --min-lr 3e-5 --use-distributed-optimizer --no-gradient-accumulation-fusion"
+        "--lr 3e-4 --min-lr 3e-5 --use-distributed-optimizer --no-gradient-accumulation-fusion",
     ),
 }
 TRAINING = f"--train-iters {ITERATIONS} --lr-decay-style cosine --lr-warmup-iters 10 --adam-beta2 0.95"
@@ -53,6 +56,19 @@ def start_clean() -> None:
     shutil.rmtree(FOLDER / "data", ignore_errors=True)
     for path in (*FOLDER.glob("*.log"), FOLDER / "loss.png"):
         path.unlink(missing_ok=True)
+
+
+def layers(model: str, depth: int) -> tuple[str, list[str]]:
+    """Return the script that trains a model, and the flags in which the model differs from the others.
+
+    Args:
+        model: its name in MODELS.
+        depth: number of layers, each with a mixer and an MLP.
+    """
+    if model == ATTENTION:
+        return "pretrain_gpt.py", ["--num-layers", str(depth)]
+    pattern = MODELS[model] * (2 * depth // len(MODELS[model]))
+    return "pretrain_hybrid.py", ["--spec", "hgrn2_stack", "--hybrid-layer-pattern", pattern]
 
 
 def smooth(losses: dict[int, float]) -> tuple[list[int], list[float]]:
@@ -84,10 +100,10 @@ def draw(runs: dict[str, TrainingLog], bigram: float) -> None:
 
 def table(runs: dict[str, TrainingLog]) -> str:
     """Return a table with one line per model. Tokens/s is the speed of the median iteration."""
-    lines = [f"{'model':14}{'parameters':>12}{'held-out bits per byte':>24}{'tokens/s':>10}"]
+    lines = [f"{'model':16}{'parameters':>12}{'held-out bits per byte':>24}{'tokens/s':>10}"]
     for name, run in runs.items():
         heldout, speed = bits(run.heldout[ITERATIONS]), run.tokens_per_second()
-        lines.append(f"{name:14}{run.parameters:12,}{heldout:24.3f}{speed:10,.0f}")
+        lines.append(f"{name:16}{run.parameters:12,}{heldout:24.3f}{speed:10,.0f}")
     return "\n".join(lines)
 
 
@@ -102,13 +118,14 @@ def main():
     )
     bigram, summary = prepare_bytes.describe(*splits)
     print(summary)
-    flags = [*f"{SIZES[args.size]} {BLOCK} {TRAINING} {EVALUATION}".split(), *prepare_bytes.megatron_flags(*splits)]
+    depth, size = SIZES[args.size]
+    flags = [*f"{size} {BLOCK} {TRAINING} {EVALUATION}".split(), *prepare_bytes.megatron_flags(*splits)]
     runs = {}
     for name in args.models:
-        difference = MODELS[name]
-        print(f"\n{name}: {' '.join(difference) or 'no additional flag'}", flush=True)
+        script, difference = layers(name, depth)
+        print(f"\n{name}: {script} {' '.join(difference)}", flush=True)
         log = FOLDER / f"{name.split()[0].lower()}.log"
-        runs[name] = train([*difference, *flags, *device_flags()], log, every=20)
+        runs[name] = train([*difference, *flags, *device_flags()], log, every=20, script=script)
     draw(runs, bigram)
     print(f"\n{table(runs)}\nbigram model: {bigram:.3f}\nloss curves: {FOLDER}/loss.png")
 

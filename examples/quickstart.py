@@ -25,8 +25,8 @@ ITERATIONS, SAVE_INTERVAL, EVAL_INTERVAL = 200, 160, 110
 HELDOUT_FRACTION = 0.01
 
 MODEL = (
-    "--spec hgrn2 --num-layers 4 --hidden-size 256 --num-attention-heads 4 --hgrn2-expand-ratio 64 "
-    "--seq-length 256 --max-position-embeddings 256"
+    "--spec hgrn2_stack --hybrid-layer-pattern M-M-M-M- --hidden-size 256 --num-attention-heads 4 "
+    "--hgrn2-expand-ratio 64 --seq-length 256 --max-position-embeddings 256"
 )
 TRAINING = (
     f"--micro-batch-size 8 --global-batch-size 8 --train-iters {ITERATIONS} --lr 2e-3 --min-lr 1e-4 "

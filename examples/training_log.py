@@ -152,16 +152,17 @@ def run_lines(command: list[str], log: Path) -> Iterator[str]:
         sys.exit(f"training failed with exit status {process.returncode}; its whole output is in {log}")
 
 
-def train(flags: Iterable[str], log: Path, every: int = 10) -> TrainingLog:
-    """Run examples/pretrain_gpt.py through the launcher, print its progress, and return the numbers of its log.
+def train(flags: Iterable[str], log: Path, every: int = 10, script: str = "pretrain_hybrid.py") -> TrainingLog:
+    """Run a script of this folder through the launcher, print its progress, and return the numbers of its log.
 
     Args:
         flags: flags for Megatron.
         log: file for the whole output of the run.
         every: number of iterations between two lines of progress.
+        script: pretrain_hybrid.py for a HybridModel, or pretrain_gpt.py for a GPT.
     """
     flags = list(flags)
-    script = str(Path(__file__).with_name("pretrain_gpt.py"))
+    script = str(Path(__file__).with_name(script))
     run = TrainingLog(seq_length=int(flags[flags.index("--seq-length") + 1]))
     for line in run_lines([sys.executable, *LAUNCH, script, *flags, "--log-interval", "1"], log):
         known = len(run.heldout)

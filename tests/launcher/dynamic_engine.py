@@ -80,13 +80,16 @@ def generate(engine) -> dict:
     return finished
 
 
-def stage_of(whole, tp: int, pp: int, settings: dict):
+def stage_of(whole, pp: int, settings: dict):
     """This rank's pipeline stage of a model of which every rank has the whole, with its weights."""
-    from megatron.core.parallel_state import get_pipeline_model_parallel_rank
+    from megatron.core import parallel_state
 
-    rank, num_layers = get_pipeline_model_parallel_rank(), whole.config.num_layers // pp
+    # the whole model belongs to the groups of one stage
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=pp)
+    rank, num_layers = parallel_state.get_pipeline_model_parallel_rank(), whole.config.num_layers // pp
     layout = dict(pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32)
-    stage = harness.build_model(tp, pre_process=rank == 0, post_process=rank == pp - 1, **layout, **settings)
+    stage = harness.build_model(pre_process=rank == 0, post_process=rank == pp - 1, **layout, **settings)
     own = {f"decoder.layers.{rank * num_layers + i}.": f"decoder.layers.{i}." for i in range(num_layers)}
     weights = {name: w for name, w in whole.state_dict().items() if "decoder.layers." not in name}
     for name, w in whole.state_dict().items():
@@ -97,9 +100,9 @@ def stage_of(whole, tp: int, pp: int, settings: dict):
 
 
 def main(tp: int, pp: int, settings: dict):
-    harness.start_megatron(tp, cpu_mode=True, pp=pp)
+    harness.start_megatron(tp, cpu_mode=True)
     model, exact = greedy.build(tp, settings)
-    served = stage_of(model, tp, pp, settings) if pp > 1 else model
+    served = stage_of(model, pp, settings) if pp > 1 else model
     counts = torch.zeros(3, dtype=torch.long)
     for number, request in generate(build_engine(served)).items():
         _, length, asked = REQUESTS[number]

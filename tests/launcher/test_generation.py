@@ -68,7 +68,7 @@ def test_megatrons_static_engine_takes_the_likeliest_tokens(settings, engine):
 @pytest.mark.releases
 @pytest.mark.parametrize(
     ("tp", "pp", "settings"),
-    [(1, 1, "{}"), (2, 1, '{"hybrid_layer_pattern": "M-M-/M-"}'), (1, 2, '{"hybrid_layer_pattern": "M-M-|M-M-"}')],
+    [(1, 1, "{}"), (2, 1, '{"hybrid_layer_pattern": "M-M-/M-"}'), (1, 2, '{"hybrid_layer_pattern": "M-M-M-M-"}')],
     ids=["gpt", "tp2", "pp2"],
 )
 def test_megatrons_dynamic_engine_takes_the_likeliest_tokens(tp, pp, settings):
