@@ -12,16 +12,18 @@ cpu.install()
 
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
-from hgrn2_megatron.spec import hgrn2
+from hgrn2_megatron.spec import hgrn2_stack
 
 ON_GPU = torch.cuda.is_available()
 WITH_TE = HAVE_TE and ON_GPU
@@ -33,7 +35,7 @@ class Sizes:
     """Sizes of a model and of the sequences that it decodes.
 
     Attributes:
-        layers: number of layers.
+        layers: number of layers of a GPT, each with a mixer and a channel mixer.
         hidden, ffn: channels of a layer, and of its channel mixer.
         head: channels of a head.
         vocab: number of tokens in the vocabulary.
@@ -68,18 +70,17 @@ def start(backend: str = "gloo"):
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
 
 
-def build(kind: str, sizes: Sizes, steps: int, **more) -> GPTModel:
+def build(kind: str, sizes: Sizes, steps: int, **more) -> LanguageModule:
     """Return a model in evaluation mode.
 
     Args:
-        kind: "HGRN2" or "attention".
+        kind: "HGRN2" for a HybridModel of HGRN2 layers and MLPs, or "attention" for a GPT.
         sizes: sizes of the model.
         steps: number of tokens that it decodes after the longest context.
         more: other fields of its config.
     """
     settings = dict(
         **BLOCK,
-        num_layers=sizes.layers,
         hidden_size=sizes.hidden,
         ffn_hidden_size=sizes.ffn,
         num_attention_heads=sizes.hidden // sizes.head,
@@ -93,19 +94,25 @@ def build(kind: str, sizes: Sizes, steps: int, **more) -> GPTModel:
         persist_layer_norm=False,
         **more,
     )
+    shape = dict(vocab_size=sizes.vocab, max_sequence_length=max(sizes.contexts) + steps)
+    model: LanguageModule
     if kind == "HGRN2":
-        config, spec = HGRN2TransformerConfig(**settings, hgrn2_expand_ratio=sizes.head), hgrn2
+        stack = dict(num_layers=2 * sizes.layers, is_hybrid_model=True, hgrn2_expand_ratio=sizes.head)
+        model = HybridModel(
+            config=HGRN2TransformerConfig(**settings, **stack),
+            hybrid_stack_spec=hgrn2_stack,
+            hybrid_layer_pattern="M-" * sizes.layers,
+            position_embedding_type="none",
+            **shape,
+        )
     else:
-        config = TransformerConfig(**settings)
         te, local = get_gpt_layer_with_transformer_engine_spec, get_gpt_layer_local_spec
-        spec = te() if WITH_TE else local(normalization="RMSNorm")
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=sizes.vocab,
-        max_sequence_length=max(sizes.contexts) + steps,
-        position_embedding_type="none" if kind == "HGRN2" else "rope",
-    )
+        model = GPTModel(
+            config=TransformerConfig(**settings, num_layers=sizes.layers),
+            transformer_layer_spec=te() if WITH_TE else local(normalization="RMSNorm"),
+            position_embedding_type="rope",
+            **shape,
+        )
     return model.to("cuda", DTYPE).eval()
 
 

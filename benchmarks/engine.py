@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py [--tiny] [--out FILE.json]
 
-The model is the same as in generation.py. The engine gets a batch of requests with prompts of the given length, and
+The model is the HybridModel of generation.py. The engine gets a batch of requests with prompts of the given length, and
 computes the prompts in pieces. Then each step makes one token of every request. A step includes Megatron's scheduling
 and sampling. The time is the median of the steps after the first few. The graphs are Megatron's own (`cuda_graph_impl`
 local): one per layer, or one of all layers, a scope that Megatron calls "block". The benchmark also prints how many

@@ -2,8 +2,8 @@
 
     python benchmarks/generation.py [--out FILE.json] [--tiny]
 
-The model has 24 layers of 2048 channels with random weights in bf16, on one GPU, with Transformer Engine if it is
-installed. --tiny runs the whole script on a toy model in seconds, without a GPU in fp32. Before it times anything, the
+HGRN2 is a HybridModel of 24 HGRN2 layers and 24 MLPs. Attention is a GPT of 24 layers. Both have 2048 channels and
+random weights in bf16, and run on one GPU, with Transformer Engine if it is installed. --tiny runs the whole script on a toy model in seconds, without a GPU in fp32. Before it times anything, the
 script decodes tokens greedily after a short prompt. At least 3 of 4 tokens must be the argmax of a forward of the whole
 sequence, or tie with it in the dtype.
 
@@ -34,7 +34,7 @@ from decoded_model import DTYPE, ON_GPU, TINY, WITH_TE, Sizes, build, release, s
 from decoder import MODELS, STEPS, Decoder, Way, applied, backend, check, forward
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
 PASSES, PREFILLS = 4, 3
@@ -42,7 +42,7 @@ PASSES, PREFILLS = 4, 3
 FREE_ON_CPU = 2**18
 
 
-def filled(model: GPTModel, batch: int, length: int, vocab: int) -> Decoder:
+def filled(model: LanguageModule, batch: int, length: int, vocab: int) -> Decoder:
     """Return a decoder at this length whose states or caches hold random numbers."""
     context = StaticInferenceContext(batch, length + STEPS)
     # the first forward allocates the states and caches
@@ -66,7 +66,7 @@ def pass_ms(decoder: Decoder, step: Callable[[], Tensor], length: int) -> float:
     return (time.perf_counter() - begin) / STEPS * 1000
 
 
-def decode(model: GPTModel, way: Way, batch: int, length: int, sizes: Sizes) -> dict:
+def decode(model: LanguageModule, way: Way, batch: int, length: int, sizes: Sizes) -> dict:
     """Decode at a length, and return its row: milliseconds per step, bytes of states or cache, and peak memory."""
     release()
     if ON_GPU:
@@ -87,7 +87,7 @@ def decode(model: GPTModel, way: Way, batch: int, length: int, sizes: Sizes) -> 
     return row
 
 
-def largest(model: GPTModel, way: Way, bytes_each: int, sizes: Sizes) -> dict:
+def largest(model: LanguageModule, way: Way, bytes_each: int, sizes: Sizes) -> dict:
     """Return the row of the largest batch that fits at the longest context.
 
     Args:
@@ -109,7 +109,7 @@ def largest(model: GPTModel, way: Way, bytes_each: int, sizes: Sizes) -> dict:
     raise MemoryError("not even a batch of 1 fits")
 
 
-def prefill(model: GPTModel, way: Way, sizes: Sizes) -> dict:
+def prefill(model: LanguageModule, way: Way, sizes: Sizes) -> dict:
     """Return the row of a prompt in one forward, with its tokens/s."""
     release()
     if ON_GPU:

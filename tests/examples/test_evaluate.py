@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import HGRN2, train
+from training import HGRN2, STACK, train
 from transformers import AutoTokenizer
 
 from hgrn2_megatron.conversion import check as hf_check
@@ -68,12 +68,12 @@ def test_a_dataset_of_short_documents_is_refused(example, tmp_path):
 
 def test_logits_without_padding_of_the_vocabulary(example):
     harness.start_megatron()
-    gpt = harness.build_model()
+    whole = harness.build_model(hybrid_layer_pattern="M-M-")
     tokens = torch.randint(40, (2, harness.SEQ), generator=torch.Generator().manual_seed(0))
-    model = example("evaluate").Model(gpt, 40, harness.SEQ).eval()
+    model = example("evaluate").Model(whole, 40, harness.SEQ).eval()
     logits = model(tokens).logits
     assert logits.shape == (2, harness.SEQ, 40)
-    expected = gpt(tokens, torch.arange(harness.SEQ).expand_as(tokens), None)[..., :40]
+    expected = whole(tokens, torch.arange(harness.SEQ).expand_as(tokens), None)[..., :40]
     assert torch.equal(logits, expected)
     # tokens that are padded on the right, as the harness does it, are the same tokens
     torch.testing.assert_close(model(tokens[:, :17]).logits, logits[:, :17])
@@ -97,13 +97,19 @@ def log_likelihoods(hf, tokens: list[int], windows: list[tuple[int, int, int]]) 
     return total
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_scores_are_those_of_the_exported_model(processes, example, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "script", "model"),
+    [
+        (1, "pretrain_gpt.py", (*HGRN2, "--hgrn2-layer-pattern", "H*")),
+        (2, "pretrain_hybrid.py", (*STACK, "--hybrid-layer-pattern", "M-*-")),
+    ],
+)
+def test_the_scores_are_those_of_the_exported_model(processes, script, model, example, tmp_path):
     """Train, make tokenizer and tasks, evaluate the checkpoint, and compare with what was exported from it."""
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm-eval[hf]'")
     # far from uniform probabilities
-    model = ("--hgrn2-layer-pattern", "H*", "--init-method-std", 0.2)
-    train(*HGRN2, *model, "--vocab-size", 257, "--train-iters", 4, "--save", tmp_path / "saved", "--save-interval", 4)
+    saving = ("--init-method-std", 0.2, "--train-iters", 4, "--save", tmp_path / "saved", "--save-interval", 4)
+    train(*model, "--vocab-size", 257, *saving, script=f"examples/{script}")
     example("byte_tokenizer").write(tmp_path / "saved" / "tokenizer")
     lines = write_tasks(example, tmp_path)
     convert.main([str(tmp_path / "saved"), str(tmp_path / "hf"), "--no-check"])
