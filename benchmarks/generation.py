@@ -3,9 +3,9 @@
     python benchmarks/generation.py [--out FILE.json] [--tiny]
 
 HGRN2 is a HybridModel of 24 HGRN2 layers and 24 MLPs. Attention is a GPT of 24 layers. Both have 2048 channels and
-random weights in bf16, and run on one GPU, with Transformer Engine if it is installed. --tiny runs the whole script on a toy model in seconds, without a GPU in fp32. Before it times anything, the
-script decodes tokens greedily after a short prompt. At least 3 of 4 tokens must be the argmax of a forward of the whole
-sequence, or tie with it in the dtype.
+random weights in bf16, and run on one GPU, with Transformer Engine if it is installed. --tiny runs the whole script on
+a toy model in seconds, without a GPU in fp32. Before it times anything, the script decodes tokens greedily after a
+short prompt. At least 3 of 4 tokens must be the argmax of a forward of the whole sequence, or tie with it in the dtype.
 
 Decoding steps do not start from a real prefill. They start from states and caches of the given length that hold random
 numbers, because the time of a step does not depend on the values. A pass has 8 steps. Each step is a forward and an
