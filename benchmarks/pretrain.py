@@ -1,16 +1,16 @@
 """Measure tokens/s of Megatron's pretraining on one GPU: attention, HGRN2 in both forms of the model, and a hybrid.
 
-    python benchmarks/pretrain.py path/to/Megatron-LM [--rows ROW ...] [--rounds N] [--profile --logs FOLDER]
-        [--out FILE.json] [-- more flags]
+    python benchmarks/pretrain.py path/to/Megatron-LM [--rows ROW ...] [--profile --logs FOLDER] [--out FILE.json]
+        [-- more flags]
 
 The benchmark runs the unmodified pretrain_gpt.py or pretrain_hybrid.py on mock data for each row and prints one table.
 The folder may also be examples/, whose scripts need no checkout. The model has 24 layers of 2048, 16 heads, a GLU of
 5632 and a vocabulary of 32000. "HybridModel" is the same function as "HGRN2", a GPT. An iteration has 32768 tokens, in
 bf16 with Transformer Engine and the distributed optimizer. Rows of one length have the same flags, except for what
-their names say. A rate is from the median iteration after the first two. With --rounds, all rows run N times, one row
-after the other, and a rate is the median of its rounds. "Relative to" divides by the rate of the row of attention or of
-HGRN2 that has the same length and precision in the same call. --profile writes a table of the kernels of one iteration
-and their times into FOLDER.
+their names say. A rate is from the median iteration after the first two. --rows may name a row several times, so that
+rows take turns. Its rate is then the median of its runs. "Relative to" divides by the rate of the row of attention or
+of HGRN2 that has the same length and precision in the same call. --profile writes a table of the kernels of one
+iteration and their times into FOLDER.
 """
 
 import argparse
@@ -79,9 +79,9 @@ def command_of(name: str) -> tuple[str, bool, list[str]]:
     return script, launcher, [*COMMON, *size, *flags, *more]
 
 
-def rate_of(rounds: list[Figures | None]) -> float | None:
-    """Return the median of the tokens/s of a row's rounds, or None if none of them finished."""
-    rates = [found.rate for found in rounds if found]
+def rate_of(runs: list[Figures | None]) -> float | None:
+    """Return the median of the tokens/s of a row's runs, or None if none of them finished."""
+    rates = [found.rate for found in runs if found]
     return statistics.median(rates) if rates else None
 
 
@@ -91,7 +91,7 @@ def result(name: str, log: str, runs: dict[str, list[Figures | None]]) -> dict:
     Args:
         name: name of the row.
         log: output of the row's last run.
-        runs: the figures of every row's rounds, or None for a round that failed.
+        runs: for each row, the figures of its runs so far, or None for a run that failed.
     """
     model, setting = name.split(", ")
     rate = rate_of(runs[name])
@@ -103,7 +103,7 @@ def result(name: str, log: str, runs: dict[str, list[Figures | None]]) -> dict:
         beside = rate_of(runs.get(f"{other}, {setting}", []))
         row[f"relative to {other}"] = round(rate / beside, 3) if beside and model != other else None
     if len(runs[name]) > 1:
-        row["tokens/s of each round"] = [found and round(found.rate) for found in runs[name]]
+        row["tokens/s of each run"] = [found and round(found.rate) for found in runs[name]]
     row |= {
         "peak GiB": round(found.peak, 1),
         "loss, first -> last": f"{found.losses[0]:.3f} -> {found.losses[-1]:.3f}",
@@ -143,7 +143,7 @@ def kernel_table(folder: Path) -> str:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
-    """Run each row in each round, write the results, and yield the run's name, its log and its line of the table.
+    """Run each row, write the results, and yield the name of the run, its log and its line of the table.
 
     Args:
         folder: folder of Megatron's scripts.
@@ -151,24 +151,24 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
     """
     runs: dict[str, list[Figures | None]] = {}
     results: dict[str, dict] = {}
-    for number in range(1, args.rounds + 1):
-        for row in args.rows:
-            script, launcher, flags = command_of(row)
-            name = f"{row}, round {number}" if args.rounds > 1 else row
-            traces = args.logs / "traces" / file_stem(name) if args.profile else None
-            if traces:
-                # Megatron writes the trace beside this folder
-                flags += [*PROFILE, "--tensorboard-dir", str(traces / "tensorboard")]
-            log = run(folder / script, launcher, [*flags, *args.extra])
-            found = Figures.of(log, TOKENS, 1, warm_up=2)
-            runs.setdefault(row, []).append(found)
-            results[row] = result(row, log, runs)
-            # written after each run, so that a program that is stopped leaves what it has measured
-            report.write(args.out, list(results.values()))
-            yield name, log, line(results[row])
-            # a run that failed may have left no trace
-            if traces and found:
-                (args.logs / f"{traces.name}.kernels.md").write_text(kernel_table(traces))
+    for row in args.rows:
+        script, launcher, flags = command_of(row)
+        number = len(runs.setdefault(row, [])) + 1
+        name = f"{row}, run {number}" if args.rows.count(row) > 1 else row
+        traces = args.logs / "traces" / file_stem(name) if args.profile else None
+        if traces:
+            # Megatron writes the trace beside this folder
+            flags += [*PROFILE, "--tensorboard-dir", str(traces / "tensorboard")]
+        log = run(folder / script, launcher, [*flags, *args.extra])
+        found = Figures.of(log, TOKENS, 1, warm_up=2)
+        runs[row].append(found)
+        results[row] = result(row, log, runs)
+        # written after each run, so that a program that is stopped leaves what it has measured
+        report.write(args.out, list(results.values()))
+        yield name, log, line(results[row])
+        # a run that failed may have left no trace
+        if traces and found:
+            (args.logs / f"{traces.name}.kernels.md").write_text(kernel_table(traces))
 
 
 def main():
@@ -176,7 +176,6 @@ def main():
     parser.add_argument(
         "--rows", nargs="+", default=ROWS, metavar="ROW", help=f"rows to run, of these: {'; '.join(ROWS)}"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="number of times that all rows run (default: 1)")
     parser.add_argument("--profile", action="store_true", help="also write the kernels of one iteration; needs --logs")
     args = parse(parser)
     if args.profile and not args.logs:

@@ -202,21 +202,21 @@ def test_lines_of_the_table_of_one_gpu():
         return figures.Figures.of(log, pretrain.TOKENS, 1, warm_up=2)
 
     times = {"attention": (1000, 900, 1100), "HGRN2": (800, 800, 801), "HybridModel": (640, 800, 900)}
-    rounds = {f"{model}, 4096": [figures_of(log(ms)) for ms in times[model]] for model in times}
-    result = pretrain.result("HybridModel, 4096", log(900, "mtp_1 loss: 4.6\nmtp_1 loss: 4.5"), rounds)
+    known = {f"{model}, 4096": [figures_of(log(ms)) for ms in times[model]] for model in times}
+    result = pretrain.result("HybridModel, 4096", log(900, "mtp_1 loss: 4.6\nmtp_1 loss: 4.5"), known)
     line = "| HybridModel, 4096 | 40,960 | 1.250 | 1.000 | 2.0 | 4.500 -> 4.200 | HGRN2: 2 of 2 layers |"
     assert pretrain.line(result) == line
     assert result["losses"] == [4.5, 4.4, 4.3, 4.2] and result["losses of the MTP head"] == [4.6, 4.5]
-    assert result["tokens/s of each round"] == [51200, 40960, 36409]
+    assert result["tokens/s of each run"] == [51200, 40960, 36409]
     # of other lengths there is nothing to compare with
-    assert pretrain.line(pretrain.result("HGRN2, 16384", log(800), {"HGRN2, 16384": rounds["HGRN2, 4096"][:1]})) == (
+    assert pretrain.line(pretrain.result("HGRN2, 16384", log(800), {"HGRN2, 16384": known["HGRN2, 4096"][:1]})) == (
         "| HGRN2, 16384 | 40,960 |  |  | 2.0 | 4.500 -> 4.200 | HGRN2: 2 of 2 layers |"
     )
     result = pretrain.result("HGRN2, 4096", "torch.OutOfMemoryError: CUDA out of memory", {"HGRN2, 4096": [None]})
     assert pretrain.line(result) == "| HGRN2, 4096 | out of memory | | | | | |"
 
 
-def test_rows_take_turns_and_a_round_that_fails_keeps_the_others(tmp_path, monkeypatch):
+def test_rows_take_turns_and_a_run_that_fails_keeps_the_others(tmp_path, monkeypatch):
     started = []
 
     def start(script, launcher, flags):
@@ -224,13 +224,15 @@ def test_rows_take_turns_and_a_round_that_fails_keeps_the_others(tmp_path, monke
         return "torch.OutOfMemoryError: CUDA out of memory" if len(started) == 3 else log_of(800, [4.5, 4.4, 4.3], 0)
 
     monkeypatch.setattr(pretrain, "run", start)
-    command = ["pretrain.py", "examples", "--rounds", "2", "--out", str(tmp_path / "found.json"), "--rows"]
-    monkeypatch.setattr(sys, "argv", [*command, "HGRN2, 4096", "HybridModel, 4096"])
+    files = ["--out", str(tmp_path / "found.json"), "--logs", str(tmp_path / "logs")]
+    rows = ["HGRN2, 4096", "HybridModel, 4096"] * 2
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "examples", *files, "--rows", *rows])
     monkeypatch.chdir(harness.ROOT)
     pretrain.main()
     assert started == [("pretrain_gpt.py", True, "hgrn2"), ("pretrain_hybrid.py", True, "hgrn2_stack")] * 2
     gpt, stack = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert gpt["tokens/s of each round"] == [3277, None] and stack["tokens/s of each round"] == [3277, 3277]
+    assert (tmp_path / "logs" / "HybridModel-4096-run-2.log").is_file()
+    assert gpt["tokens/s of each run"] == [3277, None] and stack["tokens/s of each run"] == [3277, 3277]
 
 
 def test_the_forms_of_a_row_are_the_same_model():
