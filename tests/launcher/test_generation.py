@@ -15,7 +15,7 @@ import pytest
 from training import HGRN2, LAUNCHER, STACK, train
 
 BYTES = ("--vocab-size", 257, "--train-iters", 2, "--save-interval", 2)
-# The mixers of a small model -> Megatron's script that trains it, and its flags. The first is a GPT.
+# the mixers of a small model -> Megatron's script that trains it, and its flags; the first model is a GPT
 FORMS = {
     "H": ("pretrain_gpt.py", HGRN2),
     "H*": ("pretrain_hybrid.py", (*STACK, "--hybrid-layer-pattern", "M-*-")),
