@@ -72,8 +72,10 @@ def advance_dynamic(qfv: Tensor, lower_bound: Tensor | None, context, layer_numb
         layer_number: 1-based number of the layer in its pipeline stage.
 
     Returns:
-        o: [1, t, H, K] dtype of qfv. Outputs of padding have no meaning. The context then holds the states after the
-            last token.
+        o: [1, t, H, K] dtype of qfv. The context then holds the states after the last token. Outputs of padding have no
+            meaning, but are 0 if the projections of padding are 0. A model with quantization scales needs this, and
+            Megatron sets the embeddings of padding to 0 there. So the mixer need not zero its outputs as Megatron's
+            SSMDynamicInferenceMixin does.
 
     Raises:
         ValueError: the context keeps no states, or states of another dtype, or uses speculative decoding or prefix

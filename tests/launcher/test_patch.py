@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import harness
 import pytest
-import torch
+from patched_tree import ALONE, CPU, patched_copy
 from training import HGRN2, assert_equal, saved_tensors, train
 
 from hgrn2_megatron import UsageError, arguments, megatron_hooks, patch
@@ -133,24 +132,6 @@ def test_runs_of_other_models_get_the_flags_and_nothing_else(command, hooked, no
     assert (bool(calls), args.normalization, args.hgrn2_layer_pattern) == (hooked, normalization, "H")
 
 
-def patched_copy(megatron: Path, folder: Path) -> Path:
-    """A patched tree whose other files are links to those of `megatron`."""
-    shutil.copytree(megatron / "megatron", folder / "megatron", copy_function=os.symlink)
-    for script in megatron.glob("*.py"):
-        (folder / script.name).symlink_to(script)
-    for name in patch.files_of(patch.find_patch(megatron)):
-        (folder / name).unlink()
-        shutil.copy(megatron / name, folder / name)
-    patch.main([str(folder)])
-    return folder
-
-
-ALONE = ("tests/launcher/cpu_mode_alone.py",)
-# what the launcher says for the user where there is no GPU
-CPU = "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion"
-CPU = () if torch.cuda.is_available() else (*CPU.split(), "--no-persist-layer-norm")
-
-
 def test_a_patched_tree_trains_and_saves_as_the_launcher_does(tmp_path, monkeypatch):
     flags = (*HGRN2, "--hgrn2-layer-pattern", "H*", "--hgrn2-loss-chunk-size", 50)
     flags += ("--train-iters", 3, "--save-interval", 2, "--save")
@@ -164,12 +145,3 @@ def test_a_patched_tree_trains_and_saves_as_the_launcher_does(tmp_path, monkeypa
     # the launcher on a patched tree, and from its checkpoint
     resumed, _ = train(*flags, tmp_path / "resumed", "--load", tmp_path / "patched", "--ckpt-step", 2)
     assert resumed == {3: losses[3]}
-
-
-def test_a_patched_checkout_trains_as_the_launcher_does(tmp_path, monkeypatch, megatron_lm):
-    losses, _ = train(*HGRN2, script=str(megatron_lm / "pretrain_gpt.py"))
-    checkout = patched_copy(megatron_lm.resolve(), tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(checkout))
-    patched, output = train(*HGRN2, *CPU, script=str(checkout / "pretrain_gpt.py"), launcher=ALONE)
-    assert "HGRN2: 2 of 2 layers" in output
-    assert patched == losses and sorted(losses) == list(range(1, 9))

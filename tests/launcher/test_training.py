@@ -96,11 +96,6 @@ def test_the_loss_by_chunks_is_the_loss():
     assert_equal_losses(chunked, whole)
 
 
-def test_unmodified_megatron_lm_script(run, megatron_lm):
-    losses, _ = train(*HGRN2, script=str(megatron_lm / "pretrain_gpt.py"))
-    assert losses == run[0]
-
-
 def test_packed_streams_of_an_unmodified_script_over_context_parallel_ranks(run, megatron_lm):
     # from 0.19 on
     if "dataloader_inter_document_masking" not in (megatron_lm / "pretrain_gpt.py").read_text():
