@@ -14,10 +14,14 @@ import greedy
 import harness
 import torch
 
+from hgrn2_megatron.settings import megatron_release
+
 # the step at which each comes, the length of its prompt, the tokens it asks for
 REQUESTS = [(0, 3, 40), (0, 17, 5), (2, 1, 30), (3, 63, 12), (3, 8, 1), (9, 2, 25), (20, 33, 9)]
 MAX_REQUESTS, MAX_TOKENS = 4, 64
-BLOCK, NUM_BLOCKS, NUM_PAUSED = 8, 17, 8
+BLOCK, NUM_PAUSED = 8, 8
+# Megatron before 0.20 keeps blocks for paused requests apart from the others.
+NUM_BLOCKS = 11 if megatron_release() >= (0, 20) else 17
 
 
 class Tokens:
