@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from hgrn2_megatron.config import ATTENTION, LOWER_BOUNDS, HGRN2Config, UsageError
+from hgrn2_megatron.config import ATTENTION, LATENT_ATTENTION, LOWER_BOUNDS, HGRN2Config, UsageError
 
 MODULE, GPT, STACK = "hgrn2_megatron.spec", "hgrn2", "hgrn2_stack"
 
@@ -66,6 +66,25 @@ class HGRN2TransformerConfig(TransformerConfig):
     hgrn2_norm_eps: float = HGRN2Config.norm_eps
     hgrn2_packed_layout: str | None = None
     hgrn2_loss_chunk_size: int | None = None
+
+
+@dataclasses.dataclass
+class HGRN2MLATransformerConfig(MLATransformerConfig, HGRN2TransformerConfig):
+    """MLATransformerConfig with the plugin's settings, for a HybridModel with multi-latent attention."""
+
+
+def with_settings(config: TransformerConfig, args: argparse.Namespace) -> TransformerConfig:
+    """Return the config that Megatron built from args, with the plugin's settings.
+
+    Megatron builds an MLATransformerConfig for multi-latent attention, whatever class it is asked for. That config
+    changes its class here and takes its `hgrn2_*` fields from the args.
+    """
+    if type(config) is MLATransformerConfig:
+        config.__class__ = HGRN2MLATransformerConfig
+        for field in dataclasses.fields(HGRN2TransformerConfig):
+            if field.name.startswith("hgrn2_") and hasattr(args, field.name):
+                setattr(config, field.name, getattr(args, field.name))
+    return config
 
 
 def spec_of(argv: list[str]) -> list[str] | None:
@@ -159,7 +178,12 @@ def glu_width(hidden_size: int, ratio: int = 4) -> int:
 
 
 def fill_silent(args: argparse.Namespace):
-    """Set the defaults that depend on other flags: the position embedding and the width of the channel mixer."""
+    """Set the defaults that depend on other flags.
+
+    They are the position embedding, the width of the channel mixer, and multi-latent attention if the pattern has it.
+    """
+    if is_stack_spec(args.spec) and LATENT_ATTENTION in (args.hybrid_layer_pattern or ""):
+        args.multi_latent_attention = True
     if args.position_embedding_type is None:
         pattern = getattr(args, "hybrid_layer_pattern", None) or args.hgrn2_layer_pattern
         args.position_embedding_type = "rope" if ATTENTION in pattern else "none"

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorF
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from hgrn2_megatron.arguments import is_hgrn2_spec
-from hgrn2_megatron.config import HGRN2, MIXERS
+from hgrn2_megatron.config import HGRN2, MIXERS, STACK_MIXERS
 from hgrn2_megatron.forms import Layers, gpt_name, stack_name
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -86,7 +86,7 @@ def _from_attention(args: argparse.Namespace, here: Layers) -> tuple[argparse.Na
     fresh = [layer for layer, symbol in enumerate(here.symbols) if MIXERS.get(symbol) == HGRN2]
     if not here.stack:
         fresh = [layer // 2 for layer in fresh]
-    mixers = sum(symbol in MIXERS for symbol in here.symbols)
+    mixers = sum(symbol in STACK_MIXERS for symbol in here.symbols)
     if torch.distributed.get_rank() == 0:
         print(
             f"HGRN2: loading {mixers - len(fresh)} of {mixers} mixers and all other shared weights from an attention "

@@ -6,8 +6,11 @@ from typing import Any
 HGRN2, ATTENTION = "H", "*"
 LOWER_BOUNDS = ("learned", "none")
 # Symbols of Megatron's --hybrid-layer-pattern: token mixers, each with its letter in an HGRN2Config, channel mixers,
-# the separator of pipeline stages, and the one before each head of multi-token prediction.
+# the separator of pipeline stages, and the one before each head of multi-token prediction. Only a HybridModel has
+# multi-latent attention and gated delta nets.
 MIXERS = {"M": HGRN2, "*": ATTENTION}
+LATENT_ATTENTION, DELTA_NET = "+", "G"
+STACK_MIXERS = MIXERS | {symbol: symbol for symbol in (LATENT_ATTENTION, DELTA_NET)}
 CHANNEL_MIXERS, EXPERTS, PIPE, HEAD = "-E", "E", "|", "/"
 
 
@@ -39,7 +42,8 @@ class HGRN2Config:
 
     Attributes:
         expand_ratio: number K of key and gate channels per head. A layer has hidden_size / expand_ratio heads.
-        layer_pattern: string of `H` (HGRN2) and `*` (attention), repeated over the depth of the whole model.
+        layer_pattern: string of `H` (HGRN2) and `*` (attention), repeated over the depth of the whole model. In a
+            HybridModel it may also have `+` (multi-latent attention) and `G` (gated delta net).
         lower_bounds: "learned" (one row per layer of the model, with a softmax over the layers) or "none" (bound 0).
         norm_eps: epsilon of the mixer's own RMSNorm.
 
@@ -57,7 +61,7 @@ class HGRN2Config:
     def __post_init__(self):
         if self.expand_ratio < 1:
             raise UsageError(f"--hgrn2-expand-ratio is {self.expand_ratio}, but it must be at least 1")
-        unknown = sorted(set(self.layer_pattern) - {HGRN2, ATTENTION})
+        unknown = sorted(set(self.layer_pattern) - set(STACK_MIXERS.values()))
         if unknown or HGRN2 not in self.layer_pattern:
             wrong = f"the unknown letters {' '.join(unknown)}" if unknown else "no H"
             raise UsageError(
@@ -71,9 +75,25 @@ class HGRN2Config:
 
     @classmethod
     def of(cls, settings: Any) -> "HGRN2Config":
-        """Read the `hgrn2_*` attributes of Megatron's args or config. One that is missing or None means the default."""
+        """Read the `hgrn2_*` attributes of Megatron's args or config. One that is missing or None means the default.
+
+        Raises:
+            UsageError: a value is not allowed. The message names its flag.
+        """
         given = {f.name: getattr(settings, f"hgrn2_{f.name}", None) for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        config = cls(**{name: value for name, value in given.items() if value is not None})
+        others = sorted(set(config.layer_pattern) - set(MIXERS.values()))
+        if others:
+            raise UsageError(
+                f"--hgrn2-layer-pattern {config.layer_pattern!r} has layers that only a HybridModel can have, "
+                f"{' '.join(others)}: write H and *, or run pretrain_hybrid.py with --hybrid-layer-pattern"
+            )
+        return config
+
+    @property
+    def has_attention(self) -> bool:
+        """True if the model has attention layers, plain or multi-latent."""
+        return ATTENTION in self.layer_pattern or LATENT_ATTENTION in self.layer_pattern
 
     @classmethod
     def of_stack(cls, settings: Any, with_heads: bool = False) -> "HGRN2Config":
@@ -98,14 +118,14 @@ class HGRN2Config:
                 "for example 'M-M-*-', or run pretrain_gpt.py with --spec hgrn2"
             )
         main, heads = split_heads(pattern)
-        unknown = sorted(set(pattern) - {*MIXERS, *CHANNEL_MIXERS, PIPE, HEAD})
+        unknown = sorted(set(pattern) - {*STACK_MIXERS, *CHANNEL_MIXERS, PIPE, HEAD})
         if unknown or "M" not in main:
             wrong = f"symbols that an HGRN2 model cannot have, {' '.join(unknown)}" if unknown else "no M"
             where = " before the first /" if heads and not unknown else ""
             raise UsageError(
                 f"--hybrid-layer-pattern {pattern!r} has {wrong}{where}: write M for an HGRN2 layer, * for attention, "
-                "- for an MLP, E for experts, | between pipeline stages and / before each head of multi-token "
-                "prediction"
+                "+ for multi-latent attention, G for a gated delta net, - for an MLP, E for experts, | between "
+                "pipeline stages and / before each head of multi-token prediction"
             )
         if "" in heads:
             raise UsageError(
@@ -119,7 +139,7 @@ class HGRN2Config:
                 "and give the layers in --hybrid-layer-pattern, with M for HGRN2 and * for attention"
             )
         symbols = pattern if with_heads else main
-        return dataclasses.replace(given, layer_pattern="".join(MIXERS.get(symbol, "") for symbol in symbols))
+        return dataclasses.replace(given, layer_pattern="".join(STACK_MIXERS.get(symbol, "") for symbol in symbols))
 
     def num_heads(self, hidden_size: int) -> int:
         """Return the number of heads of an HGRN2 layer.

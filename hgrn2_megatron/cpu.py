@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from hgrn2_megatron.config import DELTA_NET
 from hgrn2_megatron.patching import wrap
 
 # defaults of Megatron's parser in a CPU run: attribute -> value
@@ -38,6 +39,11 @@ NEEDS_CUDA = (
         lambda s: s.transformer_impl == "transformer_engine",
         "--transformer-impl transformer_engine",
         "give local, because Transformer Engine needs a GPU",
+    ),
+    (
+        lambda s: DELTA_NET in (s.hybrid_layer_pattern or ""),
+        "a G in --hybrid-layer-pattern",
+        "write M for an HGRN2 layer, because gated delta nets need a GPU",
     ),
     (lambda s: s.fp8, "--fp8-format", "give --bf16, because FP8 needs a GPU"),
     (

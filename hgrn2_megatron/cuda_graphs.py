@@ -5,7 +5,7 @@ docs/reference/cuda-graphs.md lists what can be captured.
 
 from megatron.core.transformer.enums import AttnBackend
 
-from hgrn2_megatron.config import ATTENTION, HGRN2Config
+from hgrn2_megatron.config import HGRN2Config
 from hgrn2_megatron.settings import Settings, megatron_release, refuse
 
 
@@ -36,7 +36,7 @@ def _stages_are_not_captured(s: Settings) -> bool:
     adds up the gradients of the first micro-batch only.
     """
     stages = s.cuda_graph_impl == "local" and (s.pipeline_model_parallel_size or 1) > 1
-    return stages and (ATTENTION in s.layer_pattern or megatron_release() >= (0, 20))
+    return stages and (s.has_attention or megatron_release() >= (0, 20))
 
 
 def _fused_attention_multiple(s: Settings) -> int:
@@ -49,7 +49,7 @@ def _fused_attention_multiple(s: Settings) -> int:
     cp = s.context_parallel_size or 1
     may_be_fused = s.transformer_impl != "local" and s.attention_backend != AttnBackend.unfused
     has_no_other_kernel = s.cuda_graph_impl == "full_iteration" or cp > 1
-    if not (ATTENTION in s.layer_pattern and may_be_fused and has_no_other_kernel):
+    if not (s.has_attention and may_be_fused and has_no_other_kernel):
         return 1
     return 128 * (2 * cp if cp > 1 else 1)
 

@@ -13,7 +13,7 @@ from megatron.core.utils import is_fa_min_version
 from torch import Tensor
 
 from hgrn2_kernels import chunk_hgrn2_fused, step_hgrn2
-from hgrn2_megatron.config import HGRN2Config
+from hgrn2_megatron.config import DELTA_NET, LATENT_ATTENTION, HGRN2Config
 
 STATES_DTYPE_HINT = (
     "leave ssm_states_dtype of MambaInferenceStateConfig.from_model out, or give "
@@ -172,8 +172,15 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
             states_dtype: dtype of the states; None takes fp32, or fp64 for an fp64 model.
 
         Raises:
-            ValueError: `states_dtype` is another dtype.
+            ValueError: `states_dtype` is another dtype, or the stack has layers whose states or keys Megatron's dynamic
+                engine cannot keep beside HGRN2's.
         """
+        others = {LATENT_ATTENTION, DELTA_NET} & set(getattr(decoder, "layer_type_list", ""))
+        if others:
+            raise ValueError(
+                f"Megatron's dynamic engine cannot generate with {' and '.join(sorted(others))} in "
+                "--hybrid-layer-pattern beside HGRN2 layers: build StaticInferenceEngine with legacy=True"
+            )
         config = decoder.config
         dtype = torch.promote_types(config.params_dtype, torch.float32)
         if states_dtype not in (None, dtype):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from hgrn2_megatron.config import DELTA_NET, LATENT_ATTENTION, HGRN2Config
+
 
 class Effect(enum.Enum):
     """The models and layers in which a flag has an effect."""
@@ -20,6 +22,8 @@ class Effect(enum.Enum):
     EVERYWHERE = "taken"
     ATTENTION = "taken by attention layers"
     ATTENTION_OF_GPT = "taken by attention layers of a GPT"
+    LATENT_ATTENTION = "taken by multi-latent attention"
+    DELTA_NET = "taken by gated delta nets"
     GPT = "taken in a GPT"
     HEADS = "taken by heads of a HybridModel"
     NOWHERE = "no effect"
@@ -97,10 +101,14 @@ TABLE = (
         "attention that Megatron no longer has, and positions that are refused",
         "use_flash_attn relative_attention_num_buckets relative_attention_max_distance",
     ),
-    _row(Effect.REFUSED, "multi-head latent attention", "multi_latent_attention"),
     _row(
-        Effect.NOWHERE,
-        "details of multi-head latent attention",
+        Effect.EVERYWHERE,
+        "multi-latent attention at each + of a HybridModel, which turns the flag on; refused in a GPT",
+        "multi_latent_attention",
+    ),
+    _row(
+        Effect.LATENT_ATTENTION,
+        "details of multi-latent attention",
         "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim cache_mla_latents mla_down_proj_fusion "
         "rope_type",
     ),
@@ -113,10 +121,14 @@ TABLE = (
         "dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32",
     ),
     _row(
+        Effect.DELTA_NET,
+        "details of gated delta nets",
+        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads",
+    ),
+    _row(
         Effect.NOWHERE,
-        "details of linear attention",
-        "linear_attention_freq linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
-        "linear_num_value_heads gdp_num_householder gdp_cutedsl_kernel gdp_num_chunk_states_to_recompute",
+        "linear attention in a GPT, and gated delta products",
+        "linear_attention_freq gdp_num_householder gdp_cutedsl_kernel gdp_num_chunk_states_to_recompute",
     ),
     _row(
         Effect.NOWHERE,
@@ -194,7 +206,7 @@ def command_line() -> dict[str, argparse.Action]:
 
 
 def without_effect(
-    settings: Any, args: argparse.Namespace | None, attention: bool, stack: bool, heads: bool = False
+    settings: Any, args: argparse.Namespace | None, hgrn2: HGRN2Config, stack: bool, heads: bool = False
 ) -> list[str]:
     """Return the flags that the user gives but that have no effect in this model.
 
@@ -203,15 +215,17 @@ def without_effect(
     Args:
         settings: Megatron's TransformerConfig, or an object with its attributes. It is read if `args` is None.
         args: Megatron's args, or None where only megatron.core is used.
-        attention: whether the model has attention layers.
+        hgrn2: HGRN2 settings. The layer pattern tells which token mixers the model has.
         stack: True for a HybridModel, False for a GPT.
         heads: whether the model has heads of multi-token prediction.
     """
     taken = {Effect.EVERYWHERE, Effect.REFUSED}
-    taken |= {Effect.ATTENTION} if attention else set()
+    taken |= {Effect.ATTENTION} if hgrn2.has_attention else set()
+    taken |= {Effect.LATENT_ATTENTION} if LATENT_ATTENTION in hgrn2.layer_pattern else set()
+    taken |= {Effect.DELTA_NET} if DELTA_NET in hgrn2.layer_pattern else set()
     taken |= set() if stack else {Effect.GPT}
     taken |= {Effect.HEADS} if heads else set()
-    taken |= {Effect.ATTENTION_OF_GPT} if attention and not stack else set()
+    taken |= {Effect.ATTENTION_OF_GPT} if hgrn2.has_attention and not stack else set()
     names = [name for row in TABLE if row.effect not in taken for name in row.names]
     if args is None:
         fields = TransformerConfig.__dataclass_fields__

@@ -220,10 +220,12 @@ def install_training() -> None:
 
     def make_config(core_transformer_config_from_args):
         def wrapped(args, config_class=None):
-            # The model builders of Megatron 0.18 pass Megatron's own class.
-            if config_class in (None, TransformerConfig) and arguments.is_hgrn2_spec(args.spec):
+            if not arguments.is_hgrn2_spec(args.spec):
+                return core_transformer_config_from_args(args, config_class)
+            # Megatron's model builders may pass Megatron's own class.
+            if config_class in (None, TransformerConfig):
                 config_class = arguments.HGRN2TransformerConfig
-            return core_transformer_config_from_args(args, config_class)
+            return arguments.with_settings(core_transformer_config_from_args(args, config_class), args)
 
         return wrapped
 

@@ -3,11 +3,24 @@
 docs/reference/refusals.md lists every refusal.
 """
 
+import importlib.util
+
 import torch.nn.functional as F
 
 from hgrn2_megatron import cpu, cuda_graphs, megatron_flags
-from hgrn2_megatron.config import ATTENTION, EXPERTS, HEAD, PIPE, HGRN2Config, UsageError, split_heads, stages_fit
-from hgrn2_megatron.settings import Settings, global_args, refuse
+from hgrn2_megatron.config import (
+    ATTENTION,
+    DELTA_NET,
+    EXPERTS,
+    HEAD,
+    LATENT_ATTENTION,
+    PIPE,
+    HGRN2Config,
+    UsageError,
+    split_heads,
+    stages_fit,
+)
+from hgrn2_megatron.settings import Settings, global_args, megatron_release, refuse
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
 
@@ -77,11 +90,6 @@ def _check_block(s: Settings, hgrn2: HGRN2Config):
 # Each row has a function that returns whether the settings ask for a feature, its flag, and what to do instead.
 UNSUPPORTED = (
     (
-        lambda s: s.multi_latent_attention,
-        "--multi-latent-attention",
-        "use grouped-query attention in a hybrid",
-    ),
-    (
         lambda s: s.mtp_hybrid_override_pattern,
         "--mtp-hybrid-override-pattern",
         "write each head behind a / at the end of a HybridModel's --hybrid-layer-pattern, as in 'M-M-*-/*-'",
@@ -130,6 +138,11 @@ UNSUPPORTED = (
 )
 UNSUPPORTED_IN_GPT = (
     (
+        lambda s: s.multi_latent_attention,
+        "--multi-latent-attention in a GPT",
+        "run pretrain_hybrid.py with + in --hybrid-layer-pattern and --spec hgrn2_megatron.spec hgrn2_stack",
+    ),
+    (
         lambda s: s.hybrid_layer_pattern,
         "--hybrid-layer-pattern in a GPT",
         "give --hgrn2-layer-pattern, or run pretrain_hybrid.py with --spec hgrn2_megatron.spec hgrn2_stack",
@@ -148,6 +161,50 @@ UNSUPPORTED_IN_STACK = (
         lambda s: EXPERTS in s.hybrid_layer_pattern and not (s.num_moe_experts or s.num_experts),
         "an E in --hybrid-layer-pattern without --num-experts",
         "give --num-experts, or write - for an MLP",
+    ),
+    (
+        lambda s: LATENT_ATTENTION in s.hybrid_layer_pattern and megatron_release() < (0, 19),
+        "a + in --hybrid-layer-pattern before megatron-core 0.19",
+        "install megatron-core 0.19 or later, or write * for attention",
+    ),
+    (
+        lambda s: LATENT_ATTENTION in s.hybrid_layer_pattern and not s.multi_latent_attention,
+        "a + in --hybrid-layer-pattern without --multi-latent-attention",
+        "build the model from an HGRN2MLATransformerConfig",
+    ),
+    (
+        lambda s: s.multi_latent_attention and LATENT_ATTENTION not in s.hybrid_layer_pattern,
+        "--multi-latent-attention without a + in --hybrid-layer-pattern",
+        "write + for each layer of multi-latent attention, or drop the flag",
+    ),
+    (
+        lambda s: s.multi_latent_attention and ATTENTION in s.hybrid_layer_pattern,
+        "a * beside a + in --hybrid-layer-pattern",
+        "write only one of the two, because Megatron gives * no positions in a model with multi-latent attention",
+    ),
+    (
+        lambda s: s.multi_latent_attention and s.position_embedding_type not in (None, "none", "rope"),
+        "a + in --hybrid-layer-pattern with --position-embedding-type yarn",
+        "give none, because layers of multi-latent attention make positions of their own by --rope-type",
+    ),
+    (
+        lambda s: (
+            {LATENT_ATTENTION, DELTA_NET} & {*s.hybrid_layer_pattern}
+            and (s.tensor_model_parallel_size or 1) > 1
+            and not s.sequence_parallel
+        ),
+        "a + or G in --hybrid-layer-pattern with --tensor-model-parallel-size above 1 and without --sequence-parallel",
+        "give --sequence-parallel, without which Megatron does not sum the gradients of weights that all heads share",
+    ),
+    (
+        lambda s: s.mla_down_proj_fusion and s.transformer_impl == "local",
+        "--mla-down-proj-fusion with --transformer-impl local",
+        "drop one of the two flags",
+    ),
+    (
+        lambda s: DELTA_NET in s.hybrid_layer_pattern and importlib.util.find_spec("fla") is None,
+        "a G in --hybrid-layer-pattern without the package flash-linear-attention",
+        "install the package, or write M for an HGRN2 layer",
     ),
 )
 
@@ -215,17 +272,17 @@ def _check_context_parallel(s: Settings, hgrn2: HGRN2Config):
             f"--context-parallel-size is {s.context_parallel_size}, but Megatron's own attention layers support only "
             "1: give --transformer-impl transformer_engine, or a layer pattern without attention"
         )
-    if ATTENTION in hgrn2.layer_pattern and s.dataloader_inter_document_masking and not s.sft:
+    if (hgrn2.has_attention or DELTA_NET in hgrn2.layer_pattern) and s.dataloader_inter_document_masking and not s.sft:
         raise UsageError(
             f"--dataloader-inter-document-masking with --context-parallel-size {s.context_parallel_size} divides the "
-            "whole stream of documents among the ranks, but attention layers expect each document to be divided by "
-            "itself: give a layer pattern without attention"
+            "whole stream of documents among the ranks, but attention layers and gated delta nets expect each document "
+            "to be divided by itself: give a layer pattern without them"
         )
 
 
 def has_own_attention(s: Settings, hgrn2: HGRN2Config) -> bool:
     """Return whether the model has attention layers of Megatron's own, which support less than Transformer Engine's."""
-    return ATTENTION in hgrn2.layer_pattern and s.transformer_impl == "local"
+    return hgrn2.has_attention and s.transformer_impl == "local"
 
 
 def _check_dimensions(s: Settings, hgrn2: HGRN2Config):
@@ -294,7 +351,7 @@ def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
             "so this model cannot be exported"
         )
     heads = stack and HEAD in s.hybrid_layer_pattern
-    idle = megatron_flags.without_effect(s, global_args(), ATTENTION in hgrn2.layer_pattern, stack, heads)
+    idle = megatron_flags.without_effect(s, global_args(), hgrn2, stack, heads)
     if idle:
         warnings.append(f"these flags have no effect in this model: {', '.join(idle)}; see docs/reference/flags.md")
     return warnings

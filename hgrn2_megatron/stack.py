@@ -9,9 +9,9 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from hgrn2_megatron import cuda_graphs, requirements
+from hgrn2_megatron import cuda_graphs, other_mixers, requirements
 from hgrn2_megatron.block import banner, create_bounds, share_bounds
-from hgrn2_megatron.config import MIXERS, PIPE, HGRN2Config, UsageError, split_heads
+from hgrn2_megatron.config import PIPE, STACK_MIXERS, HGRN2Config, UsageError, split_heads
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
 from hgrn2_megatron.settings import Settings, global_args
 
@@ -27,8 +27,9 @@ class HGRN2Stack(HybridStack):
     """One pipeline chunk of a HybridModel: HGRN2 at M, attention at *, an MLP at -, experts at E.
 
     Each layer is one half of a GPT's layer, so "M-M-*-" computes the same function as a GPT with the pattern "HH*".
-    The table of lower bounds has one row for each token mixer, M or *, of the main part of the whole pattern. The heads
-    of multi-token prediction behind it are in mtp.py.
+    The table of lower bounds has one row for each token mixer of the main part of the whole pattern. Beside M and *
+    these are + for multi-latent attention and G for a gated delta net, which a GPT cannot have. The heads of
+    multi-token prediction behind the main part are in mtp.py.
 
     Args:
         config: Megatron's TransformerConfig, with `hgrn2_*` fields if the launcher built it. The whole pattern comes
@@ -111,7 +112,7 @@ def _make_room_for_expert_losses(config: TransformerConfig):
 
 def _rows(symbols: str, start: int, length: int) -> list[int]:
     """Return the number of token mixers before each of `length` layers, the first of which is layer `start`."""
-    return [sum(symbol in MIXERS for symbol in symbols[:layer]) for layer in range(start, start + length)]
+    return [sum(symbol in STACK_MIXERS for symbol in symbols[:layer]) for layer in range(start, start + length)]
 
 
 def _check_chunk(pattern: str, own: str, start: int, config: TransformerConfig, pp_group):
@@ -139,8 +140,9 @@ def stack_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         config: Megatron's TransformerConfig, already checked by `requirements.check`.
     """
     pair = copy.copy(config)
-    pair.num_layers, pair.moe_layer_freq = 2, [0, 1]
+    pair.num_layers, pair.moe_layer_freq, pair.multi_latent_attention = 2, [0, 1], False
     dense, experts = stock_layers(pair)
+    others = {name: _mixer_half(spec) for name, spec in other_mixers.layers(config, dense).items()}
     return HybridStackSubmodules(
         # Megatron itself passes add_layer_offset=False to all other layers, because their numbers already count earlier
         # stages. It does not pass the argument to Mamba layers.
@@ -148,6 +150,7 @@ def stack_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         attention_layer=_mixer_half(dense),
         mlp_layer=_channel_half(dense),
         moe_layer=_channel_half(experts),
+        **others,
     )
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = ":".join(str(ROOT / folder) for folder in (".", "kernels", "tests"))
 VOCAB, SEQ, BATCH = 64, 40, 4
+# a HybridModel with multi-latent attention, small enough for the model below
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 12}
 
 
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
@@ -96,7 +98,7 @@ def build_model(
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-    from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
+    from hgrn2_megatron.arguments import BLOCK, HGRN2MLATransformerConfig, HGRN2TransformerConfig
     from hgrn2_megatron.spec import hgrn2, hgrn2_stack
 
     pattern = config.pop("hybrid_layer_pattern", None)
@@ -129,7 +131,8 @@ def build_model(
         # larger than Megatron's default, so that gates and bounds leave the range in which they are nearly linear
         init_method_std=0.2,
     )
-    config = HGRN2TransformerConfig(**settings | config)
+    config_class = HGRN2MLATransformerConfig if "+" in (pattern or "") else HGRN2TransformerConfig
+    config = config_class(**settings | config)
     if pattern:
         # in a run with a command line, Megatron's args have this attribute
         config.hybrid_layer_pattern = pattern

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
-from hgrn2_megatron import HGRN2Config, UsageError
+from hgrn2_megatron import HGRN2Config, UsageError, requirements
 from hgrn2_megatron.cuda_graphs import NOT_WITH_CUDA_GRAPHS
 from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSUPPORTED_IN_GPT, check
 from hgrn2_megatron.settings import Settings
@@ -269,7 +269,7 @@ def stack_settings(**changes) -> types.SimpleNamespace:
 
 @pytest.mark.parametrize(
     ("pattern", "blocks"),
-    [("M-M-M-", "HHH"), ("M-*-|M-", "H*H"), ("MM--*", "HH*"), ("|M-", "H"), ("M-*-/M-/M-", "H*")],
+    [("M-M-M-", "HHH"), ("M-*-|M-", "H*H"), ("MM--*", "HH*"), ("|M-", "H"), ("M-*-/M-/M-", "H*"), ("M-+-GE", "H+G")],
 )
 def test_blocks_of_a_hybrid_model_are_its_token_mixers(pattern, blocks):
     assert HGRN2Config.of_stack(stack_settings(hybrid_layer_pattern=pattern)).layer_pattern == blocks
@@ -301,13 +301,42 @@ def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
     assert check(Settings(stack_settings(**with_heads)), stack=True) == []
 
 
+LATENT = {"hybrid_layer_pattern": "M-+-", "multi_latent_attention": True, "position_embedding_type": "none"}
+
+
+def test_multi_latent_attention_needs_a_release_that_has_it(monkeypatch):
+    assert check(Settings(stack_settings(**LATENT)), stack=True) == []
+    assert check(Settings(stack_settings(**LATENT, q_lora_rank=24, rope_type="rope")), stack=True) == []
+    monkeypatch.setattr(requirements, "megatron_release", lambda: (0, 18))
+    with pytest.raises(UsageError, match="before megatron-core 0.19"):
+        check(Settings(stack_settings(**LATENT)), stack=True)
+
+
+def test_gated_delta_nets_need_a_gpu_and_their_package(monkeypatch):
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: name)
+    delta = {"hybrid_layer_pattern": "M-G-"}
+    assert check(Settings(stack_settings(**delta, linear_num_key_heads=4)), stack=True) == []
+    packed = {"context_parallel_size": 2, "dataloader_inter_document_masking": True}
+    with pytest.raises(UsageError, match="gated delta nets expect each document"):
+        check(Settings(stack_settings(**delta, **packed)), stack=True)
+    monkeypatch.setattr(requirements.cpu, "installed", lambda: True)
+    with pytest.raises(UsageError, match="gated delta nets need a GPU"):
+        check(Settings(stack_settings(**delta)), stack=True)
+
+
+@pytest.mark.parametrize("pattern", ["H+", "HG"])
+def test_a_gpt_has_no_layers_that_only_a_hybrid_model_has(pattern):
+    with pytest.raises(UsageError, match="--hgrn2-layer-pattern .* only a HybridModel can have"):
+        check(Settings(hgrn2_settings(hgrn2_layer_pattern=pattern)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hybrid_layer_pattern": None}, "needs --hybrid-layer-pattern"),
         ({"hybrid_layer_pattern": "M-/"}, "a / without a head"),
         ({"hybrid_layer_pattern": "*-/M-"}, "has no M before the first /"),
-        ({"hybrid_layer_pattern": "M-/G-"}, "cannot have, G:"),
+        ({"hybrid_layer_pattern": "M-/D-"}, "cannot have, D:"),
         ({"hybrid_layer_pattern": "M-/M-", "mtp_num_layers": 2}, "--mtp-num-layers is 2, but .* has 1 heads"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers is 1, but .* has 0 heads"),
         ({"hybrid_layer_pattern": "M-/ME"}, "--num-experts"),
@@ -321,9 +350,16 @@ def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
             },
             "--dataloader-inter-document-masking .* multi-token prediction expects each document",
         ),
-        ({"hybrid_layer_pattern": "M-G-"}, "cannot have, G:"),
         ({"hybrid_layer_pattern": "M-D-"}, "cannot have, D:"),
-        ({"hybrid_layer_pattern": "M-+-"}, r"cannot have, \+:"),
+        ({"hybrid_layer_pattern": "M-G-"}, "without the package flash-linear-attention"),
+        ({"hybrid_layer_pattern": "M-+-"}, r"a \+ in .* without --multi-latent-attention .*HGRN2MLATransformerConfig"),
+        (LATENT | {"hybrid_layer_pattern": "M-*-"}, r"--multi-latent-attention without a \+"),
+        (LATENT | {"hybrid_layer_pattern": "M-*-+-"}, r"a \* beside a \+"),
+        (LATENT | {"position_embedding_type": "yarn"}, "give none, because layers of multi-latent attention"),
+        (LATENT | {"tensor_model_parallel_size": 2}, "give --sequence-parallel"),
+        (LATENT | {"mla_down_proj_fusion": True}, "--mla-down-proj-fusion with --transformer-impl local"),
+        (LATENT | {"context_parallel_size": 2}, "--context-parallel-size is 2"),
+        (LATENT | {"sft": True}, "--sft packs sequences"),
         ({"hybrid_layer_pattern": "*-*-"}, "has no M:"),
         ({"hgrn2_layer_pattern": "H*"}, "--hgrn2-layer-pattern 'H\\*' is for a GPT"),
         ({"hybrid_layer_pattern": "MEM-"}, "--num-experts"),

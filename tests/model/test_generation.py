@@ -20,6 +20,7 @@ MODELS = {
     "hybrid": {"hgrn2_layer_pattern": "H*H"},
     "no-bounds": {"hgrn2_lower_bounds": "none"},
     "stack": {"hybrid_layer_pattern": "M-*-M-"},
+    "latent": {"hybrid_layer_pattern": "M-+-M-"} | harness.LATENT,
 }
 
 
@@ -226,6 +227,13 @@ def test_a_stage_of_attention_alone_has_states_too():
     layers = [types.SimpleNamespace(self_attention=None)] * 2
     stage = types.SimpleNamespace(config=block.config, pg_collection=block.pg_collection, layers=layers)
     assert generation.HGRN2StateConfig.of_stack(stage, None).layer_type_list == ["*", "*", "M"]
+
+
+def test_dynamic_batching_beside_multi_latent_attention_is_refused():
+    harness.start_megatron()
+    model = harness.build_model(hybrid_layer_pattern="M-+-", **harness.LATENT)
+    with pytest.raises(ValueError, match=r"with \+ in --hybrid-layer-pattern .* legacy=True"):
+        MambaInferenceStateConfig.from_model(model)
 
 
 def test_dynamic_batching_of_attention_needs_flash_attention(monkeypatch):

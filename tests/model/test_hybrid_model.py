@@ -54,7 +54,7 @@ def test_the_function_is_that_of_the_gpt_form(pattern, gpt, capsys):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hybrid_layer_pattern": "M-G-"}, "--hybrid-layer-pattern 'M-G-'"),
+        ({"hybrid_layer_pattern": "M-D-"}, "--hybrid-layer-pattern 'M-D-'"),
         ({"hybrid_layer_pattern": "ME"}, "--num-experts"),
         ({"hybrid_layer_pattern": "M-", "hgrn2_layer_pattern": "H*"}, "--hgrn2-layer-pattern"),
         ({"hybrid_layer_pattern": "M-", "normalization": "LayerNorm"}, "--normalization"),

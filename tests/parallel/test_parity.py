@@ -32,6 +32,7 @@ MODELS = {
     "mtp-tied": {"hybrid_layer_pattern": "M-*-/M-", "mtp_loss_scaling_factor": 1.0, "tied": True},
     "mtp-experts": EXPERTS | {"hybrid_layer_pattern": "M-ME/ME", "mtp_loss_scaling_factor": 1.0},
     "mtp-attention": {"hybrid_layer_pattern": "M-M-/*-", "mtp_loss_scaling_factor": 1.0},
+    "latent": {"hybrid_layer_pattern": "M-+-M-+-"} | harness.LATENT,
 }
 # losses of padding do not count; Megatron's rotary positions know documents alone
 PACKED = {"calculate_per_token_loss": True}
@@ -102,6 +103,7 @@ CASES += [("mtp", layout) for layout in ("tp2-sequence-parallel", "pp2-mtp-recom
 CASES += [("mtp", layout) for layout in ("cp2", "dp2-distributed-optimizer", "tp2-recompute-selective")]
 CASES += [("mtp-attention", layout) for layout in ("tp2-sequence-parallel", "pp2", "cp2")]
 CASES += [("mtp-tied", "pp2-mtp"), ("mtp-experts", "ep2")]
+CASES += [("latent", "tp2-sequence-parallel"), ("latent", "pp2-dp2-distributed-optimizer")]
 
 
 def with_segments(model: dict, layout: dict) -> dict:
