@@ -90,6 +90,8 @@ def _lines() -> Iterator[tuple[str, str, str | None]]:
     form = implementation(device, torch.bfloat16)
     slow = ": correct but slow" if form == "pytorch" else ""
     yield "operator", f"op={form}{slow}", None
+    if form == "triton":
+        yield "kernels", _kernels(), None
     yield "norms", "from Transformer Engine, fused into the projections" if te else "from PyTorch", None
     for dtype, allowed in ALLOWED.items():
         start = time.perf_counter()
@@ -119,6 +121,16 @@ def _gpu() -> str:
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
 
 
+def _kernels() -> str:
+    """Return the kernels of the operator for heads of 128, as in training, and for all other heads."""
+    from hgrn2_kernels import dispatch
+
+    names = {"hopper": "those for Hopper", "triton": "those for every GPU"}
+    capability = torch.cuda.get_device_capability()
+    found = [names[dispatch.kernels((1, 1, 1, D), D, torch.bfloat16, capability)] for D in (128, 64)]
+    return found[0] if found[0] == found[1] else f"{found[0]} with heads of 128 in bf16, else {found[1]}"
+
+
 def _megatron() -> tuple[str, str | None]:
     """Return the release of megatron-core, and the reason if it cannot be used."""
     if not _has("megatron.core"):
@@ -146,11 +158,11 @@ def self_check(device: str, dtype: torch.dtype) -> float:
     The batch is small. Its gates are ordinary, closed and nearly open, and half of the lower bounds are 0.
     """
     generator = torch.Generator().manual_seed(0)
-    q, f, v, do = torch.randn(4, 1, 200, 2, 64, generator=generator).to(dtype).double()
+    q, f, v, do = torch.randn(4, 1, 200, 2, 128, generator=generator).to(dtype).double()
     f[:, 60:100] = f[:, 60:100] * 8 - 20
     f[:, 100:140] += 6
     f = f.to(dtype).double()
-    bound = torch.rand(2, 64, generator=generator).float().double()
+    bound = torch.rand(2, 128, generator=generator).float().double()
     bound[:, ::2] = 0
     results = []
     forms: list[tuple[Callable, torch.dtype]] = [(chunk_hgrn2, dtype), (recurrent_hgrn2, torch.float64)]

@@ -17,14 +17,19 @@ def kernels(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tupl
         dtype: dtype of q, f and v.
         capability: compute capability of the device.
     """
-    hopper = capability == (9, 0) and dtype == torch.bfloat16 and shape[3] == V == 128 and min(shape) > 0
+    hopper = capability == (9, 0) and dtype == torch.bfloat16 and shape[3] == V == 128
     return "hopper" if hopper else "triton"
+
+
+def by_hopper(q: Tensor, v: Tensor) -> bool:
+    """Return whether the kernels for Hopper take these inputs, which may be fake tensors."""
+    # in the interpreter there is no GPU, and Gluon has no interpreter
+    return q.is_cuda and kernels(tuple(q.shape), v.shape[3], q.dtype, capability(q.device)) == "hopper"
 
 
 def module(q: Tensor, v: Tensor):
     """Return the module whose `chunk_forward` and `chunk_backward` take these inputs."""
-    # in the interpreter there is no GPU, and Gluon has no interpreter
-    if q.is_cuda and kernels(tuple(q.shape), v.shape[3], q.dtype, capability(q.device)) == "hopper":
+    if by_hopper(q, v):
         from hgrn2_kernels import hopper
 
         return hopper

@@ -26,7 +26,7 @@ from hgrn2_kernels.hopper_backward import hopper_backward_kernel
 from hgrn2_kernels.hopper_forward import hopper_forward_kernel
 from hgrn2_kernels.hopper_math import BORDER
 from hgrn2_kernels.inputs import Inputs
-from hgrn2_kernels.strides import dense_like
+from hgrn2_kernels.strides import dense_like, suits
 
 # the only head dimension that these kernels support
 D = 128
@@ -54,7 +54,7 @@ def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
             initial = entering
         elif output_final_state:
             final = run._per_segment(v, D)
-        o = dense_like(v)
+        o = dense_like(inputs.v)
         states = run.forward(v, initial, o, None if run.plan.segments.cut else final)
         run.output(v, states, o)
     final = final if output_final_state else None
@@ -94,14 +94,18 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
 
 
 def movable(x: Tensor) -> bool:
-    """Return whether TMA can read and write x [B, T, H, D]: rows of D numbers, at addresses in steps of 16 bytes."""
+    """Return whether the kernels can read and write x [B, T, H, D].
+
+    TMA needs rows of D numbers, at addresses in steps of 16 bytes. The kernels of chunk_triton.py, which also run here,
+    need the tokens of a chunk in reach.
+    """
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
-    return aligned and x.stride(-1) == 1 and min(steps, default=1) > 0
+    return aligned and suits(x) and min(steps, default=1) > 0
 
 
 def by_tma(x: Tensor) -> Tensor:
-    """Return x, or a contiguous copy if TMA cannot read x."""
+    """Return x, or a contiguous copy if the kernels cannot read x."""
     return x if movable(x) else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from hgrn2_kernels.chunk_triton import Launches, chunk_backward
+from hgrn2_kernels.chunk_triton import Launches
+from hgrn2_kernels.dispatch import chunk_backward
 from hgrn2_kernels.gate import log_forget_backward
 from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.strides import unit_stride

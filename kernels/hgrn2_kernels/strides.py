@@ -12,7 +12,7 @@ REACH = 2**31 // 64
 
 def unit_stride(x: Tensor) -> Tensor:
     """Return x [B, T, ..], or a contiguous copy if its strides do not suit the kernels."""
-    return x if _suits(x) else x.contiguous()
+    return x if suits(x) else x.contiguous()
 
 
 def dense_like(x: Tensor) -> Tensor:
@@ -22,10 +22,11 @@ def dense_like(x: Tensor) -> Tensor:
     """
     if x.stride(-1) == 1:
         like = torch.empty_like(x)
-        if _suits(like):
+        if suits(like):
             return like
     return x.new_empty(x.shape)
 
 
-def _suits(x):
+def suits(x: Tensor) -> bool:
+    """Return whether the kernels can take the strides of x [B, T, ..]."""
     return x.stride(-1) == 1 and x.stride(1) < REACH

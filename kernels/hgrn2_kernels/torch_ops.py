@@ -57,9 +57,9 @@ def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 @functools.cache
 def _kernels():
     # a CPU needs no triton
-    from hgrn2_kernels import chunk_plan, chunk_triton
+    from hgrn2_kernels import chunk_plan, dispatch
 
-    return chunk_triton, chunk_plan
+    return dispatch, chunk_plan
 
 
 def _chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states, kernels):
@@ -86,17 +86,18 @@ def _chunk_fake(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_sta
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    states, bands, states_dtype = [0], [0], q.dtype
+    states, bands, states_dtype, bands_dtype = [0], [0], q.dtype, torch.int8
     if kernels and save_states:
-        _, plan = _kernels()
+        dispatch, plan = _kernels()
         config = plan.Config.of(q.dtype, K, V)
         NC = plan.Chunks.of(q.shape[0], q.shape[1], None if cu_seqlens is None else N, config.C).NC
         states, bands, states_dtype = [NC, H, K, V], [NC, H, config.blocks(K)], config.dtype
+        bands_dtype = torch.int32 if dispatch.by_hopper(q, v) else torch.int8
     return (
         _like(v, kernels),
         v.new_empty((N, H, K, V), dtype=dtype),
         v.new_empty(states, dtype=states_dtype),
-        v.new_empty(bands, dtype=torch.int8),
+        v.new_empty(bands, dtype=bands_dtype),
     )
 
 

@@ -4,13 +4,16 @@ They are in Gluon, which has no interpreter. Without a GPU they are compiled, an
 """
 
 import json
+from functools import partial
 
 import harness
 import pytest
 import torch
 from operator_cases import ALL_GATES, NAMES, TRITON_RELEASE, capture_without_waiting, make_inputs, relative_error, run
+from rounding_twin import twin
+from torch._subclasses import FakeTensorMode
 
-from hgrn2_kernels import dispatch, hopper, recurrent_hgrn2
+from hgrn2_kernels import chunk_hgrn2, dispatch, hopper, recurrent_hgrn2
 from hgrn2_kernels.chunk_plan import Chunks, Segments
 from hgrn2_kernels.inputs import Inputs
 
@@ -19,28 +22,10 @@ CEILING = dict(zip(NAMES, (3e-3, 3e-3, 4e-3, 4e-3, 3e-3, 4e-3, 3e-3), strict=Tru
 H100 = (9, 0)
 
 
-class Hopper(torch.autograd.Function):
-    """The forward and the backward as autograd calls them."""
-
-    @staticmethod
-    def forward(ctx, q, f, v, b, h0, cu_seqlens, last, save_states):
-        inputs = Inputs(q, f, v, b, h0, cu_seqlens, q.shape[-1] ** -0.5)
-        o, ht, saved = hopper.chunk_forward(inputs, last, save_states)
-        ctx.save_for_backward(q, f, v, b, h0, cu_seqlens, *saved)
-        ctx.set_materialize_grads(False)
-        return o, ht
-
-    @staticmethod
-    def backward(ctx, do, dht):
-        q, f, v, b, h0, cu_seqlens, *saved = ctx.saved_tensors
-        do = torch.zeros_like(v) if do is None else do
-        inputs = Inputs(q, f, v, b, h0, cu_seqlens, q.shape[-1] ** -0.5)
-        dq, df, dv, db, dh0 = hopper.chunk_backward(do, dht, inputs, tuple(saved))
-        return dq, df, dv, db, dh0, None, None, None
-
-
 def op(q, f, v, b, *, initial_state=None, output_final_state=True, cu_seqlens=None, save_states=True):
-    return Hopper.apply(q, f, v, b, initial_state, cu_seqlens, output_final_state, save_states)
+    assert dispatch.by_hopper(q, v)
+    options = dict(output_final_state=output_final_state, cu_seqlens=cu_seqlens, save_states=save_states)
+    return chunk_hgrn2(q, f, v, b, initial_state=initial_state, **options)
 
 
 def recomputing(*args, **kwargs):
@@ -54,8 +39,13 @@ def inputs_of(B, T, H, gate="mixed", bound="half-zero", N=None):
 
 
 def check(inputs, cu_seqlens=None, op=op):
+    """Compare op with the recurrence in fp64: every tensor is under its ceiling.
+
+    The roundings alone can cost more than the ceiling where there are few numbers. There op may cost a tenth more.
+    """
     got = run(op, inputs, cu_seqlens)
     gold = run(recurrent_hgrn2, inputs, cu_seqlens, dtype=torch.float64)
+    roundings = run(partial(twin, dtype=torch.bfloat16, C=64), inputs, cu_seqlens)
     lower_bound = inputs[3]
     errors = {}
     for name in NAMES:
@@ -65,8 +55,8 @@ def check(inputs, cu_seqlens=None, op=op):
         assert got[name].isfinite().all(), name
         # below this the gradient of the bound is ill-conditioned, and at 0 it is defined as zero
         keep = lower_bound >= 1e-3 if name == "dlower_bound" else ...
-        errors[name] = relative_error(got[name][keep], gold[name][keep])
-    wrong = {name: error for name, error in errors.items() if not error <= CEILING[name]}
+        errors[name] = [relative_error(x[name][keep], gold[name][keep]) for x in (got, roundings)]
+    wrong = {name for name, (error, allowed) in errors.items() if not error <= max(CEILING[name], 1.1 * allowed)}
     assert not wrong, (wrong, errors)
 
 
@@ -184,6 +174,26 @@ def test_a_graph_replays_gates_of_other_forms_without_waiting_for_the_device():
     assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("save_states", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_registered_with_torch(packed, save_states):
+    """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
+    # lengths that need as many chunks as can be: states of unused chunks hold anything, which would compare unequal
+    cu_seqlens = torch.tensor([0, 1, 66], dtype=torch.int32, device="cuda") if packed else None
+    leaves = [x.requires_grad_() for x in inputs_of(1, 66, 1, N=2 if packed else None)]
+    torch.library.opcheck(torch.ops.hgrn2.chunk.default, (*leaves, cu_seqlens, 0.25, save_states, True))
+
+
+@pytest.mark.parametrize(("K", "dtype"), [(128, torch.int32), (64, torch.int8)])
+def test_traced_code_knows_the_dtype_of_the_counts(K, dtype, monkeypatch):
+    monkeypatch.setattr(dispatch, "capability", lambda device: H100)
+    with FakeTensorMode():
+        q, f, v = torch.empty(3, 1, 70, 2, K, dtype=torch.bfloat16, device="cuda")
+        *_, bands = torch.ops.hgrn2.chunk(q, f, v, None, None, None, 1.0, True, True)
+    assert bands.dtype == dtype and bands.shape == (2, 2, K // 64)
+
+
 @pytest.mark.parametrize(
     ("shape", "V", "dtype", "capability", "expected"),
     [
@@ -193,7 +203,6 @@ def test_a_graph_replays_gates_of_other_forms_without_waiting_for_the_device():
         ((8, 4096, 16, 128), 128, torch.float32, H100, "triton"),
         ((8, 4096, 16, 64), 64, torch.bfloat16, H100, "triton"),
         ((8, 4096, 16, 128), 256, torch.bfloat16, H100, "triton"),
-        ((8, 0, 16, 128), 128, torch.bfloat16, H100, "triton"),
         ((8, 4096, 16, 128), 128, torch.bfloat16, (8, 0), "triton"),
         ((8, 4096, 16, 128), 128, torch.bfloat16, (10, 0), "triton"),
     ],
