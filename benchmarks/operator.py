@@ -227,7 +227,7 @@ def measure(shape: str, gate: str, peers: dict) -> dict:
 
 def bands(q: Tensor, f: Tensor, v: Tensor, bound: Tensor) -> list[float]:
     """Return the shares of (chunk, block of channels) that take 2, 3 and 4 bands, and the exact form."""
-    *_, number = torch.ops.hgrn2.chunk(*(x.detach() for x in (q, f, v, bound)), None, None, 1.0, True)
+    *_, number = torch.ops.hgrn2.chunk(*(x.detach() for x in (q, f, v, bound)), None, None, 1.0, True, True)
     return [(number == n).float().mean().item() for n in (2, 3, 4, 5)]
 
 
