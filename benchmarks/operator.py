@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch, step_hgrn2
+from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_pytorch, dispatch, step_hgrn2
 
 D, ROW = 128, 8
 CEILING = {"o": 3e-3, "dq": 4e-3, "df": 4e-3, "dv": 3e-3, "dlower_bound": 4e-3}
@@ -320,6 +320,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="shapes to time, as batch x length x heads")
     parser.add_argument("--fla", nargs="*", default=SHAPES[:2], help="shapes of --shapes on which fla is timed too")
+    parser.add_argument("--hopper", action="store_true", help="turn on the kernels for Hopper")
     parser.add_argument("--sweeps", action="store_true", help="also measure time against length and against heads")
     report.add_option(parser)
     parser.add_argument("--plot", nargs=2, metavar=("FILE.json", "PICTURE"), help="draw the sweeps of a results file")
@@ -330,6 +331,7 @@ def main():
         sys.exit(
             "benchmarks/operator.py times kernels and needs a GPU, and this machine has none. Only --plot runs without."
         )
+    dispatch.IN_USE = args.hopper
     run(args)
 
 

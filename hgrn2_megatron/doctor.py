@@ -90,8 +90,6 @@ def _lines() -> Iterator[tuple[str, str, str | None]]:
     form = implementation(device, torch.bfloat16)
     slow = ": correct but slow" if form == "pytorch" else ""
     yield "operator", f"op={form}{slow}", None
-    if form == "triton":
-        yield "kernels", _kernels(), None
     yield "norms", "from Transformer Engine, fused into the projections" if te else "from PyTorch", None
     for dtype, allowed in ALLOWED.items():
         start = time.perf_counter()
@@ -119,16 +117,6 @@ def _gpu() -> str:
     properties = torch.cuda.get_device_properties(0)
     memory = properties.total_memory / 2**30
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
-
-
-def _kernels() -> str:
-    """Return the kernels of the operator for heads of 128, as in training, and for all other heads."""
-    from hgrn2_kernels import dispatch
-
-    names = {"hopper": "those for Hopper", "triton": "those for every GPU"}
-    capability = torch.cuda.get_device_capability()
-    found = [names[dispatch.kernels((1, 1, 1, D), D, torch.bfloat16, capability)] for D in (128, 64)]
-    return found[0] if found[0] == found[1] else f"{found[0]} with heads of 128 in bf16, else {found[1]}"
 
 
 def _megatron() -> tuple[str, str | None]:

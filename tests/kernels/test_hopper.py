@@ -22,6 +22,11 @@ CEILING = dict(zip(NAMES, (3e-3, 3e-3, 4e-3, 4e-3, 3e-3, 4e-3, 3e-3), strict=Tru
 H100 = (9, 0)
 
 
+@pytest.fixture(autouse=True)
+def in_use(monkeypatch):
+    monkeypatch.setattr(dispatch, "IN_USE", True)
+
+
 def op(q, f, v, b, *, initial_state=None, output_final_state=True, cu_seqlens=None, save_states=True):
     assert dispatch.by_hopper(q, v)
     options = dict(output_final_state=output_final_state, cu_seqlens=cu_seqlens, save_states=save_states)

@@ -13,6 +13,7 @@ from hgrn2_kernels import (
     chunk_hgrn2_pytorch,
     chunk_hgrn2_sharded,
     chunk_plan,
+    dispatch,
     op,
     recurrent_hgrn2,
     shard_states,
@@ -27,6 +28,7 @@ CASES = [(40, [0, 7, 7, 39]), (100, [0, 1, 34]), (99, [0, 1, 34]), (70, [0, 0, 0
 def heads(request, monkeypatch):
     """The heads of the inputs, for each form of the operators. Memory holds NaN before it is written."""
     form = request.param
+    monkeypatch.setattr(dispatch, "IN_USE", form == "hopper")
     monkeypatch.setattr(op, "implementation", lambda *where: "pytorch" if form == "pytorch" else "triton")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # a Hopper GPU has kernels of its own for heads of 128
