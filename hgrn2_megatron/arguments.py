@@ -191,3 +191,6 @@ def fill_silent(args: argparse.Namespace):
         args.ffn_hidden_size = glu_width(args.hidden_size)
     # Megatron's tools/run_text_generation_server.py reads this name, which no flag sets
     args.inference_max_sequence_length = getattr(args, "inference_max_seq_length", None)
+    if is_stack_spec(args.spec) and hasattr(args, "model_provider"):
+        # Megatron's programs for inference build a GPT by default
+        args.model_provider = "hybrid"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
-from hgrn2_megatron import HGRN2Config, UsageError, requirements
+from hgrn2_megatron import HGRN2Config, UsageError, requirements, stack_requirements
 from hgrn2_megatron.cuda_graphs import NOT_WITH_CUDA_GRAPHS
 from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSUPPORTED_IN_GPT, check
 from hgrn2_megatron.settings import Settings
@@ -307,13 +307,13 @@ LATENT = {"hybrid_layer_pattern": "M-+-", "multi_latent_attention": True, "posit
 def test_multi_latent_attention_needs_a_release_that_has_it(monkeypatch):
     assert check(Settings(stack_settings(**LATENT)), stack=True) == []
     assert check(Settings(stack_settings(**LATENT, q_lora_rank=24, rope_type="rope")), stack=True) == []
-    monkeypatch.setattr(requirements, "megatron_release", lambda: (0, 18))
+    monkeypatch.setattr(stack_requirements, "megatron_release", lambda: (0, 18))
     with pytest.raises(UsageError, match="before megatron-core 0.19"):
         check(Settings(stack_settings(**LATENT)), stack=True)
 
 
 def test_gated_delta_nets_need_a_gpu_and_their_package(monkeypatch):
-    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(stack_requirements.importlib.util, "find_spec", lambda name: name)
     delta = {"hybrid_layer_pattern": "M-G-"}
     assert check(Settings(stack_settings(**delta, linear_num_key_heads=4)), stack=True) == []
     packed = {"context_parallel_size": 2, "dataloader_inter_document_masking": True}
