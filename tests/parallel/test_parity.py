@@ -83,7 +83,9 @@ LAYOUTS = {
 }
 GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in ("ep2", "segment", "chunks", "mtp"))]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
-CASES += [("hybrid", layout) for layout in GPT_LAYOUTS if not layout.startswith("cp2-")]
+# a HybridModel below has the other layouts of a hybrid
+CASES += [("hybrid", layout) for layout in ("tp2-sequence-parallel", "pp2-vpp2", "pp4-uneven", "tp2-pp2", "cp4")]
+CASES += [("hybrid", layout) for layout in ("dp2-distributed-optimizer", "pp2-dp2-distributed-optimizer")]
 CASES += [("per-token-loss", "cp2")]
 CASES += [(model, layout) for layout in ("cp2", "cp4") for model in MODELS if model.startswith("packed")]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
