@@ -23,6 +23,7 @@ LAYOUT = ["run", "tokens/s per GPU", "% of one GPU", "TFLOP/s per GPU", "peak Gi
 SWEEP = ["run", "ms per step", "tokens/s per GPU", "% of CP1", "TFLOP/s per GPU", "peak GiB", "MiB sent per step"]
 EXCHANGE = ["tokens", "way", "ms", "% slower than alone", "tokens/s per GPU", "MiB sent per layer", "peak GiB"]
 OPERATOR = ["shape", "operator", "forward ms", "forward + backward ms", "in a row ms", "in a graph ms", "kept MiB"]
+TIMES = ["forward", "both", "both eager", "recomputed"]
 TABLES = {
     "throughput": ("2026-11-27-throughput", ["run", "tokens/s", "relative to attention", "peak GiB"]),
     "throughput-32768": (
@@ -78,6 +79,31 @@ TABLES = {
         + ["after / before"],
     ),
     "decoding-engine": ("2026-11-27-decoding-engine", ["way", "context", "ms per step", "tokens/s"]),
+    "hybrid-model": (
+        "2026-11-28-hybrid-model",
+        ["run", "tokens/s", "tokens/s, lowest and highest", "relative to attention", "relative to HGRN2", "peak GiB"]
+        + ["loss, first -> last", "loss of the head, first -> last"],
+    ),
+    "hybrid-model-chunks": (
+        "2026-11-28-hybrid-model-chunks",
+        ["run", "tokens/s", "peak GiB", "loss, first -> last", "loss of the head, first -> last"],
+    ),
+    "hopper-dispatch": (
+        "2026-11-28-hopper-dispatch",
+        ["shape", "gates", "2, 3, 4 bands, exact", *OPERATOR[1:-1]],
+    ),
+    "hopper-dispatch-product": (
+        "2026-11-28-hopper-dispatch-product",
+        ["case", *(f"{time}, {kernels}" for time in TIMES for kernels in ("Hopper", "in use"))],
+    ),
+    "language-model": (
+        "2026-11-28-language-model",
+        ["tokens", "seconds", "tokens/s since the row above", "held-out bits per byte"],
+    ),
+    "language-model-positions": (
+        "2026-11-28-language-model-positions",
+        ["tokens before", "sequences of 2,048", "sequences of 32,768"],
+    ),
 }
 # columns that do not show their numbers as they stand, with commas between thousands
 FORMATS = {name: ".1e" for name in ("loss apart", "norm apart")}
@@ -90,7 +116,7 @@ FORMATS |= {
         "recomputed, relative to ordinary",
     )
 }
-FORMATS |= {name: ".3f" for name in OPERATOR if name.endswith(" ms")}
+FORMATS |= {name: ".3f" for name in ["relative to HGRN2", *OPERATOR] if name.endswith((" ms", " HGRN2"))}
 
 
 def rows_of(name: str) -> list[dict]:
