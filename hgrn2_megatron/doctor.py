@@ -103,7 +103,10 @@ def _lines() -> Iterator[tuple[str, str, str | None]]:
 
 
 def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that the module is in
+        return False
 
 
 def _version(package: str) -> str | None:

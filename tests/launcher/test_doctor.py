@@ -59,6 +59,14 @@ def test_the_report_names_an_untried_release(monkeypatch, capsys):
     assert len(notes) == 1 and notes[0].startswith("NOTE   torch 2.9.1")
 
 
+def test_a_machine_without_megatron_gets_a_report(monkeypatch):
+    def find_spec(name):
+        raise ModuleNotFoundError("No module named 'megatron'")
+
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", find_spec)
+    assert "install megatron-core" in " ".join(map(str, doctor._megatron()))
+
+
 def read(name: str) -> str:
     return (harness.ROOT / name).read_text()
 

@@ -21,6 +21,7 @@ MODELS = {
         "pure": (*STACK, "--hybrid-layer-pattern", "M-M-"),
         "hybrid": (*STACK, "--hybrid-layer-pattern", "M-*-"),
         "experts": (*STACK, "--hybrid-layer-pattern", "ME*-", *EXPERTS),
+        "heads": (*STACK, "--hybrid-layer-pattern", "M-*-/M-"),
     },
 }
 LENGTH = ("--train-iters", 4, "--save-interval", 2)
@@ -59,12 +60,12 @@ def run(megatron_lm, tmp_path_factory):
 
 
 @pytest.mark.parametrize("megatron", ["launcher", "patch"])
-@pytest.mark.parametrize("model", ["pure", "hybrid", "experts"])
-@pytest.mark.parametrize("script", MODELS)
+@pytest.mark.parametrize(("script", "model"), [(script, model) for script in MODELS for model in MODELS[script]])
 def test_a_script_logs_the_losses_of_the_installed_release(script, model, megatron, run):
     losses, output, _ = run(script, model, megatron)
     layers = 2 if model == "pure" else 1
-    assert f"HGRN2: {layers} of 2 layers, expand 32, lower bounds learned" in output
+    heads = ", 1 MTP head (M-)" if model == "heads" else ""
+    assert f"HGRN2: {layers} of 2 layers{heads}, expand 32, lower bounds learned" in output
     assert ("load_balancing_loss" in output) == (model == "experts")
     assert sorted(losses) == [1, 2, 3, 4]
     assert losses == run(script, model, "release")[0]
