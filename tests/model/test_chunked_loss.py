@@ -15,6 +15,8 @@ pytestmark = pytest.mark.releases
 TOKENS = harness.BATCH * harness.SEQ
 STACK = {"hybrid_layer_pattern": "M-M-"}
 MUP = {"use_mup": True, "mup_base_hidden_size": 16}
+# In training, the gradients of the losses of its heads are added to those of the losses that it returns.
+MTP = {"hybrid_layer_pattern": "M-M-/M-/M-", "mtp_loss_scaling_factor": 1.0}
 both_forms = pytest.mark.parametrize("form", [{}, STACK], ids=["gpt", "stack"])
 
 
@@ -46,7 +48,7 @@ def results(model) -> dict[str, torch.Tensor]:
 # one token, no divisor of the 160, one chunk, more than there are
 @pytest.mark.parametrize("size", [1, 7, 64, TOKENS, 1000])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@both_forms
+@pytest.mark.parametrize("form", [{}, STACK, MTP], ids=["gpt", "stack", "mtp"])
 def test_losses_and_every_gradient_are_those_of_megatrons_path(size, tied, form):
     ours = results(build(size, tied=tied, **form))
     assert ours["losses"].shape == (harness.BATCH, harness.SEQ) and ours["losses"].dtype == torch.float32

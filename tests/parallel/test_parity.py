@@ -80,6 +80,7 @@ LAYOUTS = {
     "pp2-mtp": (2, {"pp": 2, "config": {"hybrid_layer_pattern": "M-|*-/M-"}}),
     "pp2-mtp-recompute": (2, {"pp": 2, "config": RECOMPUTE | {"hybrid_layer_pattern": "M-*-|M-/M-/M-"}}),
     "pp2-mtp-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "M-|*-|M-|/M-/M-"}}),
+    "pp2-mtp-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED | {"hybrid_layer_pattern": "M-*-|M-/M-/M-"}}),
 }
 GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in ("ep2", "segment", "chunks", "mtp"))]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
@@ -103,6 +104,7 @@ CASES += [
 ]
 CASES += [("mtp", layout) for layout in ("tp2-sequence-parallel", "pp2-mtp-recompute", "pp2-mtp-vpp2-segments")]
 CASES += [("mtp", layout) for layout in ("cp2", "dp2-distributed-optimizer", "tp2-recompute-selective")]
+CASES += [("mtp", f"{layout}-loss-by-chunks") for layout in ("tp2-sequence-parallel", "cp2", "dp2", "pp2-mtp")]
 CASES += [("mtp-attention", layout) for layout in ("tp2-sequence-parallel", "pp2", "cp2")]
 CASES += [("mtp-tied", "pp2-mtp"), ("mtp-experts", "ep2")]
 CASES += [("latent", "tp2-sequence-parallel"), ("latent", "pp2-dp2-distributed-optimizer")]
