@@ -41,7 +41,7 @@ def adapt(
     from_attention = not is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
     same_modules = getattr(checkpoint_args, "transformer_impl", args.transformer_impl) == args.transformer_impl
     here, saved = Layers.of(args), Layers.of(checkpoint_args)
-    fresh_heads = bool(here.heads) and (from_attention or here.heads != saved.heads)
+    fresh_heads = bool(here.heads) and (from_attention or not here.same_heads(saved))
     if not from_attention and same_modules and here.stack == saved.stack and not fresh_heads:
         return args
     stored = load_sharded_metadata(checkpoint)

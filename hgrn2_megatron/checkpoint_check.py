@@ -91,7 +91,8 @@ def _translate_layers(args: argparse.Namespace, before: argparse.Namespace, save
     layers, experts = _gpt_layers(saved)
     args.hybrid_layer_pattern = before.hybrid_layer_pattern
     args.num_layers = before.num_layers or len(layers)
-    if any(experts):
+    # If the user gives another depth, it is refused by name later, and Megatron must be able to build the model first.
+    if any(experts) and args.num_layers == len(layers):
         args.moe_layer_freq = [*map(int, experts)]
     if saved_is_hgrn2:
         args.hgrn2_layer_pattern = layers
@@ -201,7 +202,7 @@ def refuse_differences(pairs: dict, instead: str):
 
 def _check_heads(args, here: Layers, saved: Layers):
     """Refuse a checkpoint with other heads for multi-token prediction, unless --finetune starts or drops them."""
-    if here.heads == saved.heads or args.finetune:
+    if here.same_heads(saved) or args.finetune:
         return
     whole = f"{saved.symbols}{saved.heads}"
     if not here.stack:
@@ -210,7 +211,10 @@ def _check_heads(args, here: Layers, saved: Layers):
             f"multi-token prediction: give --finetune to load it without its heads, or run {HYBRID_SCRIPT}"
         )
     refuse_differences(
-        {"--hybrid-layer-pattern": (f"{here.symbols}{here.heads}", whole)},
+        {
+            "--hybrid-layer-pattern": (f"{here.symbols}{here.heads}", whole),
+            "--mtp-use-repeated-layer": (here.repeated_head, saved.repeated_head),
+        },
         "give the checkpoint's heads, or give --finetune to start other heads fresh and to leave out those that this "
         "run does not have",
     )

@@ -27,11 +27,17 @@ class Layers:
         symbols: one symbol for each layer of a HybridModel, and two for each layer of a GPT. There is no `|`, because
             pipeline stages are not part of the model.
         heads: heads for multi-token prediction as the pattern has them, "/*-/*-". It is empty for a GPT.
+        repeated_head: whether several heads are one head with one set of weights.
     """
 
     stack: bool
     symbols: str
     heads: str = ""
+    repeated_head: bool = False
+
+    def same_heads(self, other: "Layers") -> bool:
+        """Return whether two models have heads for multi-token prediction with the same weights, or both have none."""
+        return (self.heads, self.repeated_head) == (other.heads, other.repeated_head)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Layers":
@@ -42,7 +48,8 @@ class Layers:
         pattern = next(filter(None, (getattr(args, name, None) for name in names)), "")
         if is_stack_spec(spec) or (pattern and not is_hgrn2_spec(spec)):
             main, *heads = pattern.split("/")
-            return cls(True, main.replace(PIPE, ""), "".join(f"/{head}" for head in heads))
+            repeated = len(heads) > 1 and bool(getattr(args, "mtp_use_repeated_layer", False))
+            return cls(True, main.replace(PIPE, ""), "".join(f"/{head}" for head in heads), repeated)
         is_hgrn2 = HGRN2Config.of(args).is_hgrn2_layer if is_hgrn2_spec(spec) else lambda layer: False
         experts = _experts(args)
         letters = (HGRN2 if is_hgrn2(layer) else ATTENTION for layer in range(len(experts)))

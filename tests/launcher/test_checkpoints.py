@@ -207,6 +207,11 @@ def test_a_format_that_depends_on_the_form_is_refused():
             "--hybrid-layer-pattern is M-[*]-/[*]- here and M-[*]- in .*--finetune",
         ),
         (stack_of("M-*-"), stack_of("M-*-/*-"), "--hybrid-layer-pattern is M-[*]- here and M-[*]-/[*]- in"),
+        (
+            stack_of("M-/M-/M-", mtp_use_repeated_layer=True),
+            stack_of("M-/M-/M-"),
+            "--mtp-use-repeated-layer is True here and False in .*--finetune",
+        ),
         (args_of(), stack_of("M-M-*-M-/*-/*-"), "has --hybrid-layer-pattern M-M-[*]-M-/[*]-/[*]-, and a GPT"),
     ],
 )
@@ -338,6 +343,9 @@ def test_checkpoint_args_of_the_other_form():
     assert (args.hybrid_layer_pattern, args.mtp_num_layers) == (None, None)
     assert (args.num_layers, args.hgrn2_layer_pattern, args.moe_layer_freq) == (4, "HH*H", [1, 0, 0, 0])
     assert args.hgrn2_expand_ratio == 16
+    # another depth, with which Megatron must build the model before the check refuses it
+    ours.num_layers = 2
+    assert restored(ours, stack, num_layers=2).moe_layer_freq == 1
 
     gpt = args_of(moe_layer_freq=[1, 0, 0, 0], **EXPERTS)
     ours = args_of((arguments.MODULE, arguments.STACK), num_layers=None, hgrn2_layer_pattern="H")
