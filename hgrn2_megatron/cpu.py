@@ -166,6 +166,11 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
+        if func is torch.distributed.all_to_all_single:
+            # Megatron's alltoall dispatcher of experts turns these sizes into an array only if they are on a GPU.
+            for name in {"input_split_sizes", "output_split_sizes"} & kwargs.keys():
+                if isinstance(kwargs[name], torch.Tensor):
+                    kwargs[name] = kwargs[name].tolist()
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             # Megatron's optimizers group parameters by the names of CUDA tensor types.

@@ -1,9 +1,11 @@
 """Megatron's loop on a machine without CUDA: what the README's commands make, in each dtype, with no flag added."""
 
+import importlib.util
+
 import harness
 import pytest
 import torch
-from test_config import hgrn2_settings
+from test_config import hgrn2_settings, stack_settings
 from training import FLAGS, HGRN2, LAUNCHER, STACK, losses_of
 
 from hgrn2_megatron import UsageError, cpu
@@ -47,6 +49,7 @@ def test_fp16_trains_once_the_loss_scale_has_come_down():
 NEED_CUDA = [
     ({"distributed_backend": "nccl"}, "--distributed-backend nccl"),
     ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine"),
+    ({"hybrid_layer_pattern": "M-G-"}, "a G in --hybrid-layer-pattern"),
     ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-format"),
     ({"enable_cuda_graph": True}, "--cuda-graph-impl"),
     ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
@@ -78,10 +81,13 @@ def test_what_needs_cuda_is_refused_by_flag_without_it_alone(changes, flag, monk
     from megatron.core.extensions import transformer_engine
 
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
-    check(Settings(hgrn2_settings(**changes)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    stack = "hybrid_layer_pattern" in changes
+    settings = Settings((stack_settings if stack else hgrn2_settings)(**changes))
+    check(settings, stack)
     monkeypatch.setattr(cpu, "installed", lambda: True)
     with pytest.raises(UsageError, match=f"^{flag} does not work on a machine without CUDA: "):
-        check(Settings(hgrn2_settings(**changes)))
+        check(settings, stack)
 
 
 def test_a_profile_of_the_cpu_is_pytorchs(monkeypatch):

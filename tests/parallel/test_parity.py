@@ -70,6 +70,7 @@ LAYOUTS = {
     "dp2-loss-by-chunks": (2, DISTRIBUTED | {"config": CHUNKED}),
     "pp2-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED}),
     "ep2": (2, {"ep": 2}),
+    "ep2-alltoall": (2, {"ep": 2, "config": {"moe_token_dispatcher_type": "alltoall"}}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
     # of the stack alone: `|` between segments of so many layers, one of which has no mixer, and one no layer at all
     "pp2-segments": (2, {"pp": 2, "segments": [3, 5]}),
@@ -106,7 +107,7 @@ CASES += [("mtp", layout) for layout in ("tp2-sequence-parallel", "pp2-mtp-recom
 CASES += [("mtp", layout) for layout in ("cp2", "dp2-distributed-optimizer", "tp2-recompute-selective")]
 CASES += [("mtp", f"{layout}-loss-by-chunks") for layout in ("tp2-sequence-parallel", "cp2", "dp2", "pp2-mtp")]
 CASES += [("mtp-attention", layout) for layout in ("tp2-sequence-parallel", "pp2", "cp2")]
-CASES += [("mtp-tied", "pp2-mtp"), ("mtp-experts", "ep2")]
+CASES += [("mtp-tied", "pp2-mtp"), ("mtp-experts", "ep2-alltoall")]
 CASES += [("latent", "tp2-sequence-parallel"), ("latent", "pp2-dp2-distributed-optimizer")]
 
 
