@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorF
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from hgrn2_megatron.arguments import is_hgrn2_spec
-from hgrn2_megatron.config import HGRN2, MIXERS, STACK_MIXERS
+from hgrn2_megatron.config import HGRN2, MIXERS, STACK_MIXERS, HGRN2Config
 from hgrn2_megatron.forms import Layers, gpt_name, stack_name
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -87,11 +87,12 @@ def _from_attention(args: argparse.Namespace, here: Layers) -> tuple[argparse.Na
     if not here.stack:
         fresh = [layer // 2 for layer in fresh]
     mixers = sum(symbol in STACK_MIXERS for symbol in here.symbols)
+    bounds = "the lower bounds, " if HGRN2Config.of(args).lower_bounds == "learned" else ""
     if torch.distributed.get_rank() == 0:
         print(
             f"HGRN2: loading {mixers - len(fresh)} of {mixers} mixers and all other shared weights from an attention "
             f"checkpoint; starting fresh: the mixers of layers {', '.join(str(n + 1) for n in fresh)} with their input "
-            "norms, the lower bounds, the optimizer",
+            f"norms, {bounds}the optimizer",
             flush=True,
         )
     # Megatron checks that the ranks together read every part of an entry. No rank reads the attention of HGRN2 layers.

@@ -260,6 +260,11 @@ def _check_attention(args, checkpoint_args, distributed: bool):
         for ours, theirs in zip(here.symbols, saved.symbols, strict=False)
     ]
     symbols += saved.symbols[len(symbols) :]
+    if here.stack and here.symbols != "".join(symbols):
+        raise UsageError(
+            f"--hybrid-layer-pattern is {here.symbols} here, and the layers of the checkpoint to load are "
+            f"{saved.symbols}: write the checkpoint's layers, with M in the place of some of its token mixers"
+        )
     pairs = _layer_flags(args, here, checkpoint_args, dataclasses.replace(saved, symbols="".join(symbols)))
     # A flag that the other run's Megatron release does not know counts as off.
     pairs |= {flag: tuple(getattr(run, name, None) or None for run in both) for flag, name in flags.items()}
