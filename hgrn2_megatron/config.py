@@ -1,6 +1,7 @@
 """HGRN2Config, the settings of the HGRN2 mixer, and UsageError, the error for flags that a user must change."""
 
 import dataclasses
+import re
 from typing import Any
 
 HGRN2, ATTENTION = "H", "*"
@@ -15,7 +16,15 @@ CHANNEL_MIXERS, EXPERTS, PIPE, HEAD = "-E", "E", "|", "/"
 
 
 class UsageError(ValueError):
-    """Error for a flag or a combination of flags that cannot train HGRN2. The message names the flag to change."""
+    """Error for a flag or a combination of flags that cannot train HGRN2. The message names the flag to change.
+
+    Args:
+        message: what is wrong and what to do instead. If a layer raises the error, Megatron raises it again with the
+            name of the layer behind the message. The name is cut off, because it would read as a part of the advice.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"( when instantiating \w+)+$", "", message))
 
 
 def stages_fit(pattern: str, num_stages: int) -> bool:

@@ -136,7 +136,8 @@ UNSUPPORTED_IN_GPT = (
     (
         lambda s: s.hybrid_layer_pattern,
         "--hybrid-layer-pattern in a GPT",
-        "give --hgrn2-layer-pattern, or run pretrain_hybrid.py with --spec hgrn2_megatron.spec hgrn2_stack",
+        "give --hgrn2-layer-pattern to pretrain_gpt.py, or give --spec hgrn2_megatron.spec hgrn2_stack to "
+        "pretrain_hybrid.py",
     ),
     (
         lambda s: s.mtp_num_layers,
@@ -148,7 +149,7 @@ UNSUPPORTED_IN_GPT = (
 
 
 def _check_unsupported(s: Settings, table: tuple):
-    refuse(s, table, "{} is not supported with HGRN2 layers yet")
+    refuse(s, table, "{} cannot be used with HGRN2 layers")
     if s.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import HAVE_TE
 

@@ -225,7 +225,7 @@ def test_only_models_that_ask_for_it_have_it(form):
     [
         ({"hgrn2_loss_chunk_size": 0}, "is 0, but a chunk has at least 1 token"),
         ({"hgrn2_loss_chunk_size": 7, "cross_entropy_loss_fusion": True}, "--cross-entropy-loss-fusion: drop one"),
-        ({"hgrn2_loss_chunk_size": 7, "mtp_num_layers": 1}, "--mtp-num-layers in a GPT is not supported"),
+        ({"hgrn2_loss_chunk_size": 7, "mtp_num_layers": 1}, "--mtp-num-layers in a GPT cannot be used"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused_where_the_model_is_built(settings, message):

@@ -74,7 +74,7 @@ def test_the_specs_of_a_gpt_and_of_a_hybrid_model_are_not_each_others(monkeypatc
     with pytest.raises(ValueError, match="give a GPT --spec hgrn2_megatron.spec hgrn2"):
         build()
     monkeypatch.setattr(spec, "hgrn2_stack", gpt)
-    with pytest.raises(ValueError, match="give HybridModel --spec hgrn2_megatron.spec hgrn2_stack"):
+    with pytest.raises(ValueError, match="give HybridModel --spec hgrn2_megatron.spec hgrn2_stack$"):
         build(hybrid_layer_pattern="M-")
 
 
@@ -121,3 +121,10 @@ def test_the_pattern_of_a_single_stage_need_not_be_told_twice(capsys):
     HybridModel(config, hgrn2_stack, harness.VOCAB, harness.SEQ, "M-M-*-", position_embedding_type="rope")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("HGRN2:")]
     assert lines[0] == lines[1] and "2 of 3 layers" in lines[0]
+
+
+def test_experts_that_no_layer_has_are_warned_of(capsys):
+    experts = {"num_moe_experts": 2, "moe_token_dispatcher_type": "allgather"}
+    for pattern, warnings in (("M-M-", 1), ("MEM-", 0), ("M-/ME", 0)):
+        build(hybrid_layer_pattern=pattern, **experts)
+        assert capsys.readouterr().out.count("--num-experts is 2, but no layer has experts") == warnings
