@@ -229,7 +229,7 @@ def test_a_hybrid_model_takes_weights_from_attention():
         checkpoint_check.check(args_of(num_layers=2, hgrn2_layer_pattern="H*"), saved, distributed=True)
 
 
-def test_a_hybrid_model_takes_the_weights_of_the_same_positions(tmp_path, monkeypatch):
+def test_a_hybrid_model_takes_the_weights_of_the_same_positions(tmp_path, monkeypatch, capsys):
     """The weights come from a HybridModel whose attention layers and MLPs have the names that Megatron gives them."""
     from megatron.core import dist_checkpointing
 
@@ -245,6 +245,10 @@ def test_a_hybrid_model_takes_the_weights_of_the_same_positions(tmp_path, monkey
     wanted = {"model": model.sharded_state_dict()}
     args = checkpoint.adapt(stack_of("M-*-M-"), wanted, attention_stack_of("*-*-M-"), str(tmp_path))
     assert not args.ckpt_load_validate_sharding_integrity
+    assert "the mixers of layers 1, 5 with their input norms, the lower bounds, the opt" in capsys.readouterr().out
+    unbounded = stack_of("M-*-M-", hgrn2_lower_bounds="none")
+    checkpoint.adapt(unbounded, {}, attention_stack_of("*-*-M-"), str(tmp_path))
+    assert "with their input norms, the optimizer" in capsys.readouterr().out
     model.load_state_dict(dist_checkpointing.load(wanted, str(tmp_path), validate_access_integrity=False)["model"])
     taken, given = dict(model.named_parameters()), dict(given.named_parameters())
     for name, x in taken.items():
