@@ -63,7 +63,7 @@ def test_flags_are_typed_and_every_config_field_has_one():
 )
 def test_silent_values_are_those_of_published_models(hidden, ffn):
     args = argparse.Namespace(
-        position_embedding_type=None, ffn_hidden_size=None, hidden_size=hidden, hgrn2_layer_pattern="H"
+        spec=None, position_embedding_type=None, ffn_hidden_size=None, hidden_size=hidden, hgrn2_layer_pattern="H"
     )
     arguments.fill_silent(args)
     assert (args.ffn_hidden_size, args.position_embedding_type) == (ffn, "none")

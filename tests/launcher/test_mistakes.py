@@ -42,7 +42,7 @@ def launch(flags: str):
             "--cuda-graph-impl local cannot be used with --num-experts",
         ),
         ("--hgrn2-loss-chunk-size 8", "--hgrn2-loss-chunk-size 8 would do nothing without --spec hgrn2"),
-        ("--spec hgrn2_stack --hybrid-layer-pattern M-G-", "--hybrid-layer-pattern 'M-G-'"),
+        ("--spec hgrn2_stack --hybrid-layer-pattern M-D-", "--hybrid-layer-pattern 'M-D-'"),
     ],
 )
 def test_a_mistake_stops_the_run_and_names_the_flag(flags, message):
