@@ -76,15 +76,16 @@ class HGRN2MLATransformerConfig(MLATransformerConfig, HGRN2TransformerConfig):
 def with_settings(config: TransformerConfig, args: argparse.Namespace) -> TransformerConfig:
     """Return the config that Megatron built from args, with the plugin's settings.
 
-    Megatron builds an MLATransformerConfig for multi-latent attention, whatever class it is asked for. That config
-    changes its class here and takes its `hgrn2_*` fields from the args.
+    Megatron builds an MLATransformerConfig for multi-latent attention, whatever class it is asked for. The result is
+    then an HGRN2MLATransformerConfig with the same fields, which takes its `hgrn2_*` fields from the args.
     """
-    if type(config) is MLATransformerConfig:
-        config.__class__ = HGRN2MLATransformerConfig
-        for field in dataclasses.fields(HGRN2TransformerConfig):
-            if field.name.startswith("hgrn2_") and hasattr(args, field.name):
-                setattr(config, field.name, getattr(args, field.name))
-    return config
+    if type(config) is not MLATransformerConfig:
+        return config
+    fields = [f.name for f in dataclasses.fields(HGRN2TransformerConfig) if f.name.startswith("hgrn2_")]
+    # Megatron has completed the fields already, so they are copied as they are.
+    ours = HGRN2MLATransformerConfig.__new__(HGRN2MLATransformerConfig)
+    ours.__dict__.update(vars(config) | {name: getattr(args, name) for name in fields if hasattr(args, name)})
+    return ours
 
 
 def spec_of(argv: list[str]) -> list[str] | None:
