@@ -45,6 +45,11 @@ def split_heads(pattern: str) -> tuple[str, list[str]]:
     return main, heads
 
 
+def has_experts(frequency: int | list[int], layer: int) -> bool:
+    """Return whether Megatron's `moe_layer_freq` gives experts to a layer of a GPT. `layer` counts from 0."""
+    return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
+
+
 @dataclasses.dataclass(frozen=True)
 class HGRN2Config:
     """Settings of the HGRN2 part of a model. They do not depend on Megatron.

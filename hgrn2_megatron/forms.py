@@ -10,7 +10,19 @@ import re
 from collections.abc import Callable
 
 from hgrn2_megatron.arguments import is_hgrn2_spec, is_stack_spec
-from hgrn2_megatron.config import ATTENTION, CHANNEL_MIXERS, EXPERTS, HGRN2, MIXERS, PIPE, HGRN2Config, UsageError
+from hgrn2_megatron.config import (
+    ATTENTION,
+    CHANNEL_MIXERS,
+    EXPERTS,
+    HEAD,
+    HGRN2,
+    MIXERS,
+    PIPE,
+    HGRN2Config,
+    UsageError,
+    has_experts,
+    split_heads,
+)
 
 LAYER = re.compile(r"\bdecoder\.layers\.(\d+)\.(\w+)")
 CHANNEL_MODULES = ("pre_mlp_layernorm", "mlp")
@@ -47,9 +59,9 @@ class Layers:
         names = ("hybrid_layer_pattern", "hybrid_override_pattern")
         pattern = next(filter(None, (getattr(args, name, None) for name in names)), "")
         if is_stack_spec(spec) or (pattern and not is_hgrn2_spec(spec)):
-            main, *heads = pattern.split("/")
+            main, heads = split_heads(pattern)
             repeated = len(heads) > 1 and bool(getattr(args, "mtp_use_repeated_layer", False))
-            return cls(True, main.replace(PIPE, ""), "".join(f"/{head}" for head in heads), repeated)
+            return cls(True, main.replace(PIPE, ""), "".join(f"{HEAD}{head}" for head in heads), repeated)
         is_hgrn2 = HGRN2Config.of(args).is_hgrn2_layer if is_hgrn2_spec(spec) else lambda layer: False
         experts = _experts(args)
         letters = (HGRN2 if is_hgrn2(layer) else ATTENTION for layer in range(len(experts)))
@@ -61,8 +73,7 @@ def _experts(args: argparse.Namespace) -> list[bool]:
     layers = range(getattr(args, "num_layers", None) or 0)
     if not getattr(args, "num_experts", None):
         return [False for _ in layers]
-    frequency = args.moe_layer_freq
-    return [layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer]) for layer in layers]
+    return [has_experts(args.moe_layer_freq, layer) for layer in layers]
 
 
 def gpt_pattern(pattern: str) -> tuple[str, list[bool]]:
@@ -79,7 +90,7 @@ def gpt_pattern(pattern: str) -> tuple[str, list[bool]]:
     Raises:
         UsageError: the layers are not pairs of a token mixer, M or *, and a channel mixer, - or E.
     """
-    symbols = pattern.split("/")[0].replace(PIPE, "")
+    symbols = split_heads(pattern)[0].replace(PIPE, "")
     pairs = [symbols[i : i + 2] for i in range(0, len(symbols), 2)]
     if not all(len(pair) == 2 and pair[0] in MIXERS and pair[1] in CHANNEL_MIXERS for pair in pairs):
         raise UsageError(

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from hgrn2_megatron.config import HGRN2Config
+from hgrn2_megatron.config import HGRN2Config, has_experts
 from hgrn2_megatron.mixer import HGRN2Mixer, HGRN2MixerSubmodules
 from hgrn2_megatron.norm import LocalRMSNorm
 
@@ -44,14 +44,6 @@ def transformer_block_submodules(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm(config))
 
 
-def _has_experts(config: TransformerConfig, layer: int) -> bool:
-    """Return whether a layer has experts as its channel mixer. `layer` counts from 0 over all pipeline stages."""
-    if not config.num_moe_experts:
-        return False
-    frequency = config.moe_layer_freq
-    return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
-
-
 def _use_te(config: TransformerConfig) -> bool:
     return config.transformer_impl == "transformer_engine"
 
@@ -72,7 +64,12 @@ def stock_layers(config: TransformerConfig) -> list[ModuleSpec]:
     specs = get_gpt_decoder_layer_specs(
         config, use_te, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
     )
-    return specs if use_te else [_with_norms(spec, _has_experts(config, layer)) for layer, spec in enumerate(specs)]
+    if use_te:
+        return specs
+    return [
+        _with_norms(spec, bool(config.num_moe_experts) and has_experts(config.moe_layer_freq, layer))
+        for layer, spec in enumerate(specs)
+    ]
 
 
 def _with_norms(spec: ModuleSpec, experts: bool) -> ModuleSpec:

@@ -9,6 +9,7 @@ from hgrn2_megatron import cpu, cuda_graphs, megatron_flags, stack_requirements
 from hgrn2_megatron.config import (
     ATTENTION,
     DELTA_NET,
+    EXPERTS,
     HEAD,
     HGRN2Config,
     UsageError,
@@ -261,6 +262,12 @@ def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
         warnings.append(
             f"--hgrn2-norm-eps is {hgrn2.norm_eps}, but the published weight format allows only {PUBLISHED_MIXER_EPS}, "
             "so this model cannot be exported"
+        )
+    num_experts = s.num_moe_experts or s.num_experts
+    if stack and num_experts and EXPERTS not in s.hybrid_layer_pattern:
+        warnings.append(
+            f"--num-experts is {num_experts}, but no layer has experts: write E in the place of - in "
+            "--hybrid-layer-pattern"
         )
     heads = stack and HEAD in s.hybrid_layer_pattern
     idle = megatron_flags.without_effect(s, global_args(), hgrn2, stack, heads)

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from hgrn2_megatron import cuda_graphs, other_mixers, requirements
 from hgrn2_megatron.block import banner, create_bounds, share_bounds
-from hgrn2_megatron.config import EXPERTS, PIPE, STACK_MIXERS, HGRN2Config, UsageError, split_heads
+from hgrn2_megatron.config import PIPE, STACK_MIXERS, HGRN2Config, UsageError, split_heads
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
 from hgrn2_megatron.settings import Settings, global_args
 
@@ -60,11 +60,6 @@ class HGRN2Stack(HybridStack):
     ):
         settings = Settings(config, global_args())
         warnings = requirements.check(settings, stack=True)
-        if config.num_moe_experts and EXPERTS not in settings.hybrid_layer_pattern:
-            warnings.append(
-                f"--num-experts is {config.num_moe_experts}, but no layer has experts: write E in the place of - in "
-                "--hybrid-layer-pattern"
-            )
         own = "".join(layer_type_list)
         pattern, heads = split_heads(settings.hybrid_layer_pattern)
         _check_chunk(pattern, own, pp_layer_offset, config, pg_collection.pp)

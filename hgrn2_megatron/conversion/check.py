@@ -19,7 +19,7 @@ from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig, is_stack_spe
 from hgrn2_megatron.config import HGRN2Config, UsageError
 from hgrn2_megatron.conversion.config import as_gpt, megatron_args, query_groups
 from hgrn2_megatron.conversion.files import HFTensors, checkpoint_folder, read_args, read_json
-from hgrn2_megatron.forms import gpt_pattern, stack_pattern
+from hgrn2_megatron.forms import Layers
 
 BATCH, TIME = 2, 40
 # largest difference that passes, relative to the largest logit; both sides compute in fp32
@@ -141,7 +141,7 @@ def megatron_logits(
     hgrn2_config, num_layers = HGRN2Config.of(args), args.num_layers
     form = functools.partial(GPTModel, transformer_layer_spec=hgrn2)
     if is_stack_spec(args.spec):
-        pattern = stack_pattern(*gpt_pattern(args.hybrid_layer_pattern))
+        pattern = Layers.of(args).symbols
         form = functools.partial(HybridModel, hybrid_stack_spec=hgrn2_stack, hybrid_layer_pattern=pattern)
         num_layers = len(pattern)
     backend = "gloo" if cpu.needed() else "nccl"

@@ -117,7 +117,7 @@ def test_an_attention_checkpoint_is_refused_by_name(flags, message, attention):
 
 
 def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Namespace:
-    """What Megatron's args say of a model of four layers."""
+    """Return Megatron's args of a model of four layers."""
     names = {*checkpoint_check.BLOCK_FLAGS.values(), *checkpoint_check.ATTENTION_FLAGS.values()}
     values = dict.fromkeys(names) | dict(
         spec=spec and list(spec),

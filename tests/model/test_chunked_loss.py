@@ -63,7 +63,7 @@ def test_logits_are_scaled_as_mup_scales_them(form):
 
 
 def results_of_heads(model, **settings) -> dict[str, torch.Tensor]:
-    """What Megatron logs of two heads of multi-token prediction, and the gradients of hidden states and output weight.
+    """Return the values that Megatron logs for two MTP heads, and the gradients of hidden states and output weight.
 
     About half of the predictions are right.
     """

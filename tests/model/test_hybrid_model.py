@@ -4,19 +4,12 @@ import harness
 import pytest
 import torch
 
+from hgrn2_megatron.forms import gpt_name
+
 
 def build(**config):
     harness.start_megatron()
     return harness.build_model(**config)
-
-
-def gpt_name(name: str, pattern: str) -> str:
-    """What the GPT form calls a parameter of a HybridModel."""
-    if name.startswith("decoder.layers."):
-        _, _, layer, rest = name.split(".", 3)
-        # a block of a GPT is a mixer and the channel mixer behind it
-        return f"decoder.layers.{sum(symbol in 'M*' for symbol in pattern[: int(layer) + 1]) - 1}.{rest}"
-    return name.replace("decoder.final_norm.", "decoder.final_layernorm.")
 
 
 def results(model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -44,7 +37,7 @@ def test_the_function_is_that_of_the_gpt_form(pattern, gpt, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("HGRN2:")]
     assert len(lines) == 2 and lines[0] == lines[1]
     weights = harness.full_weights(reference)
-    names = {name: gpt_name(name, pattern) for name, _ in hybrid.named_parameters()}
+    names = {name: gpt_name(name) for name, _ in hybrid.named_parameters()}
     assert sorted(names.values()) == sorted(weights)
     ours = results(hybrid, {name: weights[names[name]] for name in names})
     theirs = results(reference, weights)
