@@ -35,7 +35,9 @@ def build(size: int | None = None, dtype: torch.dtype = torch.float32, **setting
 
 def losses_of(model) -> torch.Tensor:
     tokens, labels = harness.batch()
-    return model(tokens, None, None, labels=labels)
+    # The heads of megatron-core 0.18 demand positions, though the model has no position embedding.
+    positions = torch.arange(harness.SEQ).expand_as(tokens)
+    return model(tokens, positions, None, labels=labels)
 
 
 def results(model) -> dict[str, torch.Tensor]:
