@@ -63,6 +63,11 @@ NOT_WITH_CUDA_GRAPHS = (
         "drop one of the two flags, because document boundaries change from batch to batch",
     ),
     (
+        lambda s: s.hybrid_context_parallel,
+        "--hybrid-context-parallel",
+        "drop one of the two flags, because the ranks of a document change from batch to batch",
+    ),
+    (
         _experts_wait_for_the_host,
         "--num-experts without a capacity",
         "give --moe-expert-capacity-factor and --moe-pad-expert-input-to-capacity, or --cuda-graph-impl local "

@@ -5,7 +5,7 @@ docs/reference/refusals.md lists every refusal.
 
 import torch.nn.functional as F
 
-from hgrn2_megatron import cpu, cuda_graphs, megatron_flags, stack_requirements
+from hgrn2_megatron import cpu, cuda_graphs, megatron_flags, precision, stack_requirements
 from hgrn2_megatron.config import (
     ATTENTION,
     DELTA_NET,
@@ -42,6 +42,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
+    precision.check(settings, precision.gpu_capability())
     _check_loss(settings)
     if cpu.installed():
         refuse(settings, cpu.NEEDS_CUDA, "{} does not work on a machine without CUDA")
@@ -105,7 +106,13 @@ UNSUPPORTED = (
     ),
     (lambda s: s.use_megatron_fsdp, "--use-megatron-fsdp", "give --use-distributed-optimizer"),
     (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "give --use-distributed-optimizer"),
-    (lambda s: s.hybrid_context_parallel, "--hybrid-context-parallel", "drop the flag"),
+    (
+        # only Megatron's own loop has a number of iterations
+        lambda s: s.hybrid_context_parallel and (s.train_iters or s.train_samples),
+        "--hybrid-context-parallel in Megatron's own training loop",
+        "give --context-parallel-size, because up to megatron-core 0.20-dev the loop stops at its first batch; a loop "
+        "of your own can use the flag",
+    ),
     (
         lambda s: s.reset_attention_mask,
         "--reset-attention-mask",
@@ -126,7 +133,16 @@ UNSUPPORTED = (
     ),
     (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop the flag"),
     (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop the flag"),
-    (lambda s: s.fp4, "--fp4-format", "give --fp8-format or --bf16"),
+    (
+        lambda s: (
+            (s.tensor_parallel_num_weight_shards or 1) > (s.tensor_model_parallel_size or 1)
+            or (s.expert_tensor_parallel_num_weight_shards or 1)
+            > (s.expert_tensor_parallel_size or s.tensor_model_parallel_size or 1)
+        ),
+        "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards",
+        "give --use-distributed-optimizer or a larger --tensor-model-parallel-size, because such shards were never "
+        "run with HGRN2 layers",
+    ),
 )
 UNSUPPORTED_IN_GPT = (
     (
@@ -208,15 +224,6 @@ def _check_dimensions(s: Settings, hgrn2: HGRN2Config):
             f"--tensor-model-parallel-size {tp} does not divide the {heads} HGRN2 heads "
             f"(--hidden-size {s.hidden_size} / --hgrn2-expand-ratio {hgrn2.expand_ratio}): change one of the three"
         )
-    if s.fp8:
-        multiple = 32 if s.fp8_recipe == "mxfp8" else 16
-        local = s.hidden_size // tp
-        if local % multiple:
-            raise UsageError(
-                f"--fp8-format {s.fp8} with --fp8-recipe {s.fp8_recipe} needs a multiple of {multiple} channels per "
-                f"tensor-parallel rank, but each rank has {local}: change --hidden-size {s.hidden_size} or "
-                f"--tensor-model-parallel-size {tp}"
-            )
 
 
 # Features that cannot be used with --hgrn2-loss-chunk-size. The rows have the same parts as in UNSUPPORTED.
@@ -228,11 +235,6 @@ NOT_WITH_CHUNKED_LOSS = (
         lambda s: s.logit_dtype,
         "--output-logit-dtype",
         "drop it, because the loss is computed in fp32 from logits in the model's dtype",
-    ),
-    (
-        lambda s: (s.tensor_parallel_num_weight_shards or 1) > (s.tensor_model_parallel_size or 1),
-        "--tensor-parallel-num-weight-shards",
-        "drop one of the two flags",
     ),
     (
         # GPTModel would write PendingLogits

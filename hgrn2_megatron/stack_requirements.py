@@ -6,6 +6,7 @@ from hgrn2_megatron.config import (
     ATTENTION,
     DELTA_NET,
     EXPERTS,
+    HEAD,
     LATENT_ATTENTION,
     PIPE,
     UsageError,
@@ -56,6 +57,12 @@ UNSUPPORTED = (
         ),
         "a + or G in --hybrid-layer-pattern with --tensor-model-parallel-size above 1 and without --sequence-parallel",
         "give --sequence-parallel, without which Megatron does not sum the gradients of weights that all heads share",
+    ),
+    (
+        # Megatron moves the labels of the heads along the ranks of --context-parallel-size
+        lambda s: s.hybrid_context_parallel and HEAD in s.hybrid_layer_pattern,
+        "--hybrid-context-parallel with a / in --hybrid-layer-pattern",
+        "drop the heads behind the /, because their labels would come from other ranks than those of the batch",
     ),
     (
         lambda s: s.mla_down_proj_fusion and s.transformer_impl == "local",

@@ -36,6 +36,7 @@ def start_layout(layout: dict, meeting: Path):
         virtual_pipeline_model_parallel_size=layout.get("vpp"),
         context_parallel_size=layout.get("cp", 1),
         expert_model_parallel_size=layout.get("ep", 1),
+        hybrid_context_parallel=layout.get("config", {}).get("hybrid_context_parallel", False),
     )
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
 

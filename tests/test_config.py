@@ -64,6 +64,7 @@ def hgrn2_settings(**changes) -> types.SimpleNamespace:
         {"context_parallel_size": 2},
         {"context_parallel_size": 2, "sft": True},
         {"context_parallel_size": 2, "dataloader_inter_document_masking": True},
+        {"context_parallel_size": 2, "hybrid_context_parallel": True, "calculate_per_token_loss": True},
     ],
     ids=str,
 )
@@ -89,11 +90,6 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"apply_residual_connection_post_layernorm": True}, "--apply-residual"),
         ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4"),
         ({"hidden_size": 200}, "--hidden-size"),
-        (
-            {"hidden_size": 72, "hgrn2_expand_ratio": 24, "fp8": "hybrid", "fp8_recipe": "delayed"},
-            "--fp8-format",
-        ),
-        ({"hidden_size": 48, "hgrn2_expand_ratio": 24, "fp8": "e4m3", "fp8_recipe": "mxfp8"}, "--fp8-format"),
         ({"context_parallel_size": 2, "hgrn2_layer_pattern": "HH*"}, "--context-parallel-size .* transformer_engine"),
         (
             {
@@ -104,7 +100,7 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
             },
             "--dataloader-inter-document-masking with --context-parallel-size",
         ),
-        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"multi_latent_attention": True}, r"--multi-latent-attention in a GPT .* pretrain_hybrid.py with \+ in "),
         ({"mtp_num_layers": 1}, "--mtp-num-layers in a GPT .* run pretrain_hybrid.py with --spec hgrn2_stack"),
         ({"mtp_hybrid_override_pattern": "M-"}, "--mtp-hybrid-override-pattern"),
         ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant"),
@@ -122,13 +118,20 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
             {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},
             "--dataloader-inter-document-masking .* give --micro-batch-size 1",
         ),
-        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        (
+            {"hybrid_context_parallel": True, "train_iters": 8},
+            "--hybrid-context-parallel in Megatron's own .* give --context-parallel-size",
+        ),
+        ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards .* give --use-distributed"),
+        (
+            {"tensor_model_parallel_size": 2, "expert_tensor_parallel_num_weight_shards": 4},
+            "--expert-tensor-parallel-num-weight-shards",
+        ),
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         ({"reset_position_ids": True}, "--reset-position-ids"),
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading .* recompute"),
         ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
-        ({"fp4": "e2m1"}, "--fp4-format"),
     ],
 )
 def test_what_cannot_train_hgrn2_is_refused_by_flag(changes, flag):
@@ -148,7 +151,6 @@ CHUNKED_LOSS_CLASHES = [
     ({"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
     ({"fp8_output_proj": True}, "--fp8-output-proj"),
     ({"logit_dtype": "fp32"}, "--output-logit-dtype"),
-    ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards"),
     ({"config_logger_dir": "logs"}, "--config-logger-dir, which writes the logits of a GPT"),
 ]
 
@@ -176,6 +178,7 @@ SHORT = "fused attention layers at this --seq-length"
 CUDA_GRAPH_CLASHES = [
     (CUDA_GRAPHS, {"sft": True}, "--sft"),
     (CUDA_GRAPHS, {"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+    (CUDA_GRAPHS, {"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
     (CUDA_GRAPHS, EXPERTS, "--num-experts without a capacity"),
     (["local"], {"train_iters": 8}, "--transformer-impl local"),
     (["local"], {"train_samples": 8}, "--transformer-impl local"),
@@ -185,7 +188,7 @@ CUDA_GRAPH_CLASHES = [
 ]
 CUDA_GRAPH_FRIENDS = [
     (CUDA_GRAPHS, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    (CUDA_GRAPHS, {"fp8": "hybrid", "fp8_recipe": "delayed"}),
+    (CUDA_GRAPHS, {"fp8": "hybrid", "fp8_recipe": "delayed", "transformer_impl": "transformer_engine"}),
     (CUDA_GRAPHS, EXPERTS | PADDED),
     (CUDA_GRAPHS, {"seq_length": 63} | CP2),
     (CUDA_GRAPHS, PP2),
@@ -350,6 +353,8 @@ def test_a_gpt_has_no_layers_that_only_a_hybrid_model_has(pattern):
             },
             "--dataloader-inter-document-masking .* multi-token prediction expects each document",
         ),
+        ({"hybrid_layer_pattern": "M-/M-", "hybrid_context_parallel": True}, "--hybrid-context-parallel with a /"),
+        ({"enable_mhc_connections": True}, "--enable-mhc-connections"),
         ({"hybrid_layer_pattern": "M-D-"}, "cannot have, D:"),
         ({"hybrid_layer_pattern": "M-G-"}, "without the package flash-linear-attention"),
         ({"hybrid_layer_pattern": "M-+-"}, r"a \+ in .* without --multi-latent-attention .*HGRN2MLATransformerConfig"),

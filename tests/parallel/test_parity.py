@@ -40,6 +40,7 @@ for packing, positions in ("documents", "rope"), ("stream", "none"):
     own = PACKED | {"hgrn2_packed_layout": packing}
     MODELS[f"packed-{packing}"] = own
     MODELS[f"packed-hybrid-{packing}"] = own | {"hgrn2_layer_pattern": "H**H", "position_embedding_type": positions}
+MODELS["stack-packed"] = PACKED | {"hgrn2_packed_layout": "documents", "hybrid_layer_pattern": "M-M-"}
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
 # of no length that divides a rank's tokens
 CHUNKED = {"hgrn2_loss_chunk_size": 7}
@@ -69,6 +70,9 @@ LAYOUTS = {
     "cp2-loss-by-chunks": (2, {"cp": 2, "config": CHUNKED}),
     "dp2-loss-by-chunks": (2, DISTRIBUTED | {"config": CHUNKED}),
     "pp2-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED}),
+    # --hybrid-context-parallel: Megatron gives each document a group of its own, by these tokens per rank
+    "groups-of-1-and-2": (4, {"cp": 2, "config": {"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 8}}),
+    "groups-of-2-and-4": (4, {"cp": 2, "config": {"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 4}}),
     "ep2": (2, {"ep": 2}),
     "ep2-alltoall": (2, {"ep": 2, "config": {"moe_token_dispatcher_type": "alltoall"}}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
@@ -83,13 +87,15 @@ LAYOUTS = {
     "pp2-mtp-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "M-|*-|M-|/M-/M-"}}),
     "pp2-mtp-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED | {"hybrid_layer_pattern": "M-*-|M-/M-/M-"}}),
 }
-GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in ("ep2", "segment", "chunks", "mtp"))]
+OF_OTHERS = ("ep2", "segment", "chunks", "mtp", "groups")
+GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in OF_OTHERS)]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
 # a HybridModel below has the other layouts of a hybrid
 CASES += [("hybrid", layout) for layout in ("tp2-sequence-parallel", "pp2-vpp2", "pp4-uneven", "tp2-pp2", "cp4")]
 CASES += [("hybrid", layout) for layout in ("dp2-distributed-optimizer", "pp2-dp2-distributed-optimizer")]
 CASES += [("per-token-loss", "cp2")]
 CASES += [(model, layout) for layout in ("cp2", "cp4") for model in MODELS if model.startswith("packed")]
+CASES += [("packed-documents", "groups-of-1-and-2"), ("stack-packed", "groups-of-2-and-4")]
 CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-optimizer")]
 CASES += [("stack", f"{layout}-loss-by-chunks") for layout in ("tp2", "tp2-sequence-parallel", "cp2", "dp2", "pp2")]
 CASES += [("hgrn2", "tp2-sequence-parallel-loss-by-chunks"), ("tied", "pp2-loss-by-chunks")]

@@ -32,8 +32,11 @@ PACKINGS = {
 UNPREDICTED = [0, 1, 8, 9, 13, 14, 18, 19]
 
 
-def data(step: int, dp_rank: int, dp_size: int, packing: str | None, heads: bool = False):
-    """This rank's micro-batches of a step: (tokens, labels, mask of losses, PackedSeqParams or None)."""
+def data(step: int, dp_rank: int, dp_size: int, packing: str | None, heads: bool = False, whole: bool = False):
+    """This rank's micro-batches of a step: (tokens, labels, mask of losses, PackedSeqParams or None).
+
+    They are the rank's part of the sequences, or with `whole` the whole sequences.
+    """
     tokens, labels = harness.batch(seed=step, size=parity.GLOBAL_BATCH)
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.7).float()
     if heads:
@@ -48,8 +51,37 @@ def data(step: int, dp_rank: int, dp_size: int, packing: str | None, heads: bool
             mask[:, start + length : end] = 0
     for rows in zip(*(x.split(micro_batch(packing)) for x in (tokens, labels, mask)), strict=True):
         if dp_rank == 0:
-            yield *_own_tokens(rows, packing), params
+            yield *(rows if whole else _own_tokens(rows, packing)), params
         dp_rank = (dp_rank - 1) % dp_size
+
+
+def documents(step: int, dp_rank: int, dp_size: int, config):
+    """Return Megatron's loader for hybrid context parallelism, over the documents of a step.
+
+    It chooses the ranks that compute each document.
+    """
+    from megatron.core.datasets.data_schedule import HybridCPDataLoaderWrapper
+
+    samples = [
+        {"tokens": tokens[0], "labels": labels[0], "loss_mask": mask[0], "cu_seqlens": params.cu_seqlens_q_padded}
+        for tokens, labels, mask, params in data(step, dp_rank, dp_size, "documents", whole=True)
+    ]
+    return HybridCPDataLoaderWrapper(iter([samples]), config)
+
+
+def own_ranks(document: dict):
+    """Return this rank's part of a document, as `data` returns a micro-batch."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    num_ranks = int(document.pop("local_cp_size"))
+    params = harness.packed_seq_params([len(document["tokens"])])
+    params.local_cp_size = num_ranks
+    own = {name: x[None] for name, x in document.items()}
+    if num_ranks > 1:
+        params.cp_group = parallel_state.get_hybrid_data_context_parallel_groups(group_size=num_ranks)
+        own = get_batch_on_this_cp_rank(own | {"cu_seqlens": None}, is_hybrid_cp=False, cp_group=params.cp_group)
+    return own["tokens"], own["labels"], own["loss_mask"], params
 
 
 def micro_batch(packing: str | None) -> int:
@@ -78,7 +110,8 @@ def _positions(tokens):
 
 
 def forward_step(data_iterator, model):
-    tokens, labels, mask, params = next(data_iterator)
+    batch = next(data_iterator)
+    tokens, labels, mask, params = own_ranks(batch) if model.config.hybrid_context_parallel else batch
 
     def loss_func(losses):
         if model.config.calculate_per_token_loss:
@@ -102,7 +135,10 @@ def backward(chunks, optimizer, step: int, packing: str | None) -> torch.Tensor 
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     heads = bool(chunks[0].module.config.mtp_num_layers)
-    iterators = [data(step, dp_group.rank(), dp_group.size(), packing, heads) for _ in chunks]
+    if chunks[0].config.hybrid_context_parallel:
+        iterators = [documents(step, dp_group.rank(), dp_group.size(), chunks[0].config)]
+    else:
+        iterators = [data(step, dp_group.rank(), dp_group.size(), packing, heads) for _ in chunks]
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
