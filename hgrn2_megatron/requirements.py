@@ -134,6 +134,21 @@ UNSUPPORTED = (
     (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop the flag"),
     (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop the flag"),
     (
+        lambda s: s.fp32_residual_connection and (s.bf16 or s.fp16),
+        "--fp32-residual-connection with --bf16 or --fp16",
+        "drop the flag, because the linear layers of a 16-bit model do not take an fp32 input",
+    ),
+    (
+        # only Megatron's own loop has a number of iterations
+        lambda s: (
+            (s.init_model_with_meta_device or s.perform_initialization is False)
+            and (s.train_iters or s.train_samples)
+            and not (s.load or s.pretrained_checkpoint or s.use_megatron_fsdp or s.use_torch_fsdp2)
+        ),
+        "--init-model-with-meta-device or --no-initialization, without --load",
+        "drop the flag, because the weights would be whatever the memory holds",
+    ),
+    (
         lambda s: (
             (s.tensor_parallel_num_weight_shards or 1) > (s.tensor_model_parallel_size or 1)
             or (s.expert_tensor_parallel_num_weight_shards or 1)

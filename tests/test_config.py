@@ -65,10 +65,12 @@ def hgrn2_settings(**changes) -> types.SimpleNamespace:
         {"context_parallel_size": 2, "sft": True},
         {"context_parallel_size": 2, "dataloader_inter_document_masking": True},
         {"context_parallel_size": 2, "hybrid_context_parallel": True, "calculate_per_token_loss": True},
+        {"perform_initialization": False, "train_iters": 8, "load": "checkpoints"},
+        {"fp32_residual_connection": True},
     ],
     ids=str,
 )
-def test_packed_or_split_sequences_pass(changes):
+def test_these_pass_without_a_warning(changes):
     assert check(Settings(hgrn2_settings(**changes))) == []
 
 
@@ -122,6 +124,9 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
             {"hybrid_context_parallel": True, "train_iters": 8},
             "--hybrid-context-parallel in Megatron's own .* give --context-parallel-size",
         ),
+        ({"fp32_residual_connection": True, "bf16": True}, "--fp32-residual-connection with --bf16"),
+        ({"init_model_with_meta_device": True, "train_iters": 8}, "--init-model-with-meta-device .* without --load"),
+        ({"perform_initialization": False, "train_samples": 8}, "--no-initialization, without --load"),
         ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards .* give --use-distributed"),
         (
             {"tensor_model_parallel_size": 2, "expert_tensor_parallel_num_weight_shards": 4},
