@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hgrn2_megatron.config import DELTA_NET
 from hgrn2_megatron.patching import wrap
 
 # defaults of Megatron's parser in a CPU run: attribute -> value
@@ -30,74 +29,6 @@ DEFAULTS = {
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
 }
-
-# Settings that would stop a CPU run with an error that names no flag, or would have no effect in it. Each row has a
-# function that returns whether the settings ask for a feature, its flag, and what to do instead, as in requirements.py.
-NEEDS_CUDA = (
-    (lambda s: s.distributed_backend == "nccl", "--distributed-backend nccl", "give gloo, because NCCL needs GPUs"),
-    (
-        lambda s: s.transformer_impl == "transformer_engine",
-        "--transformer-impl transformer_engine",
-        "give local, because Transformer Engine needs a GPU",
-    ),
-    (
-        lambda s: DELTA_NET in (s.hybrid_layer_pattern or ""),
-        "a G in --hybrid-layer-pattern",
-        "write M for an HGRN2 layer, because gated delta nets need a GPU",
-    ),
-    (lambda s: s.fp8, "--fp8-format", "give --bf16, because FP8 needs a GPU"),
-    (
-        lambda s: s.enable_cuda_graph or s.cuda_graph_impl not in (None, "none"),
-        "--cuda-graph-impl",
-        "drop the flag, because a CPU has no CUDA graphs",
-    ),
-    (lambda s: s.optimizer_cuda_graph, "--optimizer-cuda-graph", "drop the flag, because a CPU has no CUDA graphs"),
-    (
-        lambda s: s.cpu_offloading_num_layers,
-        "--cpu-offloading-num-layers",
-        "drop the flag, because everything is on the CPU",
-    ),
-    (lambda s: s.optimizer_cpu_offload, "--optimizer-cpu-offload", "drop the flag, because everything is on the CPU"),
-    (
-        lambda s: s.use_precision_aware_optimizer,
-        "--use-precision-aware-optimizer",
-        "drop the flag, because it needs Transformer Engine",
-    ),
-    (lambda s: s.tp_comm_overlap, "--tp-comm-overlap", "drop the flag, because it needs Transformer Engine"),
-    (lambda s: s.nccl_ub, "--use-nccl-ub", "drop the flag, because it needs NCCL"),
-    (lambda s: s.use_sharp, "--use-sharp", "drop the flag, because it needs NCCL"),
-    (lambda s: s.moe_permute_fusion, "--moe-permute-fusion", "drop the flag, because it needs a GPU"),
-    (lambda s: s.moe_router_fusion, "--moe-router-fusion", "drop the flag, because it needs a GPU"),
-    (
-        lambda s: s.moe_token_dispatcher_type == "flex" or s.moe_enable_deepep,
-        "--moe-token-dispatcher-type flex",
-        "give allgather or alltoall, because the flex dispatcher needs a GPU",
-    ),
-    (
-        lambda s: s.use_te_activation_func,
-        "--use-te-activation-func",
-        "drop the flag, because it needs Transformer Engine",
-    ),
-    (
-        lambda s: s.use_transformer_engine_op_fuser,
-        "--use-transformer-engine-op-fuser",
-        "drop the flag, because it needs Transformer Engine",
-    ),
-    (lambda s: s.fused_residual_rmsnorm, "--fused-residual-rmsnorm", "drop the flag, because it needs a GPU"),
-    (lambda s: s.symmetric_ar_type, "--symmetric-ar-type", "drop the flag, because it needs a GPU"),
-    (lambda s: s.batch_invariant_mode, "--batch-invariant-mode", "drop the flag, because it needs a GPU"),
-    (
-        lambda s: s.gpu_sniff_test_interval,
-        "--gpu-sniff-test-interval",
-        "drop the flag, because there is no GPU to test",
-    ),
-    (lambda s: s.record_memory_history, "--record-memory-history", "drop the flag, because there is no GPU memory"),
-    (
-        lambda s: s.profile and not s.use_pytorch_profiler,
-        "--profile",
-        "give --use-pytorch-profiler too, because Megatron's other profiler needs CUDA",
-    ),
-)
 
 
 def needed() -> bool:

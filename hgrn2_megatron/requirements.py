@@ -5,7 +5,7 @@ docs/reference/refusals.md lists every refusal.
 
 import torch.nn.functional as F
 
-from hgrn2_megatron import cpu, cuda_graphs, megatron_flags, precision, stack_requirements
+from hgrn2_megatron import cpu, cpu_requirements, cuda_graphs, megatron_flags, precision, stack_requirements
 from hgrn2_megatron.config import (
     ATTENTION,
     DELTA_NET,
@@ -45,7 +45,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     precision.check(settings, precision.gpu_capability())
     _check_loss(settings)
     if cpu.installed():
-        refuse(settings, cpu.NEEDS_CUDA, "{} does not work on a machine without CUDA")
+        refuse(settings, cpu_requirements.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)
 
 

@@ -8,7 +8,7 @@ import torch
 from test_config import hgrn2_settings, stack_settings
 from training import FLAGS, HGRN2, LAUNCHER, STACK, losses_of
 
-from hgrn2_megatron import UsageError, cpu
+from hgrn2_megatron import UsageError, cpu, cpu_requirements
 from hgrn2_megatron.requirements import check
 from hgrn2_megatron.settings import Settings
 
@@ -50,7 +50,7 @@ NEED_CUDA = [
     ({"distributed_backend": "nccl"}, "--distributed-backend nccl"),
     ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine"),
     ({"hybrid_layer_pattern": "M-G-"}, "a G in --hybrid-layer-pattern"),
-    ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-format"),
+    ({"fp8": "hybrid", "transformer_impl": "transformer_engine_in_a_test"}, "--fp8-format"),
     ({"enable_cuda_graph": True}, "--cuda-graph-impl"),
     ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
     ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl"),
@@ -60,6 +60,16 @@ NEED_CUDA = [
     ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
     ({"tp_comm_overlap": True}, "--tp-comm-overlap"),
     ({"nccl_ub": True}, "--use-nccl-ub"),
+    ({"save_activations_interval": 1}, "--save-activations-interval or --save-dgrads-interval"),
+    ({"save_dgrads_interval": 1}, "--save-activations-interval or --save-dgrads-interval"),
+    (
+        {"num_distributed_optimizer_instances": 2, "overlap_grad_reduce": True},
+        "--num-distributed-optimizer-instances with --overlap-grad-reduce",
+    ),
+    (
+        {"ckpt_fully_parallel_load_exchange_algo": "gather_rounds"},
+        "--ckpt-fully-parallel-load-exchange-algo gather_rounds",
+    ),
     ({"use_sharp": True}, "--use-sharp"),
     ({"moe_permute_fusion": True}, "--moe-permute-fusion"),
     ({"moe_router_fusion": True}, "--moe-router-fusion"),
@@ -96,4 +106,4 @@ def test_a_profile_of_the_cpu_is_pytorchs(monkeypatch):
 
 
 def test_every_flag_that_needs_cuda_is_in_the_table_above():
-    assert [flag for _, flag, _ in cpu.NEEDS_CUDA] == list(dict.fromkeys(flag for _, flag in NEED_CUDA))
+    assert [flag for _, flag, _ in cpu_requirements.NEEDS_CUDA] == list(dict.fromkeys(flag for _, flag in NEED_CUDA))

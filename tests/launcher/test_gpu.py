@@ -164,6 +164,28 @@ def long(tokens: int) -> tuple:
     return "--seq-length", tokens, "--max-position-embeddings", tokens
 
 
+# flags that change where a run computes or keeps FP8
+AROUND_FP8 = {
+    "delayed": (*FP8, "delayed", "--fp8-param-gather", "--use-distributed-optimizer"),
+    "tensorwise": (*FP8, "tensorwise", "--fp8-param-gather", "--use-distributed-optimizer"),
+    "blockwise": ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise", "--fp8-param-gather", *DP2),
+    "first-and-last-in-bf16": (*FP8, "tensorwise", "--first-last-layers-bf16"),
+}
+
+
+@pytest.mark.parametrize("name", AROUND_FP8)
+def test_fp8_weights_and_layers_in_bf16_train_as_bf16_does(name, tmp_path):
+    """HybridModel. FP8 rounds, so the losses are those of bf16 to 3%."""
+    pytest.importorskip("transformer_engine.pytorch")
+    model = (*STACK, "M-*-M-M-", *WITHOUT_APEX, *TE, "--bf16")
+    options = dict(model=model, script="examples/pretrain_hybrid.py")
+    plain = save(tmp_path / "bf16", **options)
+    losses = save(tmp_path / "fp8", *AROUND_FP8[name], **options)
+    assert len(losses) == 8 and losses != plain
+    assert max(abs(float(losses[i]) / float(plain[i]) - 1) for i in plain) <= 0.03, (losses, plain)
+    assert_continues(resume(tmp_path / "fp8", *AROUND_FP8[name], **options), losses, tolerance=1e-2)
+
+
 # name -> (processes, flags)
 GRAPHED = {
     "pure": (1, ()),

@@ -1,0 +1,86 @@
+"""The flags that a machine without a GPU does not take."""
+
+from hgrn2_megatron.config import DELTA_NET
+
+# Settings that would stop a CPU run with an error that names no flag, or would have no effect in it. Each row has a
+# function that returns whether the settings ask for a feature, its flag, and what to do instead, as in requirements.py.
+NEEDS_CUDA = (
+    (lambda s: s.distributed_backend == "nccl", "--distributed-backend nccl", "give gloo, because NCCL needs GPUs"),
+    (
+        lambda s: s.transformer_impl == "transformer_engine",
+        "--transformer-impl transformer_engine",
+        "give local, because Transformer Engine needs a GPU",
+    ),
+    (
+        lambda s: DELTA_NET in (s.hybrid_layer_pattern or ""),
+        "a G in --hybrid-layer-pattern",
+        "write M for an HGRN2 layer, because gated delta nets need a GPU",
+    ),
+    (lambda s: s.fp8, "--fp8-format", "give --bf16, because FP8 needs a GPU"),
+    (
+        lambda s: s.enable_cuda_graph or s.cuda_graph_impl not in (None, "none"),
+        "--cuda-graph-impl",
+        "drop the flag, because a CPU has no CUDA graphs",
+    ),
+    (lambda s: s.optimizer_cuda_graph, "--optimizer-cuda-graph", "drop the flag, because a CPU has no CUDA graphs"),
+    (
+        lambda s: s.cpu_offloading_num_layers,
+        "--cpu-offloading-num-layers",
+        "drop the flag, because everything is on the CPU",
+    ),
+    (lambda s: s.optimizer_cpu_offload, "--optimizer-cpu-offload", "drop the flag, because everything is on the CPU"),
+    (
+        lambda s: s.use_precision_aware_optimizer,
+        "--use-precision-aware-optimizer",
+        "drop the flag, because it needs Transformer Engine",
+    ),
+    (lambda s: s.tp_comm_overlap, "--tp-comm-overlap", "drop the flag, because it needs Transformer Engine"),
+    (lambda s: s.nccl_ub, "--use-nccl-ub", "drop the flag, because it needs NCCL"),
+    (
+        lambda s: s.save_activations_interval or s.save_dgrads_interval,
+        "--save-activations-interval or --save-dgrads-interval",
+        "drop the flag, because it needs Transformer Engine",
+    ),
+    (
+        lambda s: (s.num_distributed_optimizer_instances or 1) > 1 and s.overlap_grad_reduce,
+        "--num-distributed-optimizer-instances with --overlap-grad-reduce",
+        "drop one of the two flags, because gloo does not do the two sums of gradients in their order",
+    ),
+    (
+        lambda s: s.ckpt_fully_parallel_load_exchange_algo == "gather_rounds",
+        "--ckpt-fully-parallel-load-exchange-algo gather_rounds",
+        "give broadcast, because gloo gathers only tensors of one shape",
+    ),
+    (lambda s: s.use_sharp, "--use-sharp", "drop the flag, because it needs NCCL"),
+    (lambda s: s.moe_permute_fusion, "--moe-permute-fusion", "drop the flag, because it needs a GPU"),
+    (lambda s: s.moe_router_fusion, "--moe-router-fusion", "drop the flag, because it needs a GPU"),
+    (
+        lambda s: s.moe_token_dispatcher_type == "flex" or s.moe_enable_deepep,
+        "--moe-token-dispatcher-type flex",
+        "give allgather or alltoall, because the flex dispatcher needs a GPU",
+    ),
+    (
+        lambda s: s.use_te_activation_func,
+        "--use-te-activation-func",
+        "drop the flag, because it needs Transformer Engine",
+    ),
+    (
+        lambda s: s.use_transformer_engine_op_fuser,
+        "--use-transformer-engine-op-fuser",
+        "drop the flag, because it needs Transformer Engine",
+    ),
+    (lambda s: s.fused_residual_rmsnorm, "--fused-residual-rmsnorm", "drop the flag, because it needs a GPU"),
+    (lambda s: s.symmetric_ar_type, "--symmetric-ar-type", "drop the flag, because it needs a GPU"),
+    (lambda s: s.batch_invariant_mode, "--batch-invariant-mode", "drop the flag, because it needs a GPU"),
+    (
+        lambda s: s.gpu_sniff_test_interval,
+        "--gpu-sniff-test-interval",
+        "drop the flag, because there is no GPU to test",
+    ),
+    (lambda s: s.record_memory_history, "--record-memory-history", "drop the flag, because there is no GPU memory"),
+    (
+        lambda s: s.profile and not s.use_pytorch_profiler,
+        "--profile",
+        "give --use-pytorch-profiler too, because Megatron's other profiler needs CUDA",
+    ),
+)
