@@ -224,7 +224,11 @@ def _adapt_distributed_optimizer(optimizer) -> None:
 
     def make_set(set_states):
         # What Megatron loads for each parameter does not include the number of steps.
-        return lambda self, model_param, tensors: set_states(self, model_param, {**tensors, "step": None})
+        @torch.no_grad()
+        def wrapped(self, model_param, tensors):
+            return set_states(self, model_param, {**tensors, "step": None})
+
+        return wrapped
 
     wrap(optimizer, "sharded_state_dict", ["self", "model_sharded_state_dict", "is_loading"], make_sharded)
     wrap(optimizer, "load_state_dict", ["self", "state_dict"], make_load)

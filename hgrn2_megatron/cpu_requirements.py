@@ -59,6 +59,7 @@ NEEDS_CUDA = (
         "--moe-token-dispatcher-type flex",
         "give allgather or alltoall, because the flex dispatcher needs a GPU",
     ),
+    (lambda s: s.moe_routing_trace_path, "--moe-routing-trace-path", "drop the flag, because it needs a GPU"),
     (
         lambda s: s.use_te_activation_func,
         "--use-te-activation-func",

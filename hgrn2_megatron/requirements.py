@@ -14,7 +14,7 @@ from hgrn2_megatron.config import (
     HGRN2Config,
     UsageError,
 )
-from hgrn2_megatron.settings import Settings, global_args, refuse
+from hgrn2_megatron.settings import Settings, global_args, megatron_release, refuse
 
 PUBLISHED_BLOCK_EPS, PUBLISHED_MIXER_EPS = 1e-6, 1e-5
 
@@ -147,6 +147,11 @@ UNSUPPORTED = (
         ),
         "--init-model-with-meta-device or --no-initialization, without --load",
         "drop the flag, because the weights would be whatever the memory holds",
+    ),
+    (
+        lambda s: s.freeze_all_layers and megatron_release() == (0, 19),
+        "--freeze-all-layers on megatron-core 0.19",
+        "give --lr 0, because that release trains the layers nonetheless",
     ),
     (
         lambda s: (

@@ -127,6 +127,7 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"fp32_residual_connection": True, "bf16": True}, "--fp32-residual-connection with --bf16"),
         ({"init_model_with_meta_device": True, "train_iters": 8}, "--init-model-with-meta-device .* without --load"),
         ({"perform_initialization": False, "train_samples": 8}, "--no-initialization, without --load"),
+        ({"freeze_all_layers": True}, "--freeze-all-layers on megatron-core 0.19 .* give --lr 0"),
         ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards .* give --use-distributed"),
         (
             {"tensor_model_parallel_size": 2, "expert_tensor_parallel_num_weight_shards": 4},

@@ -75,6 +75,7 @@ NEED_CUDA = [
     ({"moe_router_fusion": True}, "--moe-router-fusion"),
     ({"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex"),
     ({"moe_enable_deepep": True}, "--moe-token-dispatcher-type flex"),
+    ({"moe_routing_trace_path": "trace"}, "--moe-routing-trace-path"),
     ({"use_te_activation_func": True}, "--use-te-activation-func"),
     ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
     ({"fused_residual_rmsnorm": True}, "--fused-residual-rmsnorm"),

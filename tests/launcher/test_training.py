@@ -1,7 +1,7 @@
 """Megatron's own loop through the launcher: real runs, compared by the losses they log."""
 
 import pytest
-from training import HGRN2, assert_continues, launch, train
+from training import HGRN2, STACK, assert_continues, launch, train
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,24 @@ def test_checkpoint_args_restore_the_model_and_tensor_parallelism_can_change(run
     assert "HGRN2: 2 of 2 layers, expand 32" in output
     for i in (5, 8):
         assert abs(float(resumed[i]) - float(run[0][i])) < 2e-6
+
+
+RECIPE = """
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000
+    --ddp-average-in-collective --check-weight-hash-across-dp-replicas-interval 2 --log-params-norm
+    --log-num-zeros-in-grad --rerun-mode validate_results --manual-gc --manual-gc-interval 2 --exit-signal-handler
+    --empty-unused-memory-level 2 --check-for-spiky-loss --disable-gloo-process-groups --eval-micro-batch-size 1
+""".split()
+
+
+def test_flags_of_training_recipes_change_no_loss(run):
+    """A HybridModel on two ranks logs the losses of the GPT on one."""
+    model = (*STACK, "--hybrid-layer-pattern", "M-M-")
+    losses, output = train(*model, *RECIPE, script="examples/pretrain_hybrid.py", num_processes=2)
+    assert "params norm: " in output and "num zeros: " in output
+    assert losses.keys() == run[0].keys()
+    for i in losses:
+        assert abs(float(losses[i]) - float(run[0][i])) < 2e-6
 
 
 @pytest.mark.parametrize(
