@@ -149,6 +149,18 @@ UNSUPPORTED = (
         "drop the flag, because the weights would be whatever the memory holds",
     ),
     (
+        lambda s: (
+            s.load
+            and s.ckpt_step
+            and s.ckpt_format == "torch"
+            and s.use_distributed_optimizer
+            and not (s.no_load_optim or s.finetune)
+        ),
+        "--ckpt-step with --ckpt-format torch and --use-distributed-optimizer",
+        "write the iteration into latest_checkpointed_iteration.txt instead, because Megatron would load the newest "
+        "checkpoint's optimizer",
+    ),
+    (
         lambda s: s.freeze_all_layers and megatron_release() == (0, 19),
         "--freeze-all-layers on megatron-core 0.19",
         "give --lr 0, because that release trains the layers nonetheless",

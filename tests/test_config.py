@@ -67,6 +67,7 @@ def hgrn2_settings(**changes) -> types.SimpleNamespace:
         {"context_parallel_size": 2, "hybrid_context_parallel": True, "calculate_per_token_loss": True},
         {"perform_initialization": False, "train_iters": 8, "load": "checkpoints"},
         {"fp32_residual_connection": True},
+        {"load": "saved", "ckpt_step": 2, "ckpt_format": "torch_dist", "use_distributed_optimizer": True},
     ],
     ids=str,
 )
@@ -127,6 +128,10 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"fp32_residual_connection": True, "bf16": True}, "--fp32-residual-connection with --bf16"),
         ({"init_model_with_meta_device": True, "train_iters": 8}, "--init-model-with-meta-device .* without --load"),
         ({"perform_initialization": False, "train_samples": 8}, "--no-initialization, without --load"),
+        (
+            {"load": "saved", "ckpt_step": 2, "ckpt_format": "torch", "use_distributed_optimizer": True},
+            "--ckpt-step with --ckpt-format torch and --use-distributed-optimizer .* latest_checkpointed_iteration.txt",
+        ),
         ({"freeze_all_layers": True}, "--freeze-all-layers on megatron-core 0.19 .* give --lr 0"),
         ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards .* give --use-distributed"),
         (

@@ -37,24 +37,6 @@ def test_checkpoint_args_restore_the_model_and_tensor_parallelism_can_change(run
         assert abs(float(resumed[i]) - float(run[0][i])) < 2e-6
 
 
-RECIPE = """
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000
-    --ddp-average-in-collective --check-weight-hash-across-dp-replicas-interval 2 --log-params-norm
-    --log-num-zeros-in-grad --rerun-mode validate_results --manual-gc --manual-gc-interval 2 --exit-signal-handler
-    --empty-unused-memory-level 2 --check-for-spiky-loss --disable-gloo-process-groups --eval-micro-batch-size 1
-""".split()
-
-
-def test_flags_of_training_recipes_change_no_loss(run):
-    """A HybridModel on two ranks logs the losses of the GPT on one."""
-    model = (*STACK, "--hybrid-layer-pattern", "M-M-")
-    losses, output = train(*model, *RECIPE, script="examples/pretrain_hybrid.py", num_processes=2)
-    assert "params norm: " in output and "num zeros: " in output
-    assert losses.keys() == run[0].keys()
-    for i in losses:
-        assert abs(float(losses[i]) - float(run[0][i])) < 2e-6
-
-
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--hgrn2-expand-ratio", 16), ("--hgrn2-layer-pattern", "H*"), ("--num-layers", 4)],
@@ -104,14 +86,34 @@ def test_context_parallel_ranks_log_what_one_process_does(run):
     assert_equal_losses(losses, run[0])
 
 
+RECIPE = """
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000
+    --ddp-average-in-collective --check-weight-hash-across-dp-replicas-interval 2 --log-params-norm
+    --log-num-zeros-in-grad --rerun-mode validate_results --manual-gc --manual-gc-interval 2 --exit-signal-handler
+    --empty-unused-memory-level 2 --check-for-spiky-loss --eval-micro-batch-size 1 --ckpt-format torch
+""".split()
+
+
+def test_flags_of_training_recipes_change_no_loss(run, tmp_path):
+    """A HybridModel on two ranks logs the losses of the GPT on one, also when it resumes."""
+    model = (*STACK, "--hybrid-layer-pattern", "M-M-", *RECIPE)
+    where = dict(script="examples/pretrain_hybrid.py", num_processes=2)
+    losses, output = train(*model, "--save", tmp_path, "--save-interval", 4, **where)
+    assert "params norm: " in output and "num zeros: " in output
+    assert_equal_losses(losses, run[0])
+    # --ckpt-step is refused here
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    resumed, _ = train(*model, "--load", tmp_path, **where)
+    assert_continues(resumed, run[0], tolerance=2e-6)
+
+
 @pytest.mark.releases
-def test_the_loss_by_chunks_is_the_loss():
+def test_the_loss_by_chunks_is_the_loss(run):
     flags = (*HGRN2, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-    whole, _ = train(*flags, num_processes=2)
     # of the 128 tokens of a micro-batch
     chunked, output = train(*flags, "--hgrn2-loss-chunk-size", 50, num_processes=2)
     assert "op=pytorch, loss by 50 tokens" in output and sorted(chunked) == list(range(1, 9))
-    assert_equal_losses(chunked, whole)
+    assert_equal_losses(chunked, run[0])
 
 
 def test_packed_streams_of_an_unmodified_script_over_context_parallel_ranks(run, megatron_lm):
