@@ -75,10 +75,11 @@ TABLE = (
     ),
     _row(
         Effect.ATTENTION,
-        "attention kernels, how context parallelism splits attention, and how Muon splits its projection",
+        "attention kernels, and how context parallelism splits attention",
         "attention_backend flash_attention_version use_kitchen_attention kitchen_attention_backend flash_decode "
-        "cp_comm_type hierarchical_context_parallel_sizes muon_split_qkv",
+        "cp_comm_type hierarchical_context_parallel_sizes",
     ),
+    _row(Effect.EVERYWHERE, "whether Muon takes the projections of a token mixer one by one", "muon_split_qkv"),
     _row(
         Effect.ATTENTION,
         "rotary positions; learned_absolute and relative are refused",

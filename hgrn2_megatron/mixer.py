@@ -19,6 +19,7 @@ from hgrn2_megatron.context_parallel.operator import chunk_hgrn2_of_batch, chunk
 from hgrn2_megatron.context_parallel.pieces import STREAM
 from hgrn2_megatron.generation import advance, advance_dynamic
 from hgrn2_megatron.lower_bounds import LowerBounds
+from hgrn2_megatron.muon import mark_parts
 from hgrn2_megatron.norm import HiddenShardedRMSNorm
 
 
@@ -99,6 +100,8 @@ class HGRN2Mixer(MegatronModule):
             name=name and f"{name}.in_proj",
             **common,
         )
+        # q, f and v are matrices of their own
+        mark_parts(self.in_proj.weight, [self.head_dim] * 3, config)
         self.norm = _Norm(hidden_size, hgrn2.norm_eps, config, pg_collection.tp)
         self.out_proj = build_module(
             submodules.out_proj,

@@ -5,7 +5,7 @@ docs/reference/refusals.md lists every refusal.
 
 import torch.nn.functional as F
 
-from hgrn2_megatron import cpu, cpu_requirements, cuda_graphs, megatron_flags, precision, stack_requirements
+from hgrn2_megatron import cpu, cpu_requirements, cuda_graphs, megatron_flags, muon, precision, stack_requirements
 from hgrn2_megatron.config import (
     ATTENTION,
     DELTA_NET,
@@ -45,7 +45,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     precision.check(settings, precision.gpu_capability())
     _check_loss(settings)
     if cpu.installed():
-        refuse(settings, cpu_requirements.NEEDS_CUDA, "{} does not work on a machine without CUDA")
+        refuse(settings, cpu_requirements.NEEDS_CUDA + muon.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)
 
 
@@ -297,6 +297,8 @@ def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
             f"--hgrn2-norm-eps is {hgrn2.norm_eps}, but the published weight format allows only {PUBLISHED_MIXER_EPS}, "
             "so this model cannot be exported"
         )
+    if about_muon := muon.warning(s, hgrn2):
+        warnings.append(about_muon)
     num_experts = s.num_moe_experts or s.num_experts
     if stack and num_experts and EXPERTS not in s.hybrid_layer_pattern:
         warnings.append(

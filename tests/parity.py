@@ -1,8 +1,9 @@
 """Build a model in any layout from the weights of one process, and collect its tensors as one process has them.
 
-A model is a dict of arguments of `harness.build_model`. A layout is a dict with the sizes `tp`, `pp`, `vpp`, `cp` and
-`ep`, with `sequence_parallel`, `distributed_optimizer` and `overlap`, and with `config`, the settings that only this
-layout has. Every tensor has the name that it has in one process.
+A model is a dict of arguments of `harness.build_model`. It may also have `steps`, a number of steps, and `muon`, fields
+of Megatron's OptimizerConfig for the optimizer Muon, which then takes the place of Adam. A layout is a dict with the
+sizes `tp`, `pp`, `vpp`, `cp` and `ep`, with `sequence_parallel`, `distributed_optimizer` and `overlap`, and with
+`config`, the settings that only this layout has. Every tensor has the name that it has in one process.
 """
 
 import re
@@ -13,6 +14,12 @@ import torch
 from torch import Tensor
 
 STEPS, GLOBAL_BATCH = 5, 8
+LR, WEIGHT_DECAY, ADAM_EPS, LARGEST_NORM = 1e-3, 0.1, 1e-5, 0.5
+
+
+def of_model(model: dict) -> dict:
+    """Return the arguments of `harness.build_model` among those of a model."""
+    return {name: value for name, value in model.items() if name not in ("muon", "steps")}
 
 
 def start_layout(layout: dict, meeting: Path):
@@ -53,6 +60,7 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    muon = model.get("muon")
     distributed, overlap = (bool(layout.get(name)) for name in ("distributed_optimizer", "overlap"))
     gather = distributed and overlap
     settings = dict(
@@ -77,7 +85,7 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
             pre_process=parallel_state.is_pipeline_first_stage(**ends),
             post_process=parallel_state.is_pipeline_last_stage(**ends),
             vp_stage=vp_stage,
-            **model | settings | layout.get("config", {}),
+            **of_model(model) | settings | layout.get("config", {}),
         )
         with torch.no_grad():
             for name, p in chunk.named_parameters():
@@ -95,8 +103,8 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
     # The epsilon is larger than the rounding errors that another order of sums leaves in a gradient of zero.
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=0.5, adam_eps=1e-5,
-            use_distributed_optimizer=distributed, overlap_param_gather=gather,
+            optimizer="muon" if muon else "adam", lr=LR, weight_decay=WEIGHT_DECAY, clip_grad=LARGEST_NORM,
+            adam_eps=ADAM_EPS, use_distributed_optimizer=distributed, overlap_param_gather=gather, **muon or {},
         ),
         chunks,
     )  # fmt: skip
@@ -176,6 +184,16 @@ def _shard(chunk, name: str, p, weights: dict[str, Tensor]) -> Tensor:
     full = weights[_name(chunk, name)]
     rows = chunk.decoder.hgrn2_bounds.num_layers
     return harness.shard(name, p, full, tp_group.rank(), tp_group.size(), rows)
+
+
+def orthogonalized(gradient: Tensor, blocks: int, dim: int) -> Tensor:
+    """Return Muon's step for a matrix, or for equal blocks of it along `dim`, each by itself. Its length is 1."""
+    from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz
+
+    def step(x):
+        return max(x.shape) ** 0.5 * newton_schulz(x.contiguous(), steps=5)
+
+    return torch.cat([step(x) for x in gradient.chunk(blocks, dim)], dim)
 
 
 def put_together(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ ORDER = """
     conversion.command conversion.check conversion.weights conversion.config conversion.files conversion.__init__
     spec model_hooks megatron_hooks checkpoint_hooks checkpoint_check checkpoint flops forms arguments
     mtp stack requirements stack_requirements megatron_flags cuda_graphs precision cpu_requirements block chunked_loss
-    other_mixers layer mixer generation
+    other_mixers layer mixer muon generation
     context_parallel.operator context_parallel.exchange context_parallel.pieces context_parallel.__init__
     lower_bounds norm tensor_parallel
     settings cpu patching

@@ -8,7 +8,7 @@ import torch
 from test_config import hgrn2_settings, stack_settings
 from training import FLAGS, HGRN2, LAUNCHER, STACK, losses_of
 
-from hgrn2_megatron import UsageError, cpu, cpu_requirements
+from hgrn2_megatron import UsageError, cpu, cpu_requirements, muon
 from hgrn2_megatron.requirements import check
 from hgrn2_megatron.settings import Settings
 
@@ -46,6 +46,7 @@ def test_fp16_trains_once_the_loss_scale_has_come_down():
     assert len(taken) >= 8 and taken[-1] < taken[0] - 0.3
 
 
+MUON = "--use-distributed-optimizer with --optimizer muon on several data-parallel or context-parallel ranks"
 NEED_CUDA = [
     ({"distributed_backend": "nccl"}, "--distributed-backend nccl"),
     ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine"),
@@ -84,6 +85,8 @@ NEED_CUDA = [
     ({"gpu_sniff_test_interval": 1}, "--gpu-sniff-test-interval"),
     ({"record_memory_history": True}, "--record-memory-history"),
     ({"profile": True}, "--profile"),
+    ({"optimizer": "muon", "use_distributed_optimizer": True, "world_size": 2}, MUON),
+    ({"optimizer": "dist_muon", "world_size": 2, "context_parallel_size": 2}, MUON),
 ]
 
 
@@ -106,5 +109,12 @@ def test_a_profile_of_the_cpu_is_pytorchs(monkeypatch):
     check(Settings(hgrn2_settings(profile=True, use_pytorch_profiler=True)))
 
 
+def test_one_data_parallel_rank_gathers_nothing_for_muon(monkeypatch):
+    monkeypatch.setattr(cpu, "installed", lambda: True)
+    divided = dict(optimizer="muon", use_distributed_optimizer=True, world_size=2, tensor_model_parallel_size=2)
+    assert check(Settings(hgrn2_settings(**divided))) == []
+
+
 def test_every_flag_that_needs_cuda_is_in_the_table_above():
-    assert [flag for _, flag, _ in cpu_requirements.NEEDS_CUDA] == list(dict.fromkeys(flag for _, flag in NEED_CUDA))
+    flags = [flag for _, flag, _ in cpu_requirements.NEEDS_CUDA + muon.NEEDS_CUDA]
+    assert flags == list(dict.fromkeys(flag for _, flag in NEED_CUDA))

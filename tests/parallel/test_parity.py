@@ -16,6 +16,7 @@ EXPERTS = {
     "moe_token_dispatcher_type": "allgather",
 }
 DEPTH = {"num_layers": 4}
+HEAD_DIM = 16
 MODELS = {
     "hgrn2": {},
     # two layers in a row are a pipeline stage without an HGRN2 layer, and the first the one whose gradients overlap
@@ -34,6 +35,11 @@ MODELS = {
     "mtp-attention": {"hybrid_layer_pattern": "M-M-/*-", "mtp_loss_scaling_factor": 1.0},
     "latent": {"hybrid_layer_pattern": "M-+-M-+-"} | harness.LATENT,
 }
+# Megatron's Muon without rounding to bf16, by its mode of tensor parallelism
+for mode in "blockwise", "duplicated", "distributed":
+    muon = {"muon_tp_mode": mode, "muon_fp32_matmul_prec": "highest"}
+    MODELS[f"muon-{mode}"] = {"hybrid_layer_pattern": "M-*-M-M-", "muon": muon}
+    MODELS[f"muon-{mode}-step"] = MODELS[f"muon-{mode}"] | {"steps": 1}
 # losses of padding do not count; Megatron's rotary positions know documents alone
 PACKED = {"calculate_per_token_loss": True}
 for packing, positions in ("documents", "rope"), ("stream", "none"):
@@ -115,6 +121,7 @@ CASES += [("mtp", f"{layout}-loss-by-chunks") for layout in ("tp2-sequence-paral
 CASES += [("mtp-attention", layout) for layout in ("tp2-sequence-parallel", "pp2", "cp2")]
 CASES += [("mtp-tied", "pp2-mtp"), ("mtp-experts", "ep2-alltoall")]
 CASES += [("latent", "tp2-sequence-parallel"), ("latent", "pp2-dp2-distributed-optimizer")]
+CASES += [("muon-duplicated", "tp2-sequence-parallel"), ("muon-distributed", "tp2")]
 
 
 def with_segments(model: dict, layout: dict) -> dict:
@@ -128,6 +135,7 @@ def with_segments(model: dict, layout: dict) -> dict:
 
 # those that also run against the older release of megatron-core
 ON_RELEASES = [("hgrn2", "tp2-sequence-parallel"), ("hybrid", "pp2-vpp2"), ("hgrn2", "dp2-distributed-optimizer")]
+ON_RELEASES += [("muon-duplicated", "tp2-sequence-parallel")]
 PARAMETERS = [pytest.param(*case, marks=pytest.mark.releases if case in ON_RELEASES else ()) for case in CASES]
 
 
@@ -139,11 +147,12 @@ def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     harness.start_megatron()
     for name in dict(cases):
-        torch.save(harness.full_weights(harness.build_model(**MODELS[name] | DEPTH)), folder / f"{name}.weights")
+        model = harness.build_model(**parity.of_model(MODELS[name]) | DEPTH)
+        torch.save(harness.full_weights(model), folder / f"{name}.weights")
 
     @functools.cache
     def run(num_processes: int):
-        chosen = [c for c in cases if LAYOUTS[c[1]][0] == num_processes]
+        chosen = [c for c in cases if c[1] in LAYOUTS and LAYOUTS[c[1]][0] == num_processes]
         if num_processes == 1:
             chosen = [(model, "one") for model in dict(cases)]
         runs = {}
@@ -155,7 +164,9 @@ def results(request, tmp_path_factory):
         done = harness.torchrun(num_processes, str(worker), str(folder), json.dumps(runs))
         assert done.returncode == 0, done.stdout[-6000:]
 
-    def result(model: str, layout: str):
+    def result(model: str, layout: str) -> dict[str, torch.Tensor]:
+        if layout == "start":
+            return torch.load(folder / f"{model}.weights")
         run(LAYOUTS[layout][0] if layout in LAYOUTS else 1)
         files = sorted(folder.glob(f"{model}-{layout}.[0-9]*"))
         return parity.put_together([torch.load(file) for file in files])
@@ -166,3 +177,33 @@ def results(request, tmp_path_factory):
 @pytest.mark.parametrize(("model", "layout"), PARAMETERS)
 def test_layout_equals_one_process(model, layout, results):
     harness.assert_all_close(results(model, layout), results(model, "one"), tolerance=1e-5)
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("model", [f"muon-{mode}-step" for mode in ("blockwise", "duplicated", "distributed")])
+def test_muon_takes_each_matrix_by_itself(model, layout, results):
+    start, end = results(model, "start"), results(model, layout)
+    clip = parity.LARGEST_NORM / end["gradient norms"][0]
+    assert clip < 1
+    # In this mode, a rank orthogonalizes the rows or columns that it has.
+    blocks = 2 if (model, layout) == ("muon-blockwise-step", "tp2") else 1
+    expected = {}
+    for name, before in start.items():
+        gradient = end[f"gradient {name}"]
+        if "in_proj" in name or "linear_qkv" in name:
+            # a head's rows are q, f and v, or queries, keys and values
+            q, f, v = gradient.unflatten(0, (-1, 3, HEAD_DIM)).unbind(1)
+            parts = [parity.orthogonalized(x.flatten(0, 1), blocks, dim=0).view_as(x) for x in (q, f, v)]
+            step = torch.stack(parts, 1).view_as(gradient)
+        elif "out_proj" in name or "linear_proj" in name:
+            step = parity.orthogonalized(gradient, blocks, dim=1)
+        elif "mlp.linear" in name:
+            continue
+        else:
+            step = clip * gradient / (clip * gradient.abs() + parity.ADAM_EPS)
+        decayed = before * (1 - parity.LR * parity.WEIGHT_DECAY)
+        expected[name] = decayed - parity.LR * step - before
+    assert sum("in_proj" in name for name in expected) == 3 and any("hgrn2_bounds" in name for name in expected)
+    moved = {name: end[f"weight {name}"] - start[name] for name in expected}
+    harness.assert_all_close(moved, expected, tolerance=1e-4)

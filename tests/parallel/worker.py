@@ -158,7 +158,7 @@ def run(model: dict, layout: dict, weights: dict) -> dict:
     """Return this rank's losses and gradient norms of every step, gradients of the first, and weights at the end."""
     chunks, optimizer = parity.build(model, layout, weights)
     losses, norms = [], []
-    for step in range(parity.STEPS):
+    for step in range(model.get("steps", parity.STEPS)):
         loss = backward(chunks, optimizer, step, model.get("hgrn2_packed_layout"))
         if step == 0:
             result = {f"gradient {name}": x for name, x in parity.gradients(chunks, optimizer).items()}
