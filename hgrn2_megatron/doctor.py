@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hgrn2_kernels import chunk_hgrn2, implementation, recurrent_hgrn2
+from hgrn2_kernels.checks import widest_head
+from hgrn2_megatron.gpu_requirements import too_old
 
 # oldest and newest release of each package that was tried; pyproject.toml allows no older ones
 TRIED = {
@@ -87,9 +89,15 @@ def _lines() -> Iterator[tuple[str, str, str | None]]:
     off = "missing, or without these kernels: the launcher turns off fusion of gradient accumulation and masked softmax"
     yield "apex", "has kernels for weight gradients and masked softmax" if fused else off, None
     device = "cuda" if gpu else "cpu"
+    if gpu and (problem := too_old(torch.cuda.get_device_capability())):
+        yield "operator", "none for this GPU", problem
+        return
     form = implementation(device, torch.bfloat16)
     slow = ": correct but slow" if form == "pytorch" else ""
     yield "operator", f"op={form}{slow}", None
+    if gpu:
+        widths = (f"{widest_head(dtype, torch.cuda.get_device_capability())} in {str(dtype)[6:]}" for dtype in ALLOWED)
+        yield "widest heads", f"--hgrn2-expand-ratio up to {' and '.join(widths)}", None
     yield "norms", "from Transformer Engine, fused into the projections" if te else "from PyTorch", None
     for dtype, allowed in ALLOWED.items():
         start = time.perf_counter()

@@ -51,7 +51,7 @@ def warning(s: Settings, hgrn2: HGRN2Config) -> str | None:
     return (
         f"--optimizer {s.optimizer} takes q, f and v of an HGRN2 layer as one matrix, because megatron-core 0.18 "
         "splits every projection like that of attention, and the heads of attention have another size: install "
-        f"megatron-core 0.19, or give --kv-channels {hgrn2.expand_ratio} without --group-query-attention"
+        f"megatron-core 0.19, or give --num-attention-heads {hgrn2.num_heads(s.hidden_size)}"
     )
 
 

@@ -3,9 +3,19 @@
 docs/reference/refusals.md lists every refusal.
 """
 
+import torch
 import torch.nn.functional as F
 
-from hgrn2_megatron import cpu, cpu_requirements, cuda_graphs, megatron_flags, muon, precision, stack_requirements
+from hgrn2_megatron import (
+    cpu,
+    cpu_requirements,
+    cuda_graphs,
+    gpu_requirements,
+    megatron_flags,
+    muon,
+    precision,
+    stack_requirements,
+)
 from hgrn2_megatron.config import (
     ATTENTION,
     DELTA_NET,
@@ -44,6 +54,8 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_dimensions(settings, hgrn2)
     precision.check(settings, precision.gpu_capability())
     _check_loss(settings)
+    if torch.cuda.is_available():
+        gpu_requirements.check(settings, hgrn2, torch.cuda.get_device_capability())
     if cpu.installed():
         refuse(settings, cpu_requirements.NEEDS_CUDA + muon.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)

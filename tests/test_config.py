@@ -5,11 +5,12 @@ import types
 
 import megatron.core
 import pytest
+import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
-from hgrn2_megatron import HGRN2Config, UsageError, requirements, stack_requirements
+from hgrn2_megatron import HGRN2Config, UsageError, muon, requirements, stack_requirements
 from hgrn2_megatron.cuda_graphs import NOT_WITH_CUDA_GRAPHS
 from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSUPPORTED_IN_GPT, check
 from hgrn2_megatron.settings import Settings
@@ -155,6 +156,32 @@ def test_every_unsupported_flag_is_in_the_table_above():
     tried = [hgrn2_settings(**changes) for changes, _ in params]
     for asked, flag, _ in UNSUPPORTED + UNSUPPORTED_IN_GPT:
         assert any(asked(Settings(settings)) for settings in tried), flag
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "message"),
+    [
+        (
+            (7, 5),
+            {"bf16": True},
+            "compute capability 7.5, and the kernels need 8.0 .* CUDA_VISIBLE_DEVICES=",
+        ),
+        ((9, 0), {"bf16": True, "hgrn2_expand_ratio": 512}, "bfloat16 .* --hgrn2-expand-ratio 256 or less$"),
+        ((9, 0), {"hgrn2_expand_ratio": 512}, "float32 .* --hgrn2-expand-ratio 256 or less$"),
+        ((8, 9), {"hgrn2_expand_ratio": 256}, "compute capability 8.9 .* --hgrn2-expand-ratio 128 or less, or --bf16$"),
+        ((8, 9), {"hgrn2_expand_ratio": 256, "bf16": True}, None),
+        ((8, 0), {"hgrn2_expand_ratio": 256}, None),
+        ((8, 9), {}, None),
+    ],
+)
+def test_heads_and_gpus_that_the_kernels_do_not_take_are_refused(capability, changes, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    settings = Settings(hgrn2_settings(hidden_size=1024, **changes))
+    if message is None:
+        return check(settings)
+    with pytest.raises(UsageError, match=message):
+        check(settings)
 
 
 CHUNKED_LOSS_CLASHES = [
@@ -313,6 +340,18 @@ def test_a_hybrid_model_with_hgrn2_layers_passes_without_a_warning():
     assert check(Settings(stack_settings(hybrid_layer_pattern="MEM-", num_experts=4)), stack=True) == []
     with_heads = dict(hybrid_layer_pattern="M-M-/M-/M-", mtp_num_layers=2, position_embedding_type="none")
     assert check(Settings(stack_settings(**with_heads)), stack=True) == []
+
+
+@pytest.mark.parametrize(("heads", "is_split"), [(2, True), (4, False)])
+def test_muon_of_the_oldest_release_splits_heads_of_the_size_of_attentions(heads, is_split, monkeypatch):
+    settings = hgrn2_settings(optimizer="muon", num_attention_heads=heads)
+    assert check(Settings(settings)) == []
+    monkeypatch.setattr(muon, "megatron_release", lambda: (0, 18))
+    warnings = check(Settings(settings))
+    assert is_split == (warnings == []) and all("give --num-attention-heads 2" in warning for warning in warnings)
+    weight = torch.nn.Parameter(torch.empty(768, 256))
+    muon.mark_parts(weight, [128] * 3, Settings(settings))
+    assert getattr(weight, "is_qkv", False) == is_split
 
 
 LATENT = {"hybrid_layer_pattern": "M-+-", "multi_latent_attention": True, "position_embedding_type": "none"}

@@ -20,7 +20,7 @@ ORDER = """
     other_mixers layer mixer muon generation
     context_parallel.operator context_parallel.exchange context_parallel.pieces context_parallel.__init__
     lower_bounds norm tensor_parallel
-    settings cpu patching
+    gpu_requirements settings cpu patching
     __init__ config
 """.split()
 

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+# compute capabilities of GPUs with 99 KiB of shared memory for a block (CUDA programming guide)
+SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,20 +43,37 @@ def check_kernels(q, v, scale=1.0):
     """Check what the Triton kernels require in addition to `check_chunk`.
 
     Raises:
-        ValueError: a head has more than 256 channels, the scale is 0, or the GPU is too old.
+        ValueError: a head has more channels than `widest_head`, the scale is 0, or the GPU is too old.
     """
     K, V = q.shape[-1], v.shape[-1]
     if scale == 0:
         raise ValueError("the Triton kernels divide by the scale, and it is 0: use chunk_hgrn2_pytorch")
-    if max(K, V) > 256:
-        raise ValueError(
-            f"the kernels take at most 256 channels per head, got K = {K}, V = {V}: use chunk_hgrn2_pytorch"
-        )
-    if capability(q.device) < (8, 0):
+    widest = widest_head(q.dtype, capability(q.device))
+    if not widest:
         raise ValueError(
             f"the Triton kernels need a GPU of compute capability 8.0 or higher, and {q.device} has "
             f"{'.'.join(map(str, capability(q.device)))}: use chunk_hgrn2_pytorch"
         )
+    if max(K, V) > widest:
+        raise ValueError(
+            f"the kernels take at most {widest} channels per head in {q.dtype} on this GPU, got K = {K}, V = {V}: use "
+            "chunk_hgrn2_pytorch"
+        )
+
+
+def widest_head(dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """Return the largest K or V of a head that the Triton kernels take, or 0 if they do not run on such a GPU.
+
+    The exact form of chunk_gradient needs most shared memory. GPUs other than those for data centers have 99 KiB for a
+    block of threads, which is not enough for fp32 heads of more than 128 channels.
+
+    Args:
+        dtype: dtype of the inputs.
+        capability: compute capability of the GPU.
+    """
+    if capability < (8, 0):
+        return 0
+    return 128 if dtype == torch.float32 and capability in SMALL_SHARED_MEMORY else 256
 
 
 @functools.cache

@@ -67,6 +67,23 @@ def test_a_machine_without_megatron_gets_a_report(monkeypatch):
     assert "install megatron-core" in " ".join(map(str, doctor._megatron()))
 
 
+@pytest.mark.parametrize(
+    ("capability", "operator", "widths"),
+    [((7, 5), "none for this GPU", None), ((8, 9), "op=triton", "128 in float32 and 256 in bfloat16")],
+)
+def test_a_gpu_that_is_too_old_is_wrong_and_the_others_have_widest_heads(capability, operator, widths, monkeypatch):
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(doctor, "_gpu", lambda: "a GPU")
+    monkeypatch.setattr(doctor, "_megatron", lambda: ("0.19.2", None))
+    monkeypatch.setattr(doctor, "self_check", lambda device, dtype: 0.0)
+    lines = {name: (value, problem) for name, value, problem in doctor._lines()}
+    assert lines["operator"][0] == operator and bool(lines["operator"][1]) == (widths is None)
+    assert ("self-check bfloat16" in lines) == (widths is not None)
+    if widths:
+        assert lines["widest heads"][0] == f"--hgrn2-expand-ratio up to {widths}"
+
+
 def read(name: str) -> str:
     return (harness.ROOT / name).read_text()
 
