@@ -51,7 +51,7 @@ def recorded_launches(
 
 
 def compile_kernel(launch: Launch, arguments: dict, arch: int):
-    """Return the compiled kernel, and the registers, stack and shared memory that its machine code uses."""
+    """Return the kernel that Triton compiles for a launch."""
     signature, constants, attributes = {}, {}, {}
     for n, (name, parameter) in enumerate(zip(launch.jitted.arg_names, launch.jitted.params, strict=True)):
         value = arguments[name]
@@ -65,13 +65,17 @@ def compile_kernel(launch: Launch, arguments: dict, arch: int):
             if not parameter.do_not_specialize and isinstance(value, int) and value % 16 == 0:
                 attributes[(n,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.jitted, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+
+
+def usage_of(compiled) -> dict[str, int]:
+    """Return the registers, stack and shared memory that the machine code of a kernel uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True).stdout
     registers, stack = re.search(r"REG:(\d+).*STACK:(\d+)", usage).groups()
-    return compiled, {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
+    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
 
 
 def main(arch: int, dtype: str, K: int):
@@ -83,7 +87,7 @@ def main(arch: int, dtype: str, K: int):
             key = (launch.jitted.__name__, *form.items())
             if key not in seen:
                 seen.add(key)
-                _, usage = compile_kernel(launch, arguments, arch)
+                usage = usage_of(compile_kernel(launch, arguments, arch))
                 print(json.dumps({"kernel": launch.jitted.__name__, **form, **usage}), flush=True)
 
 

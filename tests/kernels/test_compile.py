@@ -4,10 +4,14 @@ import json
 
 import harness
 import pytest
+import torch
 from operator_cases import TRITON_RELEASE
 
+from hgrn2_kernels.checks import widest_head
+
 # bytes of shared memory that one block may take (CUDA programming guide, compute capabilities)
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of stack that a thread may take, for registers that are spilled. The exact forms spill most. A kernel that does
 # not fit at all takes many kilobytes. In fp32 chunk_gradient takes 1896 bytes with Triton 3.8, and less with 3.6.
 STACK = {"bf16": 1400, "fp32": 1800 if TRITON_RELEASE < (3, 8) else 2000}
@@ -25,6 +29,21 @@ def test_kernels_compile_and_fit(arch, dtype, K):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
         assert kernel["stack"] <= STACK[dtype], kernel
+
+
+@pytest.mark.skipif(TRITON_RELEASE != (3, 6), reason="it stops Triton 3.6 within a compilation")
+def test_the_widest_heads_fit_every_gpu():
+    tried = [(80, torch.float32), (89, torch.float32), (89, torch.bfloat16)]
+    cases = {f"{arch},{DTYPES[dtype]},{widest_head(dtype, divmod(arch, 10))}": arch for arch, dtype in tried}
+    # wider fp32 heads are refused there
+    too_wide = "89,fp32,256"
+    assert list(cases) == ["80,fp32,256", "89,fp32,128", "89,bf16,256"]
+    done = harness.python("tests/shared_memory.py", *cases, too_wide)
+    assert done.returncode == 0, done.stdout[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    wanted = {line["case"]: line["shared"] for line in lines}
+    assert all(wanted[case] <= SHARED[arch] for case, arch in cases.items()), wanted
+    assert wanted[too_wide] > SHARED[89]
 
 
 PROGRAM = """
