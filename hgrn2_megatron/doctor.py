@@ -89,14 +89,14 @@ def _lines() -> Iterator[tuple[str, str, str | None]]:
     off = "missing, or without these kernels: the launcher turns off fusion of gradient accumulation and masked softmax"
     yield "apex", "has kernels for weight gradients and masked softmax" if fused else off, None
     device = "cuda" if gpu else "cpu"
-    if gpu and (problem := too_old(torch.cuda.get_device_capability())):
+    if gpu and (problem := too_old(torch.cuda.get_device_capability(0))):
         yield "operator", "none for this GPU", problem
         return
     form = implementation(device, torch.bfloat16)
     slow = ": correct but slow" if form == "pytorch" else ""
     yield "operator", f"op={form}{slow}", None
     if gpu:
-        widths = (f"{widest_head(dtype, torch.cuda.get_device_capability())} in {str(dtype)[6:]}" for dtype in ALLOWED)
+        widths = (f"{widest_head(dtype, torch.cuda.get_device_capability(0))} in {str(dtype)[6:]}" for dtype in ALLOWED)
         yield "widest heads", f"--hgrn2-expand-ratio up to {' and '.join(widths)}", None
     yield "norms", "from Transformer Engine, fused into the projections" if te else "from PyTorch", None
     for dtype, allowed in ALLOWED.items():

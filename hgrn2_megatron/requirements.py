@@ -55,7 +55,8 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     precision.check(settings, precision.gpu_capability())
     _check_loss(settings)
     if torch.cuda.is_available():
-        gpu_requirements.check(settings, hgrn2, torch.cuda.get_device_capability())
+        # All GPUs of a run are alike. The first check is before a rank has chosen its own.
+        gpu_requirements.check(settings, hgrn2, torch.cuda.get_device_capability(0))
     if cpu.installed():
         refuse(settings, cpu_requirements.NEEDS_CUDA + muon.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)

@@ -176,7 +176,7 @@ def test_every_unsupported_flag_is_in_the_table_above():
 )
 def test_heads_and_gpus_that_the_kernels_do_not_take_are_refused(capability, changes, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     settings = Settings(hgrn2_settings(hidden_size=1024, **changes))
     if message is None:
         return check(settings)

@@ -73,7 +73,7 @@ def test_a_machine_without_megatron_gets_a_report(monkeypatch):
 )
 def test_a_gpu_that_is_too_old_is_wrong_and_the_others_have_widest_heads(capability, operator, widths, monkeypatch):
     monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(doctor, "_gpu", lambda: "a GPU")
     monkeypatch.setattr(doctor, "_megatron", lambda: ("0.19.2", None))
     monkeypatch.setattr(doctor, "self_check", lambda device, dtype: 0.0)
