@@ -1,6 +1,15 @@
 """The flags that a machine without a GPU does not take."""
 
 from hgrn2_megatron.config import DELTA_NET
+from hgrn2_megatron.settings import Settings
+
+
+def _gathers_unequal_parts(s: Settings) -> bool:
+    """Return whether data-parallel ranks, or those of context parallelism, send each other the weights they update."""
+    model_ranks = (s.tensor_model_parallel_size or 1) * (s.pipeline_model_parallel_size or 1)
+    divided = s.use_distributed_optimizer or s.use_layer_wise_distributed_optimizer or s.optimizer == "dist_muon"
+    return bool(divided) and s.optimizer not in (None, "adam", "sgd") and (s.world_size or 1) > model_ranks
+
 
 # Settings that would stop a CPU run with an error that names no flag, or would have no effect in it. Each row has a
 # function that returns whether the settings ask for a feature, its flag, and what to do instead, as in requirements.py.
@@ -83,5 +92,10 @@ NEEDS_CUDA = (
         lambda s: s.profile and not s.use_pytorch_profiler,
         "--profile",
         "give --use-pytorch-profiler too, because Megatron's other profiler needs CUDA",
+    ),
+    (
+        _gathers_unequal_parts,
+        "--use-distributed-optimizer with --optimizer muon on several data-parallel or context-parallel ranks",
+        "drop --use-distributed-optimizer, because gloo cannot gather weights of different sizes",
     ),
 )

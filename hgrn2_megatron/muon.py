@@ -26,23 +26,6 @@ def mark_parts(weight: torch.nn.Parameter, sizes: list[int], config: Transformer
         weight.is_qkv, weight.qkv_split_shapes = True, sizes
 
 
-def _gathers_unequal_parts(s: Settings) -> bool:
-    """Return whether data-parallel ranks, or those of context parallelism, send each other the weights they update."""
-    model_ranks = (s.tensor_model_parallel_size or 1) * (s.pipeline_model_parallel_size or 1)
-    divided = s.use_distributed_optimizer or s.use_layer_wise_distributed_optimizer or s.optimizer == "dist_muon"
-    return bool(divided) and s.optimizer not in (None, "adam", "sgd") and (s.world_size or 1) > model_ranks
-
-
-# Rows like those of cpu.NEEDS_CUDA.
-NEEDS_CUDA = (
-    (
-        _gathers_unequal_parts,
-        "--use-distributed-optimizer with --optimizer muon on several data-parallel or context-parallel ranks",
-        "drop --use-distributed-optimizer, because gloo cannot gather weights of different sizes",
-    ),
-)
-
-
 def warning(s: Settings, hgrn2: HGRN2Config) -> str | None:
     """Return a warning if Muon takes q, f and v of this model as one matrix, although it splits other projections."""
     uses_muon = "muon" in (s.optimizer or "") and s.muon_split_qkv is not False

@@ -1,7 +1,5 @@
 """Check what FP8 and FP4 need: a recipe that was run with HGRN2 layers, a GPU that computes it, and fitting sizes."""
 
-import torch
-
 from hgrn2_megatron import cpu
 from hgrn2_megatron.config import UsageError
 from hgrn2_megatron.settings import Settings, refuse
@@ -65,11 +63,6 @@ def check(s: Settings, capability: tuple[int, int] | None) -> None:
             f"{local}: change --hidden-size {s.hidden_size} or --tensor-model-parallel-size "
             f"{s.tensor_model_parallel_size or 1}"
         )
-
-
-def gpu_capability() -> tuple[int, int] | None:
-    """Return the compute capability of this process's GPU, or None on a machine without one."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _recipe(s: Settings) -> str:

@@ -52,13 +52,14 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
-    precision.check(settings, precision.gpu_capability())
+    # All GPUs of a run are alike. The first check is before a rank has chosen its own.
+    capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else None
+    precision.check(settings, capability)
+    if capability:
+        gpu_requirements.check(settings, hgrn2, capability)
     _check_loss(settings)
-    if torch.cuda.is_available():
-        # All GPUs of a run are alike. The first check is before a rank has chosen its own.
-        gpu_requirements.check(settings, hgrn2, torch.cuda.get_device_capability(0))
     if cpu.installed():
-        refuse(settings, cpu_requirements.NEEDS_CUDA + muon.NEEDS_CUDA, "{} does not work on a machine without CUDA")
+        refuse(settings, cpu_requirements.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)
 
 

@@ -8,7 +8,7 @@ import torch
 from test_config import hgrn2_settings, stack_settings
 from training import FLAGS, HGRN2, LAUNCHER, STACK, losses_of
 
-from hgrn2_megatron import UsageError, cpu, cpu_requirements, muon
+from hgrn2_megatron import UsageError, cpu, cpu_requirements
 from hgrn2_megatron.requirements import check
 from hgrn2_megatron.settings import Settings
 
@@ -116,5 +116,4 @@ def test_one_data_parallel_rank_gathers_nothing_for_muon(monkeypatch):
 
 
 def test_every_flag_that_needs_cuda_is_in_the_table_above():
-    flags = [flag for _, flag, _ in cpu_requirements.NEEDS_CUDA + muon.NEEDS_CUDA]
-    assert flags == list(dict.fromkeys(flag for _, flag in NEED_CUDA))
+    assert [flag for _, flag, _ in cpu_requirements.NEEDS_CUDA] == list(dict.fromkeys(flag for _, flag in NEED_CUDA))
