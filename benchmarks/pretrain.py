@@ -64,6 +64,16 @@ SETTINGS: dict[str, tuple[int, int, list[str]]] = {
 ROWS = [f"{model}, {setting}" for setting in SETTINGS for model in (ATTENTION, HGRN2)]
 ROWS += [f"{HYBRID}, {setting}" for setting in ("4096", "16384 selective", "32768 full")]
 ROWS += [f"{model}, 4096" for model in (STACK, ATTENTION_HEAD, HGRN2_HEAD)]
+# Rows that are run only if --rows names them. Those of fine-grained offloading need NVTE_CPU_OFFLOAD_V1=1.
+OFFLOAD = "--fine-grained-activation-offloading --offload-modules".split()
+OPTIMIZER = "--use-precision-aware-optimizer"
+SETTINGS |= {
+    "16384 offload": (16384, 1, [*OFFLOAD, "qkv_linear", "core_attn", "attn_proj"]),
+    "16384 offload core": (16384, 1, [*OFFLOAD, "core_attn"]),
+    "16384 offload layers": (16384, 1, ["--cpu-offloading-num-layers", "12"]),
+    "4096 optimizer": (4096, 4, [OPTIMIZER]),
+    "4096 offload optimizer": (4096, 4, [OPTIMIZER, *"--optimizer-cpu-offload --optimizer-offload-fraction 1".split()]),
+}
 PROFILE = "--profile --use-pytorch-profiler --profile-step-start 10 --profile-step-end 11 --profile-ranks 0".split()
 
 

@@ -74,10 +74,12 @@ def loss_func(loss_mask, losses):
     return loss, num_tokens, {"lm loss": report}
 
 
-def forward_step(data_iterator, model):
+def forward_step(data_iterator, model, return_schedule_plan=False):
+    """Return the losses of a micro-batch, or the plan of their computation, and the function that adds them up."""
     batch = get_batch(data_iterator)
+    forward = model.build_schedule_plan if return_schedule_plan else model
     # The attention mask is None: attention layers are causal by their spec, HGRN2 layers by construction.
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    losses = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return losses, functools.partial(loss_func, batch["loss_mask"])
 
 

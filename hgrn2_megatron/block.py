@@ -56,7 +56,7 @@ def share_bounds_with_heads(stack, heads) -> None:
 
 
 def share_bounds(stack, rows: list[int]) -> None:
-    """Connect `stack.hgrn2_bounds` to the stack's HGRN2 layers, or to its output if it has no HGRN2 layer.
+    """Connect `stack.hgrn2_bounds` to the stack's HGRN2 layers, or to another output if it has no HGRN2 layer.
 
     Args:
         stack: module whose `layers` are built.
@@ -71,8 +71,16 @@ def share_bounds(stack, rows: list[int]) -> None:
     ]
     for mixer, row in mixers:
         mixer.use_lower_bounds(stack.hgrn2_bounds, row)
-    if not mixers:
-        stack.register_forward_hook(lambda stack, inputs, output: stack.hgrn2_bounds.tie(output))
+    if mixers:
+        return
+    bounds = stack.hgrn2_bounds
+    if not stack.config.overlap_moe_expert_parallel_comm:
+        stack.register_forward_hook(lambda stack, inputs, output: bounds.tie(output))
+    elif stack.layers:
+        # This schedule calls parts of the layers, and neither the stack nor the layers.
+        stack.layers[0].self_attention.register_forward_hook(
+            lambda attention, inputs, output: (bounds.tie(output[0]), *output[1:])
+        )
 
 
 def banner(config, hgrn2: HGRN2Config, num_layers: int, warnings: list[str], heads: Sequence[str] = ()) -> None:

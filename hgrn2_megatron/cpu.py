@@ -156,9 +156,10 @@ def _answer(owner: Any, name: str, parameters: list[str], answer: Callable) -> N
 
 
 def _fake_torch_cuda() -> None:
-    # Unchecked: torch.Generator is a C type without a signature, so there is nothing to compare. Its subclass takes the
-    # one argument that Megatron passes, and ignores it.
+    # Unchecked: torch.Generator and record_stream are C code without signatures, so there is nothing to compare. Both
+    # take the one argument that Megatron passes, and ignore it.
     torch.Generator = _Generator
+    torch.Tensor.record_stream = lambda self, stream: None
     wrap(torch.cuda, "Stream", ["device", "priority"], lambda original: _Stream)
     wrap(torch.cuda, "Event", ["enable_timing", "blocking", "interprocess"], lambda original: _Event)
     stream = _Stream()

@@ -84,6 +84,16 @@ NOT_WITH_CUDA_GRAPHS = (
         "give --cuda-graph-impl full_iteration",
     ),
     (
+        lambda s: s.fine_grained_activation_offloading,
+        "--fine-grained-activation-offloading",
+        "drop one of the two flags, because the two were never run together",
+    ),
+    (
+        lambda s: s.overlap_moe_expert_parallel_comm,
+        "--overlap-moe-expert-parallel-comm",
+        "drop one of the two flags, because its schedule calls parts of a layer, which no graph captures",
+    ),
+    (
         lambda s: (s.seq_length or 0) % _fused_attention_multiple(s),
         "fused attention layers at this --seq-length",
         "give a multiple of 128, or with context parallelism a multiple of 256 times --context-parallel-size",

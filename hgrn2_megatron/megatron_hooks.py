@@ -51,11 +51,13 @@ def install_layers(placeholder: type, stack_spec) -> None:
         def _build_layers(self):
             if not self.submodules.is_hgrn2:
                 return build_layers(self)
+            from hgrn2_megatron import offloading
             from hgrn2_megatron.block import share_bounds
 
             _prepare_stack(self)
             build_layers(self)
             share_bounds(self, [layer.layer_number - 1 for layer in self.layers])
+            offloading.check_layers(self)
 
         return _build_layers
 

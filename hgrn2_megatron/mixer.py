@@ -20,7 +20,8 @@ from hgrn2_megatron.context_parallel.pieces import STREAM
 from hgrn2_megatron.generation import advance, advance_dynamic
 from hgrn2_megatron.lower_bounds import LowerBounds
 from hgrn2_megatron.muon import mark_parts
-from hgrn2_megatron.norm import HiddenShardedRMSNorm
+from hgrn2_megatron.norm_recompute import RecomputedNorm, recompute_in_backward
+from hgrn2_megatron.offloading import IN_PROJ, OPERATOR, OUT_PROJ, OffloadGroup
 
 
 @dataclasses.dataclass
@@ -87,6 +88,9 @@ class HGRN2Mixer(MegatronModule):
         )
         # Full recompute runs a layer's backward right after its forward, so freeing the norm's output saves nothing.
         self._keeps_norm_output = config.recompute_granularity == "full"
+        self._offload_modules = (
+            set(config.offload_modules or ()) if config.fine_grained_activation_offloading else set()
+        )
 
         common = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
         self.in_proj = build_module(
@@ -102,7 +106,7 @@ class HGRN2Mixer(MegatronModule):
         )
         # q, f and v are matrices of their own
         mark_parts(self.in_proj.weight, [self.head_dim] * 3, config)
-        self.norm = _Norm(hidden_size, hgrn2.norm_eps, config, pg_collection.tp)
+        self.norm = RecomputedNorm(hidden_size, hgrn2.norm_eps, config, pg_collection.tp)
         self.out_proj = build_module(
             submodules.out_proj,
             hidden_size,
@@ -167,7 +171,10 @@ class HGRN2Mixer(MegatronModule):
             ValueError: the mixer cannot generate with this parallelism or context, the packed sequences have another
                 format or no boundaries, or nothing says how they are split over context-parallel ranks.
         """
-        qfv, _ = self.in_proj(hidden_states)
+        in_proj = self._offload_group(IN_PROJ, hidden_states, inference_context)
+        with in_proj as hidden_states:
+            qfv, _ = self.in_proj(hidden_states)
+        qfv = in_proj.commit(qfv)
         s, b, _ = qfv.shape
         if inference_context is None:
             operator = self._training_operator(packed_seq_params, s, b)
@@ -178,13 +185,40 @@ class HGRN2Mixer(MegatronModule):
         # [b, s, H/tp, 3, K]
         qfv = qfv.view(s, b, -1, 3, self.head_dim).transpose(0, 1)
         if self._recomputes_core and inference_context is None:
-            mix = partial(self._mix, operator)
-            return self.out_proj(tensor_parallel.checkpoint(mix, False, qfv, lower_bound))
-        normed = self.norm(_merge_heads(operator(qfv, lower_bound)))
+            operator = partial(tensor_parallel.checkpoint, operator, False)
+        core = self._offload_group(OPERATOR, qfv, inference_context)
+        with core as qfv:
+            o = operator(qfv, lower_bound)
+        return self._project(self._offload_group(OUT_PROJ, _merge_heads(core.commit(o)), inference_context))
+
+    def _offload_group(self, name: str, x: Tensor, inference_context) -> OffloadGroup:
+        trains = self.training and inference_context is None
+        return OffloadGroup(trains and name in self._offload_modules, x, name)
+
+    def _project(self, group: OffloadGroup) -> tuple[Tensor, Tensor | None]:
+        """Apply the norm and out_proj to the group's tensor [s, b, h/tp]."""
+        if group.offload:
+            # Only the norm's input moves. The norm's output is computed again from it.
+            norm = tensor_parallel.CheckpointWithoutOutput(fp8=None)
+            with group as x:
+                normed = norm.checkpoint(self.norm, x)
+            output, bias = self.out_proj(normed)
+            norm.discard_output_and_register_recompute(output)
+            # The checkpoint makes a leaf of x, whose gradient's node holds it.
+            return group.commit(output, release=x), bias
+        normed = self.norm(group.tensor)
         projected = self.out_proj(normed)
         if not self._keeps_norm_output:
-            _recompute_in_backward(normed, projected[0])
+            recompute_in_backward(normed, projected[0])
         return projected
+
+    def backward_dw(self) -> None:
+        """Compute the gradients of the projections' weights, where `--delay-wgrad-compute` has put them off.
+
+        Megatron's schedule that overlaps the exchanges of experts calls this after the layer's backward.
+        """
+        self.out_proj.backward_dw()
+        self.in_proj.backward_dw()
 
     def _inference_operator(self, context, packed_seq_params) -> Callable:
         """Return the operator for the next tokens in generation: (qfv [b, s, H, 3, K], bound) to o [b, s, H, K]."""
@@ -229,10 +263,6 @@ class HGRN2Mixer(MegatronModule):
             )
         return partial(chunk_hgrn2_of_packed, group=group, cu_seqlens=cu_seqlens, layout=layout)
 
-    def _mix(self, operator: Callable, qfv: Tensor, lower_bound: Tensor | None) -> Tensor:
-        """Apply the operator and the norm: qfv [b, s, H/tp, 3, K] to [s, b, h/tp]."""
-        return self.norm(_merge_heads(operator(qfv, lower_bound)))
-
 
 def _chunk_hgrn2_on_one_rank(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
     return chunk_hgrn2_fused(qfv, lower_bound, cu_seqlens=cu_seqlens)[0]
@@ -270,61 +300,3 @@ def _packed_boundaries(packed_seq_params, batch: int) -> Tensor | None:
 def _merge_heads(o: Tensor) -> Tensor:
     """Reshape [b, s, H, K] to [s, b, H * K]."""
     return o.transpose(0, 1).flatten(2)
-
-
-class _Norm(HiddenShardedRMSNorm):
-    """The mixer's norm. Its output carries a function that computes it again, for `_recompute_in_backward`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        if y.requires_grad:
-            # The tensor carries it and not this module, because a hook may replace the norm's input or output.
-            vars(y)[_RECOMPUTE] = y._version, partial(super().forward, x.detach())
-        return y
-
-
-_RECOMPUTE = "hgrn2_recompute"
-
-
-def _recompute_in_backward(x: Tensor, user: Tensor) -> None:
-    """Let autograd recompute x for the backward of `user` instead of keeping it until then.
-
-    This function frees nothing itself. The memory of x becomes free once nothing holds it any more. A hook, a view or
-    an alias that still holds x finds it unchanged.
-
-    A tensor is recomputed if an autograd function saved it with `save_for_backward`, as all linear layers of Megatron
-    and Transformer Engine do. A saved tensor that already has hooks of other code, which may move it elsewhere, is left
-    alone. Saved-tensor hooks around out_proj would be simpler. But then its backward would get a plain tensor for the
-    weight, without the attributes that Megatron sets on the parameter.
-
-    Args:
-        x: output of `_Norm`. If a forward hook has replaced that output by another tensor, nothing is recomputed.
-        user: tensor that was computed from x, and that nothing has used yet.
-    """
-    version, recompute = vars(x).pop(_RECOMPUTE, (None, None))
-    if version is None or x.grad_fn is None or x._version != version:
-        return
-    memory = x.untyped_storage().data_ptr()
-
-    def recompute_view(packed: tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
-        with torch.no_grad():
-            return recompute().as_strided(*packed)
-
-    for saved in _saved_tensors_between(x.grad_fn, user.grad_fn):
-        # Skip a tensor that has hooks of other code. If PyTorch is too old to show hooks, skip all tensors.
-        if getattr(saved, "unpack_hook", saved) is not None:
-            continue
-        data = saved.data
-        if type(data) is Tensor and data.dtype == x.dtype and data.untyped_storage().data_ptr() == memory:
-            saved.register_hooks(lambda y: (y.size(), y.stride(), y.storage_offset()), recompute_view)
-
-
-def _saved_tensors_between(begin, end) -> list:
-    """Return the tensors that autograd functions between the nodes `begin` and `end` have saved for their backward."""
-    nodes, todo = set(), [end]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in nodes and node._sequence_nr() > begin._sequence_nr():
-            nodes.add(node)
-            todo += [before for before, _ in node.next_functions]
-    return [saved for node in nodes for saved in getattr(node, "_raw_saved_tensors", ())]

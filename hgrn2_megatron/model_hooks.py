@@ -13,7 +13,7 @@ from hgrn2_megatron.settings import global_args
 
 
 def install_gpt_model() -> None:
-    """Wrap GPTModel.__init__ and GPTModel.forward, so that the model can compute its loss by chunks.
+    """Wrap __init__, forward and build_schedule_plan of GPTModel, so that the model can compute its loss by chunks.
 
     A spec does not describe the output layer, which the model builds itself. An output_processor of the caller, which
     computes the losses in the place of the model, gets the output layer and calls it as it likes.
@@ -25,6 +25,8 @@ def install_gpt_model() -> None:
 
     wrap(GPTModel, "__init__", ["self", "config", "transformer_layer_spec", "vocab_size"], _make_init)
     wrap(GPTModel, "forward", _FORWARD, _make_forward)
+    # takes the place of forward where --overlap-moe-expert-parallel-comm interleaves two micro-batches
+    wrap(GPTModel, "build_schedule_plan", _FORWARD, _make_forward)
 
 
 def install_hybrid_model(stack_spec) -> None:

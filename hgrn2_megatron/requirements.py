@@ -13,6 +13,7 @@ from hgrn2_megatron import (
     gpu_requirements,
     megatron_flags,
     muon,
+    offloading,
     precision,
     stack_requirements,
 )
@@ -23,6 +24,7 @@ from hgrn2_megatron.config import (
     HEAD,
     HGRN2Config,
     UsageError,
+    has_experts,
 )
 from hgrn2_megatron.settings import Settings, global_args, megatron_release, refuse
 
@@ -47,7 +49,8 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_block(settings, hgrn2)
     if stack:
         stack_requirements.check(settings)
-    _check_unsupported(settings, UNSUPPORTED + (stack_requirements.UNSUPPORTED if stack else UNSUPPORTED_IN_GPT))
+    of_form = stack_requirements.UNSUPPORTED if stack else UNSUPPORTED_IN_GPT
+    _check_unsupported(settings, UNSUPPORTED + offloading.UNSUPPORTED + of_form)
     cuda_graphs.check(settings, hgrn2)
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
@@ -140,14 +143,6 @@ UNSUPPORTED = (
         "from one document into the next",
     ),
     (
-        # Megatron would offload none of the mixer's activations
-        lambda s: s.fine_grained_activation_offloading,
-        "--fine-grained-activation-offloading",
-        "recompute activations instead, with --recompute-granularity selective or full",
-    ),
-    (lambda s: s.delay_wgrad_compute, "--delay-wgrad-compute", "drop the flag"),
-    (lambda s: s.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "drop the flag"),
-    (
         lambda s: s.fp32_residual_connection and (s.bf16 or s.fp16),
         "--fp32-residual-connection with --bf16 or --fp16",
         "drop the flag, because the linear layers of a 16-bit model do not take an fp32 input",
@@ -201,6 +196,13 @@ UNSUPPORTED_IN_GPT = (
         "--hybrid-layer-pattern in a GPT",
         "give --hgrn2-layer-pattern to pretrain_gpt.py, or give --spec hgrn2_megatron.spec hgrn2_stack to "
         "pretrain_hybrid.py",
+    ),
+    (
+        lambda s: (
+            s.overlap_moe_expert_parallel_comm and not has_experts(s.moe_layer_freq or 1, (s.num_layers or 1) - 1)
+        ),
+        "--overlap-moe-expert-parallel-comm with a last layer that has no experts",
+        "give a --moe-layer-freq that ends in 1, because Megatron would leave out the norm behind the last layer",
     ),
     (
         lambda s: s.mtp_num_layers,

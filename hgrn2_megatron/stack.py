@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from hgrn2_megatron import cuda_graphs, other_mixers, requirements
+from hgrn2_megatron import cuda_graphs, offloading, other_mixers, requirements
 from hgrn2_megatron.block import banner, create_bounds, share_bounds
 from hgrn2_megatron.config import PIPE, STACK_MIXERS, HGRN2Config, UsageError, split_heads
 from hgrn2_megatron.layer import final_norm, stock_layers, with_mixer
@@ -90,6 +90,7 @@ class HGRN2Stack(HybridStack):
             )
         self.hgrn2_bounds = create_bounds(self, hgrn2, num_mixers)
         share_bounds(self, _rows(pattern.replace(PIPE, ""), pp_layer_offset, len(own)))
+        offloading.check_layers(self)
         _make_room_for_expert_losses(config)
         if pre_process:
             banner(config, hgrn2, num_mixers, warnings, heads)

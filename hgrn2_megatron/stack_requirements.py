@@ -65,6 +65,17 @@ UNSUPPORTED = (
         "drop the heads behind the /, because their labels would come from other ranks than those of the batch",
     ),
     (
+        lambda s: s.overlap_moe_expert_parallel_comm or s.delay_wgrad_compute,
+        "--overlap-moe-expert-parallel-comm and --delay-wgrad-compute in a HybridModel",
+        "drop the flags, because HybridModel has no such schedule, or run pretrain_gpt.py with --spec hgrn2 and "
+        "--hgrn2-layer-pattern",
+    ),
+    (
+        lambda s: s.cpu_offloading or s.cpu_offloading_num_layers,
+        "--cpu-offloading-num-layers in a HybridModel",
+        "give --fine-grained-activation-offloading, because Megatron would offload nothing",
+    ),
+    (
         lambda s: s.mla_down_proj_fusion and s.transformer_impl == "local",
         "--mla-down-proj-fusion with --transformer-impl local",
         "drop one of the two flags",

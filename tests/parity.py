@@ -92,7 +92,12 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
                 p.copy_(_shard(chunk, name, p, weights))
         chunks.append(chunk)
     config = chunks[0].config
-    options = dict(overlap_grad_reduce=overlap, overlap_param_gather=gather, bucket_size=2000)
+    options = dict(
+        delay_wgrad_compute=config.delay_wgrad_compute,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=gather,
+        bucket_size=2000,
+    )
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, **options)
     chunks = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
-from hgrn2_megatron import HGRN2Config, UsageError, muon, requirements, stack_requirements
+from hgrn2_megatron import HGRN2Config, UsageError, muon, offloading, requirements, stack_requirements
 from hgrn2_megatron.cuda_graphs import NOT_WITH_CUDA_GRAPHS
 from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSUPPORTED_IN_GPT, check
 from hgrn2_megatron.settings import Settings
+
+OFFLOAD = {"fine_grained_activation_offloading": True}
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,12 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ),
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         ({"reset_position_ids": True}, "--reset-position-ids"),
-        ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading .* recompute"),
-        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
-        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        (OFFLOAD | {"offload_modules": ["core_attn", "gdp_qkv"]}, "--offload-modules gdp_qkv"),
+        (OFFLOAD | {"recompute_granularity": "full"}, "--fine-grained-activation-offloading with .* selective"),
+        (
+            {"overlap_moe_expert_parallel_comm": True, "num_layers": 3, "moe_layer_freq": [1, 1, 0]},
+            "--overlap-moe-expert-parallel-comm with a last layer that has no experts",
+        ),
     ],
 )
 def test_what_cannot_train_hgrn2_is_refused_by_flag(changes, flag):
@@ -154,7 +159,7 @@ def test_what_cannot_train_hgrn2_is_refused_by_flag(changes, flag):
 def test_every_unsupported_flag_is_in_the_table_above():
     params = test_what_cannot_train_hgrn2_is_refused_by_flag.pytestmark[0].args[1]
     tried = [hgrn2_settings(**changes) for changes, _ in params]
-    for asked, flag, _ in UNSUPPORTED + UNSUPPORTED_IN_GPT:
+    for asked, flag, _ in UNSUPPORTED + offloading.UNSUPPORTED + UNSUPPORTED_IN_GPT:
         assert any(asked(Settings(settings)) for settings in tried), flag
 
 
@@ -221,6 +226,8 @@ CUDA_GRAPH_CLASHES = [
     (["local"], {"train_iters": 8}, "--transformer-impl local"),
     (["local"], {"train_samples": 8}, "--transformer-impl local"),
     (["local"], HYBRID | PP2, STAGES),
+    (CUDA_GRAPHS, OFFLOAD, "--fine-grained-activation-offloading"),
+    (CUDA_GRAPHS, {"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
     (["full_iteration"], HYBRID | {"seq_length": 64}, SHORT),
     (CUDA_GRAPHS, HYBRID | CP2 | {"seq_length": 256}, SHORT),
 ]
@@ -405,6 +412,8 @@ def test_a_gpt_has_no_layers_that_only_a_hybrid_model_has(pattern):
         ),
         ({"hybrid_layer_pattern": "M-/M-", "hybrid_context_parallel": True}, "--hybrid-context-parallel with a /"),
         ({"enable_mhc_connections": True}, "--enable-mhc-connections"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm .* run pretrain_gpt.py"),
+        ({"cpu_offloading_num_layers": 1}, "--cpu-offloading-num-layers .* --fine-grained-activation-offloading"),
         ({"hybrid_layer_pattern": "M-D-"}, "cannot have, D:"),
         ({"hybrid_layer_pattern": "M-G-"}, "without the package flash-linear-attention"),
         ({"hybrid_layer_pattern": "M-+-"}, r"a \+ in .* without --multi-latent-attention .*HGRN2MLATransformerConfig"),

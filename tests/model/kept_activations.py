@@ -61,7 +61,7 @@ def main(settings: dict):
     kept.clear()
     copies.clear()
 
-    mixer._recompute_in_backward = lambda x, user: None
+    mixer.recompute_in_backward = lambda x, user: None
     run()
     whole_memory, want = run()
     freed, expected = whole_memory - memory, len(mixers) * tokens.numel() * model.config.hidden_size * dtype.itemsize

@@ -251,3 +251,11 @@ def test_a_megatron_without_the_seam_is_refused(monkeypatch):
     monkeypatch.setattr(HybridModel, "forward", forward)
     with pytest.raises(RuntimeError, match="release: .*forward has no parameter runtime_gather_output"):
         model_hooks.install_hybrid_model(None)
+
+
+@pytest.mark.parametrize("size", [7, None])
+def test_the_schedule_of_overlapped_exchanges_computes_it_too(size, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", torch.cpu.Event)
+    tokens, labels = harness.batch()
+    plan = build(size).build_schedule_plan(tokens, None, None, labels=labels)
+    assert plan.state.runtime_gather_output is (chunked_loss.BY_CHUNKS if size else None)

@@ -11,7 +11,7 @@ import torch
 
 EXPERTS = {
     "num_moe_experts": 4,
-    "moe_layer_freq": [0, 1, 1, 0],
+    "moe_layer_freq": [0, 1, 0, 1],
     "moe_router_load_balancing_type": "none",
     "moe_token_dispatcher_type": "allgather",
 }
@@ -24,9 +24,13 @@ MODELS = {
     "tied": {"tied": True},
     "per-token-loss": {"calculate_per_token_loss": True},
     "experts": EXPERTS,
+    # with two stages of two virtual stages each, two of them have no HGRN2 layer
+    "experts-hybrid": EXPERTS | {"hgrn2_layer_pattern": "**HH"},
     "stack-pure": {"hybrid_layer_pattern": "M-M-M-M-"},
     # a HybridModel, whose first half has no HGRN2 layer
     "stack": {"hybrid_layer_pattern": "*-*-M-M-"},
+    # two mixers in each of four segments
+    "stack-deep": {"hybrid_layer_pattern": "*-*-M-M-M-M-*-M-"},
     "stack-experts": EXPERTS | {"hybrid_layer_pattern": "M-*EMEM-"},
     # heads of multi-token prediction
     "mtp": {"hybrid_layer_pattern": "M-*-M-/M-/M-", "mtp_loss_scaling_factor": 1.0},
@@ -50,6 +54,14 @@ MODELS["stack-packed"] = PACKED | {"hgrn2_packed_layout": "documents", "hybrid_l
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
 # of no length that divides a rank's tokens
 CHUNKED = {"hgrn2_loss_chunk_size": 7}
+# the schedule that combines the forward of a micro-batch with the backward of another; it demands bf16 of the config
+COMBINED = {"overlap_moe_expert_parallel_comm": True, "moe_token_dispatcher_type": "alltoall", "bf16": True}
+DELAYED = {"delay_wgrad_compute": True, "recompute_granularity": "selective"}
+OFFLOAD = {
+    "fine_grained_activation_offloading": True,
+    "offload_modules": ["qkv_linear", "core_attn", "attn_proj", "attn_norm", "mlp_norm"],
+    "min_offloaded_tensor_size": 1000,
+}
 # the last stage has no layer at all
 UNEVEN = [["embedding", "decoder"], ["decoder", "decoder"], ["decoder"], ["loss"]]
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -65,6 +77,7 @@ LAYOUTS = {
     "dp2-distributed-optimizer": (2, DISTRIBUTED),
     "pp2-dp2-distributed-optimizer": (4, {"pp": 2} | DISTRIBUTED),
     "tp2-pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2-sequence-parallel-offload": (2, {"tp": 2, "sequence_parallel": True, "config": OFFLOAD}),
     "cp2": (2, {"cp": 2}),
     "cp2-recompute": (2, {"cp": 2, "config": RECOMPUTE}),
     "cp4": (4, {"cp": 4}),
@@ -82,9 +95,13 @@ LAYOUTS = {
     "ep2": (2, {"ep": 2}),
     "ep2-alltoall": (2, {"ep": 2, "config": {"moe_token_dispatcher_type": "alltoall"}}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
+    "ep2-combined": (2, {"ep": 2, "overlap": True, "config": COMBINED | CHUNKED | DELAYED}),
+    "ep2-combined-offload": (2, {"ep": 2, "overlap": True, "config": COMBINED | OFFLOAD}),
+    "ep2-combined-pp2-vpp2": (4, {"ep": 2, "pp": 2, "vpp": 2, "overlap": True, "config": COMBINED}),
     # of the stack alone: `|` between segments of so many layers, one of which has no mixer, and one no layer at all
     "pp2-segments": (2, {"pp": 2, "segments": [3, 5]}),
     "pp2-vpp2-segments": (2, {"pp": 2, "vpp": 2, "segments": [2, 3, 1, 2]}),
+    "pp2-vpp2-segments-offload": (2, {"pp": 2, "vpp": 2, "segments": [4, 4, 4, 4], "config": OFFLOAD}),
     "pp2-empty-segment": (2, {"pp": 2, "segments": [8, 0]}),
     "pp2-dp2-segments": (4, {"pp": 2, "segments": [3, 5]} | DISTRIBUTED),
     # of the models with heads: a last stage whose head alone has an HGRN2 layer, or that has nothing but the head
@@ -93,7 +110,7 @@ LAYOUTS = {
     "pp2-mtp-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "M-|*-|M-|/M-/M-"}}),
     "pp2-mtp-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED | {"hybrid_layer_pattern": "M-*-|M-/M-/M-"}}),
 }
-OF_OTHERS = ("ep2", "segment", "chunks", "mtp", "groups")
+OF_OTHERS = ("ep2", "segment", "chunks", "mtp", "groups", "offload")
 GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in OF_OTHERS)]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
 # a HybridModel below has the other layouts of a hybrid
@@ -107,6 +124,9 @@ CASES += [("stack", f"{layout}-loss-by-chunks") for layout in ("tp2", "tp2-seque
 CASES += [("hgrn2", "tp2-sequence-parallel-loss-by-chunks"), ("tied", "pp2-loss-by-chunks")]
 CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
 CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]
+CASES += [("stack-deep", "pp2-vpp2-segments-offload"), ("hybrid", "tp2-sequence-parallel-offload")]
+CASES += [("experts", "ep2-combined"), ("experts", "ep2-combined-offload")]
+CASES += [("experts-hybrid", "ep2-combined-pp2-vpp2")]
 CASES += [("stack", layout) for layout in ("tp2", "tp2-sequence-parallel", "pp2", "pp2-recompute", "cp2")]
 CASES += [("stack", layout) for layout in ("pp2-vpp2-segments", "pp2-empty-segment", "pp2-dp2-distributed-optimizer")]
 SEGMENTS = ("pp2-segments", "pp2-vpp2-segments", "pp2-dp2-segments")
@@ -135,7 +155,7 @@ def with_segments(model: dict, layout: dict) -> dict:
 
 # those that also run against the older release of megatron-core
 ON_RELEASES = [("hgrn2", "tp2-sequence-parallel"), ("hybrid", "pp2-vpp2"), ("hgrn2", "dp2-distributed-optimizer")]
-ON_RELEASES += [("muon-duplicated", "tp2-sequence-parallel")]
+ON_RELEASES += [("muon-duplicated", "tp2-sequence-parallel"), ("experts", "ep2-combined")]
 PARAMETERS = [pytest.param(*case, marks=pytest.mark.releases if case in ON_RELEASES else ()) for case in CASES]
 
 

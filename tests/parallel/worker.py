@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import delayed_linear
 import harness
+import offload_on_cpu
 import parity
 import torch
 
@@ -109,7 +111,7 @@ def _positions(tokens):
     return torch.zeros_like(tokens)
 
 
-def forward_step(data_iterator, model):
+def forward_step(data_iterator, model, return_schedule_plan=False):
     batch = next(data_iterator)
     tokens, labels, mask, params = own_ranks(batch) if model.config.hybrid_context_parallel else batch
 
@@ -122,7 +124,8 @@ def forward_step(data_iterator, model):
         return loss, {"loss": torch.stack((losses.mean(), torch.ones(()))).detach()}
 
     # the mask counts in the losses of multi-token prediction
-    return model(tokens, _positions(tokens), None, labels=labels, loss_mask=mask, packed_seq_params=params), loss_func
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    return forward(tokens, _positions(tokens), None, labels=labels, loss_mask=mask, packed_seq_params=params), loss_func
 
 
 def backward(chunks, optimizer, step: int, packing: str | None) -> torch.Tensor | None:
@@ -194,12 +197,15 @@ def move_short_documents():
 def main(out: Path, cases: dict):
     harness.start_megatron(cpu_mode=True)
     use_reference_attention()
+    offload_on_cpu.install()
+    delayed_linear.install()
     move_short_documents()
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     for name, case in cases.items():
         # it has a place for each head of the model that it met first
         MTPLossLoggingHelper.tracker.clear()
+        offload_on_cpu.reset()
         print(time.strftime("%X"), name, flush=True)
         parity.start_layout(case["layout"], out / f"{name}.meeting")
         from megatron.core import parallel_state
