@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from models import GRAPH, HGRN2, MODELS, NAMES, WIDE, WIDTHS
 
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+FSDP = "--use-distributed-optimizer --use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
+FSDP += "--ckpt-format fsdp_dtensor"
 ONE = "one"
 ALONE = [ONE, "one, micro-batch 1", "DP2", "DP4", "DP8", "DP2 weak", "DP4 weak", "DP8 weak"]
 SPLIT = ["TP2 SP", "TP2 SP, overlapped", "TP4 SP", "TP8 SP", "CP2", "CP4", "CP8", "TP2 CP2", "TP2 CP4"]
@@ -26,8 +28,9 @@ VARIANTS = {
 class Layout:
     """A division of the work among processes.
 
-    Its name gives all settings: "one", "TP2 PP2 VPP2", "DP4 weak", "TP2 SP, graph, micro-batch 8". In a weak layout,
-    each process has the batch that one process alone has.
+    Its name gives all settings: "one", "TP2 PP2 VPP2", "DP4 weak", "DP4 FSDP", "TP2 SP, graph, micro-batch 8". In a
+    weak layout, each process has the batch that one process alone has. With FSDP, Megatron-FSDP shards weights,
+    gradients and the optimizer, in the place of the distributed optimizer.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Layout:
     vpp: int = 1
     dp: int = 1
     weak: bool = False
+    fsdp: bool = False
     micro_batch: int | None = None
     variants: tuple[str, ...] = ()
 
@@ -55,9 +59,9 @@ class Layout:
                 sizes["micro_batch"] = int(found[1])
             else:
                 variants.append(variant)
-        if not (others <= {ONE, "SP", "weak"} and VARIANTS.keys() >= set(variants)):
+        if not (others <= {ONE, "SP", "weak", "FSDP"} and VARIANTS.keys() >= set(variants)):
             raise SystemExit(f"no layout {name!r}: use one of {'; '.join(LAYOUTS)}, or one of these with other numbers")
-        return cls(name, weak="weak" in others, variants=tuple(variants), **sizes)
+        return cls(name, weak="weak" in others, fsdp="FSDP" in others, variants=tuple(variants), **sizes)
 
     @property
     def processes(self) -> int:
@@ -87,7 +91,7 @@ class Layout:
         if self.vpp > 1:
             flags += f" --num-virtual-stages-per-pipeline-rank {self.vpp}"
         if self.dp * self.cp > 1:
-            flags += f" {OVERLAP}"
+            flags += f" {FSDP if self.fsdp else OVERLAP}"
         if self.weak:
             flags += f" --global-batch-size {self.batch(of_one)}"
         return flags.split()

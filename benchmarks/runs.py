@@ -37,7 +37,9 @@ def run(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", module, str(script)] if launcher else [str(script)]
     path = [str(ROOT), str(ROOT / "kernels"), str(script.parent), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": ":".join(path), "CUDA_DEVICE_MAX_CONNECTIONS": "1"} | (more_env or {})
+    # Tensor parallelism needs 1 connection, and Megatron-FSDP refuses 1.
+    connections = "8" if "--use-megatron-fsdp" in flags else "1"
+    env = os.environ | {"PYTHONPATH": ":".join(path), "CUDA_DEVICE_MAX_CONNECTIONS": connections} | (more_env or {})
     # a checkout builds its dataset helpers with the first python3 in PATH
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     process = subprocess.Popen(command + flags, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -106,6 +106,41 @@ def _gpt_layers(saved: Layers) -> tuple[str, list[bool]]:
         raise UsageError(f"a GPT cannot load the checkpoint: {error}. Run {HYBRID_SCRIPT} instead") from error
 
 
+def check_format(args: argparse.Namespace, kind: str):
+    """Refuse a checkpoint of a run with Megatron-FSDP in a run without it, and the other way round.
+
+    Args:
+        args: Megatron's args of this run.
+        kind: name of Megatron's CheckpointType. A run without Megatron-FSDP sees the format fsdp_dtensor as torch_dcp.
+
+    Raises:
+        UsageError: Megatron cannot read the checkpoint in this run.
+    """
+    if getattr(args, "use_megatron_fsdp", False):
+        if kind in ("GLOBAL", "LEGACY"):
+            raise UsageError(
+                "--use-megatron-fsdp cannot load a checkpoint that was saved without it: give "
+                "--use-distributed-optimizer in its place, or train without --load"
+            )
+    elif kind in ("FSDP_DTENSOR", "TORCH_DCP"):
+        raise UsageError(
+            "the checkpoint to load was saved with --use-megatron-fsdp and has the format fsdp_dtensor: give "
+            "--use-megatron-fsdp --ckpt-format fsdp_dtensor, or train without --load"
+        )
+
+
+def check_tensor_parallel_size(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
+    """Refuse to change the TP size of a checkpoint of Megatron-FSDP, which keeps the lower bounds by TP rank."""
+    if not getattr(args, "use_megatron_fsdp", False):
+        return
+    before, now = checkpoint_args.tensor_model_parallel_size, args.tensor_model_parallel_size
+    if before != now:
+        raise UsageError(
+            f"--tensor-model-parallel-size is {now}, but the checkpoint was saved with {before}, and Megatron-FSDP "
+            f"cannot divide its lower bounds in another way: give --tensor-model-parallel-size {before}"
+        )
+
+
 def check(
     args: argparse.Namespace,
     checkpoint_args: argparse.Namespace,
@@ -134,6 +169,7 @@ def check(
         return
     if saved_is_hgrn2:
         check_same_model(args, checkpoint_args)
+        check_tensor_parallel_size(args, checkpoint_args)
         _check_heads(args, Layers.of(args), Layers.of(checkpoint_args))
         _check_form(args, checkpoint_args, distributed, optimizer_format)
     else:

@@ -125,6 +125,8 @@ def install_checkpoint() -> None:
             state_dict, folder, _, kind = result
             saved = (state_dict or {}).get("args")
             is_distributed = kind is not None and kind.name == "GLOBAL"
+            if kind is not None and is_hgrn2_spec(args.spec) and not restoring:
+                checkpoint_check.check_format(args, kind.name)
             if saved and not restoring:
                 metadata = load_content_metadata(preloaded_state_dict=state_dict) or {}
                 checkpoint_check.check(args, saved, is_distributed, metadata.get("distrib_optim_sharding_type"))

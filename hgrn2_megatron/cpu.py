@@ -25,6 +25,7 @@ DEFAULTS = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
     "gradient_accumulation_fusion": False,
+    "gradient_reduce_div_fusion": False,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
@@ -55,7 +56,8 @@ def install() -> None:
     # On a CPU torch.compile would compile C++ code for half a minute. Megatron requires CUDA_DEVICE_MAX_CONNECTIONS=1
     # under tensor parallelism.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "--use-megatron-fsdp" not in sys.argv:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # torch._dynamo indexes torch functions by identity when Megatron first imports it, so the patches come after this.
     import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.inference.communication_utils

@@ -10,6 +10,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from hgrn2_megatron.settings import global_args
 from hgrn2_megatron.tensor_parallel import mark_tensor_parallel, parameter_device
 
 
@@ -60,13 +61,18 @@ class LowerBounds(torch.nn.Module):
         local = num_layers * (num_heads // tp_group.size()) * head_dim
         self.weight = torch.nn.Parameter(torch.zeros(local, dtype=config.params_dtype, device=parameter_device(config)))
         mark_tensor_parallel(self.weight)
+        # Megatron-FSDP reduces the gradient of a parameter with this mark once, at the end of a backward. Without the
+        # mark it would reduce what each recomputed layer adds, as if that were the whole gradient.
+        self.weight._is_shared = True
         if pp_group.size() > 1:
             # Megatron's _allreduce_conditional_embedding_grads sums gradients with this mark over the pipeline stages,
             # if the config has has_cond_embedder.
             self.weight.pipeline_parallel = True
             # The gradient norm leaves shared parameters out.
             self.weight.shared = self.replica > 0
-            # The gradient buffers give shared embeddings a bucket of their own.
+        if pp_group.size() > 1 or getattr(global_args(), "use_megatron_fsdp", False):
+            # The gradient buffers give shared embeddings a bucket of their own. In a bucket with the output layer, that
+            # layer's gradient would have to wait for the end of the backward.
             self.weight.shared_embedding = True
 
     def forward(self, layer: int) -> Tensor:

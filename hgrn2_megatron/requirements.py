@@ -10,6 +10,7 @@ from hgrn2_megatron import (
     cpu,
     cpu_requirements,
     cuda_graphs,
+    fsdp,
     gpu_requirements,
     megatron_flags,
     muon,
@@ -51,6 +52,8 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
         stack_requirements.check(settings)
     of_form = stack_requirements.UNSUPPORTED if stack else UNSUPPORTED_IN_GPT
     _check_unsupported(settings, UNSUPPORTED + offloading.UNSUPPORTED + of_form)
+    if settings.use_megatron_fsdp:
+        refuse(settings, fsdp.NOT_WITH_FSDP, "--use-megatron-fsdp cannot be used with {}")
     cuda_graphs.check(settings, hgrn2)
     _check_packing(settings, hgrn2)
     _check_context_parallel(settings, hgrn2)
@@ -121,8 +124,7 @@ UNSUPPORTED = (
         "--cuda-graph-impl transformer_engine",
         "give local or full_iteration, because a graph of Transformer Engine would give the lower bounds no gradient",
     ),
-    (lambda s: s.use_megatron_fsdp, "--use-megatron-fsdp", "give --use-distributed-optimizer"),
-    (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "give --use-distributed-optimizer"),
+    (lambda s: s.use_torch_fsdp2, "--use-torch-fsdp2", "give --use-megatron-fsdp, which shards the same"),
     (
         # only Megatron's own loop has a number of iterations
         lambda s: s.hybrid_context_parallel and (s.train_iters or s.train_samples),

@@ -8,7 +8,8 @@ It always patches:
 - MambaInferenceStateConfig and DynamicInferenceContext, so that the dynamic engine keeps HGRN2's states;
 - StaticBufferLoader, so that CUDA graphs of the iteration keep their buffers;
 - the function that divides a checkpoint's tensors among the ranks that save or load it;
-- DistributedOptimizer, before megatron-core 0.20.
+- DistributedOptimizer, so that Megatron-FSDP can save the states of PyTorch's Adam, and for another fix before
+  megatron-core 0.20.
 
 Where `megatron.training.checkpointing` is already imported, it patches the two functions that read a checkpoint. Where
 `megatron.training.training` is already imported, it patches the reports of floating-point operations and of memory.
@@ -24,7 +25,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-from hgrn2_megatron import checkpoint_hooks, megatron_hooks, model_hooks
+from hgrn2_megatron import checkpoint_hooks, fsdp, megatron_hooks, model_hooks
 from hgrn2_megatron.config import UsageError
 
 
@@ -68,6 +69,7 @@ megatron_hooks.install_generation()
 megatron_hooks.install_graphs()
 checkpoint_hooks.install_saving()
 checkpoint_hooks.install_optimizer()
+fsdp.install_optimizer()
 if "megatron.training.checkpointing" in sys.modules:
     checkpoint_hooks.install_checkpoint()
 if "megatron.training.training" in sys.modules:

@@ -2,8 +2,9 @@
 
 A model is a dict of arguments of `harness.build_model`. It may also have `steps`, a number of steps, and `muon`, fields
 of Megatron's OptimizerConfig for the optimizer Muon, which then takes the place of Adam. A layout is a dict with the
-sizes `tp`, `pp`, `vpp`, `cp` and `ep`, with `sequence_parallel`, `distributed_optimizer` and `overlap`, and with
-`config`, the settings that only this layout has. Every tensor has the name that it has in one process.
+sizes `tp`, `pp`, `vpp`, `cp` and `ep`, with `sequence_parallel`, `distributed_optimizer`, `overlap` and `fsdp`, a
+sharding strategy of Megatron-FSDP, and with `config`, the settings that only this layout has. Every tensor has the name
+that it has in one process.
 """
 
 import re
@@ -58,10 +59,11 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     muon = model.get("muon")
-    distributed, overlap = (bool(layout.get(name)) for name in ("distributed_optimizer", "overlap"))
+    distributed, overlap, fsdp = (bool(layout.get(name)) for name in ("distributed_optimizer", "overlap", "fsdp"))
     gather = distributed and overlap
     settings = dict(
         tp=layout.get("tp", 1),
@@ -98,10 +100,14 @@ def build(model: dict, layout: dict, weights: dict[str, Tensor]):
         overlap_param_gather=gather,
         bucket_size=2000,
     )
+    if fsdp:
+        # the division in the reduction needs NCCL
+        options |= dict(
+            use_megatron_fsdp=True, data_parallel_sharding_strategy=layout["fsdp"], gradient_reduce_div_fusion=False
+        )
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, **options)
-    chunks = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)
-    ]
+    wrapper = FullyShardedDataParallel if fsdp else DistributedDataParallel
+    chunks = [wrapper(config, ddp_config, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
     if overlap:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
@@ -123,7 +129,9 @@ def gradients(chunks, optimizer) -> dict[str, Tensor]:
     dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
 
-    def whole(p):
+    def whole(name, p):
+        if chunks[0].ddp_config.use_megatron_fsdp:
+            return _over_dp(chunks[0].module.param_and_grad_buffer.dist_main_grad[name], p)
         if not chunks[0].ddp_config.use_distributed_optimizer:
             return p.main_grad
         # each rank has only the reduced gradients of the part that it updates
@@ -140,10 +148,26 @@ def gradients(chunks, optimizer) -> dict[str, Tensor]:
 
 def weights_of(chunks) -> dict[str, Tensor]:
     """Return the full weights of this rank's chunks."""
+    if chunks[0].ddp_config.use_megatron_fsdp:
+        buffer = chunks[0].module.param_and_grad_buffer
+        return _collect(chunks, lambda name, p: _over_dp(buffer.dist_main_weight[name].detach(), p))
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.disable_forward_pre_hook(param_sync=True)
-    return _collect(chunks, lambda p: p.detach())
+    return _collect(chunks, lambda name, p: p.detach())
+
+
+def _over_dp(x, p) -> Tensor:
+    """Return what this tensor-parallel rank holds of a DTensor of Megatron-FSDP that belongs to the parameter `p`.
+
+    The function of Megatron that gathers a DTensor does not work over gloo, which needs slices of equal size.
+    """
+    if not x.placements[0].is_shard():
+        return x.to_local()
+    group = x.device_mesh.get_group(0)
+    parts = [None] * group.size()
+    torch.distributed.all_gather_object(parts, x.to_local().reshape(-1), group=group)
+    return torch.cat(parts).view(getattr(p, "orig_param", p).shape)
 
 
 def _collect(chunks, of) -> dict[str, Tensor]:
@@ -152,12 +176,13 @@ def _collect(chunks, of) -> dict[str, Tensor]:
     tp_group = parallel_state.get_tensor_model_parallel_group()
     result = {}
     for chunk in chunks:
-        for name, p in chunk.module.named_parameters():
-            mine = of(p).contiguous()
+        model = chunk.module.module if chunk.ddp_config.use_megatron_fsdp else chunk.module
+        for name, p in model.named_parameters():
+            mine = of(name, p).contiguous()
             parts = [torch.empty_like(mine) for _ in range(tp_group.size())]
             torch.distributed.all_gather(parts, mine, group=tp_group)
-            full = harness.unshard(name, p, parts, chunk.module.decoder.hgrn2_bounds.num_layers)
-            name = _name(chunk.module, name)
+            full = harness.unshard(name, p, parts, model.decoder.hgrn2_bounds.num_layers)
+            name = _name(model, name)
             if name in result:
                 # the chunks of one stage hold replicas of the same parameter
                 torch.testing.assert_close(full, result[name], rtol=0, atol=0)

@@ -117,8 +117,23 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl"),
         ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl transformer_engine .* local or full_iteration"),
         ({"external_cuda_graph": True}, "--cuda-graph-impl"),
-        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
-        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"use_megatron_fsdp": True, "pipeline_model_parallel_size": 2}, "--use-megatron-fsdp .* --pipeline-model"),
+        ({"use_megatron_fsdp": True, "save": "x", "bf16": False}, "--use-megatron-fsdp .* fp32: give --bf16"),
+        (
+            {"use_megatron_fsdp": True, "init_model_with_meta_device": True, "use_cpu_initialization": True},
+            "--init-model-with-meta-device beside --use-cpu-initialization",
+        ),
+        ({"use_megatron_fsdp": True, "cuda_graph_impl": "local"}, "--use-megatron-fsdp .* --cuda-graph-impl"),
+        (
+            {"use_megatron_fsdp": True, "expert_model_parallel_size": 2, "world_size": 2},
+            "--use-megatron-fsdp .* --expert-model-parallel-size",
+        ),
+        (
+            {"use_megatron_fsdp": True, "hgrn2_loss_chunk_size": 8, "gradient_accumulation_fusion": True},
+            "--use-megatron-fsdp .* --hgrn2-loss-chunk-size .* give --no-gradient-accumulation-fusion",
+        ),
+        ({"use_megatron_fsdp": True, "megatron_fsdp_version": 2}, "--megatron-fsdp-version 2: give 1"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 .* give --use-megatron-fsdp"),
         ({"sft": True, "hgrn2_layer_pattern": "HH*"}, "--sft packs sequences, which Megatron's own attention"),
         (
             {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},

@@ -24,7 +24,9 @@ OTHER_PROGRAMS = {
     "lm-evaluation-harness": "--tasks --include_path --batch_size --model_args --model",
 }
 # flags of Megatron releases that the installed one does not have
-OTHER_RELEASES = {f"--{name.replace('_', '-')}" for name in (*NEW_IN_19, *NEW_IN_20, "output_logit_dtype")}
+OTHER_RELEASES = {
+    f"--{name.replace('_', '-')}" for name in (*NEW_IN_19, *NEW_IN_20, "output_logit_dtype", "megatron_fsdp_version")
+}
 
 
 def rows(text: str) -> list[list[str]]:

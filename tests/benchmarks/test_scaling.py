@@ -43,6 +43,7 @@ def row(name: str, sweep: bool = False):
         ("CP4, graphs of layers", 4, "--context-parallel-size 4 --cuda-graph-impl local"),
         ("PP4 VPP2", 4, "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"),
         ("TP2 PP2 CP2", 8, "--context-parallel-size 2 --use-distributed-optimizer"),
+        ("DP4 FSDP", 4, "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params"),
         ("TP2 PP2 DP16 weak", 64, "--global-batch-size 1024 --overlap-param-gather"),
     ],
 )

@@ -114,6 +114,62 @@ def test_an_asynchronous_save_is_the_same_checkpoint(tmp_path):
     assert_continues(resumed, losses, tolerance=1e-5)
 
 
+FSDP = ("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor", "--no-gradient-accumulation-fusion")
+FULLY_SHARDED = ("--data-parallel-sharding-strategy", "optim_grads_params")
+TP2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
+GPT_HYBRID = ("examples/pretrain_gpt.py", MODEL)
+GPT_PURE = ("examples/pretrain_gpt.py", (*HGRN2, "--num-layers", 4, *WITHOUT_APEX))
+STACK_HYBRID = ("examples/pretrain_hybrid.py", (*STACK, "M-*-M-M-", *WITHOUT_APEX))
+STACK_PURE = ("examples/pretrain_hybrid.py", (*STACK, "M-M-M-M-", *WITHOUT_APEX))
+
+
+@pytest.mark.parametrize(
+    ("form", "processes", "flags"),
+    [
+        (STACK_PURE, 2, FULLY_SHARDED),
+        (STACK_HYBRID, 2, FULLY_SHARDED),
+        (STACK_HYBRID, 2, ("--data-parallel-sharding-strategy", "optim_grads")),
+        (STACK_HYBRID, 2, ("--data-parallel-sharding-strategy", "optim")),
+        (STACK_HYBRID, 2, ("--data-parallel-sharding-strategy", "no_shard")),
+        (STACK_HYBRID, 2, (*FULLY_SHARDED, *FULL)),
+        (STACK_HYBRID, 2, (*FULLY_SHARDED, "--init-model-with-meta-device")),
+        (STACK_HYBRID, 2, (*FULLY_SHARDED, *LOCAL)),
+        (STACK_HYBRID, 4, (*FULLY_SHARDED, *TP2)),
+        (GPT_PURE, 2, FULLY_SHARDED),
+        (GPT_HYBRID, 4, (*FULLY_SHARDED, *TP2)),
+        (GPT_HYBRID, 4, (*FULLY_SHARDED, "--micro-batch-size", 1)),
+    ],
+    ids=[
+        *("stack-pure", "stack", "stack-optim-grads", "stack-optim", "stack-no-shard", "stack-recompute", "stack-meta"),
+        *("stack-local", "stack-tp2", "gpt-pure", "gpt-tp2", "gpt-dp4"),
+    ],
+)
+def test_megatron_fsdp_trains_as_the_distributed_optimizer_and_resumes(form, processes, flags, tmp_path, monkeypatch):
+    pytest.importorskip("transformer_engine.pytorch")
+    pytest.importorskip("einops")
+    needs_gpus(processes)
+    script, model = form
+    implementation = () if LOCAL[1] in flags else TE
+    tensor_parallel = TP2 if TP2[0] in flags else ()
+    micro_batch = ("--micro-batch-size", 1) if "--micro-batch-size" in flags else ()
+    options = dict(model=model, script=script, num_processes=processes)
+    plain = (*(implementation or LOCAL), *tensor_parallel, *micro_batch, *DISTRIBUTED, "--bf16")
+    # Megatron wants 1 connection for tensor parallelism, and another number for Megatron-FSDP.
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    want, _ = train(*model, *plain, script=script, num_processes=processes)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    flags = (*implementation, *FSDP, *flags, "--bf16")
+    losses = save(tmp_path, *flags, **options)
+    assert_continues(resume(tmp_path, *flags, **options), losses, tolerance=1e-3)
+    if "--init-model-with-meta-device" in flags:
+        # Transformer Engine draws the weights in another order.
+        return
+    assert losses.keys() == want.keys()
+    for iteration, loss in losses.items():
+        assert abs(float(loss) - float(want[iteration])) <= 2e-2, (losses, want)
+
+
 IN_PYTORCH = """
 from hgrn2_kernels import op
 op.implementation = lambda device, dtype: "pytorch"
@@ -148,7 +204,6 @@ def test_a_hybrid_model_trains_as_the_gpt_does():
 
 LOCAL_GRAPHS = ("--cuda-graph-impl", "local")
 ITERATION_GRAPH = ("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad")
-TP2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
 DP2 = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 FP8 = ("--fp8-format", "hybrid", "--fp8-recipe")
 ROUTED_EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "alltoall", "--moe-grouped-gemm")
@@ -156,7 +211,6 @@ PADDED_EXPERTS = (*ROUTED_EXPERTS, "--moe-expert-capacity-factor", 2, "--moe-pad
 HYBRID = ("--hgrn2-layer-pattern", "H*")
 CP2, PP2 = ("--context-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 SELECTIVE = ("--recompute-granularity", "selective")
-FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
 
 
 def long(tokens: int) -> tuple:

@@ -52,6 +52,7 @@ for packing, positions in ("documents", "rope"), ("stream", "none"):
     MODELS[f"packed-hybrid-{packing}"] = own | {"hgrn2_layer_pattern": "H**H", "position_embedding_type": positions}
 MODELS["stack-packed"] = PACKED | {"hgrn2_packed_layout": "documents", "hybrid_layer_pattern": "M-M-"}
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
+FSDP = {"distributed_optimizer": True, "fsdp": "optim_grads_params"}
 # of no length that divides a rank's tokens
 CHUNKED = {"hgrn2_loss_chunk_size": 7}
 # the schedule that combines the forward of a micro-batch with the backward of another; it demands bf16 of the config
@@ -110,8 +111,21 @@ LAYOUTS = {
     "pp2-mtp-vpp2-segments": (2, {"pp": 2, "vpp": 2, "config": {"hybrid_layer_pattern": "M-|*-|M-|/M-/M-"}}),
     "pp2-mtp-loss-by-chunks": (2, {"pp": 2, "config": CHUNKED | {"hybrid_layer_pattern": "M-*-|M-/M-/M-"}}),
 }
-OF_OTHERS = ("ep2", "segment", "chunks", "mtp", "groups", "offload")
-GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in OF_OTHERS)]
+LAYOUTS |= {
+    "dp2-fsdp": (2, FSDP),
+    "dp2-fsdp-optim-grads": (2, FSDP | {"fsdp": "optim_grads"}),
+    "dp2-fsdp-optim": (2, FSDP | {"fsdp": "optim"}),
+    "dp2-fsdp-no-shard": (2, FSDP | {"fsdp": "no_shard"}),
+    "dp2-fsdp-recompute": (2, FSDP | {"config": RECOMPUTE}),
+    "dp2-fsdp-optim-recompute": (2, FSDP | {"fsdp": "optim", "overlap": True, "config": RECOMPUTE}),
+    "dp2-fsdp-loss-by-chunks": (2, FSDP | {"config": CHUNKED}),
+    "cp2-fsdp": (2, FSDP | {"cp": 2}),
+    "ep2-fsdp": (4, FSDP | {"ep": 2}),
+    "tp2-sequence-parallel-dp2-fsdp": (4, FSDP | {"tp": 2, "sequence_parallel": True}),
+}
+# layouts that not every model has
+SPECIAL = ("ep2", "segment", "chunks", "mtp", "groups", "offload", "fsdp")
+GPT_LAYOUTS = [layout for layout in LAYOUTS if not any(part in layout for part in SPECIAL)]
 CASES = [("hgrn2", layout) for layout in GPT_LAYOUTS]
 # a HybridModel below has the other layouts of a hybrid
 CASES += [("hybrid", layout) for layout in ("tp2-sequence-parallel", "pp2-vpp2", "pp4-uneven", "tp2-pp2", "cp4")]
@@ -140,6 +154,13 @@ CASES += [("mtp", layout) for layout in ("cp2", "dp2-distributed-optimizer", "tp
 CASES += [("mtp", f"{layout}-loss-by-chunks") for layout in ("tp2-sequence-parallel", "cp2", "dp2", "pp2-mtp")]
 CASES += [("mtp-attention", layout) for layout in ("tp2-sequence-parallel", "pp2", "cp2")]
 CASES += [("mtp-tied", "pp2-mtp"), ("mtp-experts", "ep2-alltoall")]
+CASES += [("stack", layout) for layout in LAYOUTS if "fsdp" in layout and layout[:3] not in ("cp2", "ep2")]
+CASES += [
+    ("hgrn2", "dp2-fsdp-optim-recompute"),
+    ("hgrn2", "tp2-sequence-parallel-dp2-fsdp"),
+    ("hgrn2", "cp2-fsdp"),
+]
+CASES += [("stack-experts", "ep2-fsdp"), ("mtp", "dp2-fsdp"), ("tied", "dp2-fsdp")]
 CASES += [("latent", "tp2-sequence-parallel"), ("latent", "pp2-dp2-distributed-optimizer")]
 CASES += [("muon-duplicated", "tp2-sequence-parallel"), ("muon-distributed", "tp2")]
 
@@ -156,6 +177,7 @@ def with_segments(model: dict, layout: dict) -> dict:
 # those that also run against the older release of megatron-core
 ON_RELEASES = [("hgrn2", "tp2-sequence-parallel"), ("hybrid", "pp2-vpp2"), ("hgrn2", "dp2-distributed-optimizer")]
 ON_RELEASES += [("muon-duplicated", "tp2-sequence-parallel"), ("experts", "ep2-combined")]
+ON_RELEASES += [("stack", "dp2-fsdp-recompute")]
 PARAMETERS = [pytest.param(*case, marks=pytest.mark.releases if case in ON_RELEASES else ()) for case in CASES]
 
 
