@@ -1,7 +1,6 @@
 """Megatron-FSDP: a run resumes exactly, and checkpoints that it cannot read, or that only it can read, are refused."""
 
 from argparse import Namespace
-from importlib.util import find_spec
 
 import harness
 import pytest
@@ -11,7 +10,6 @@ FSDP = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads
 FSDP += ("--ckpt-format", "fsdp_dtensor")
 
 
-@pytest.mark.skipif(not find_spec("einops"), reason="Megatron-FSDP needs einops")
 def test_a_run_resumes(tmp_path):
     flags = (*STACK, "--hybrid-layer-pattern", "M-*-", "--bf16", *FSDP)
     options = dict(script="examples/pretrain_hybrid.py", num_processes=2)
