@@ -81,7 +81,6 @@ NEEDS_CUDA = (
     ),
     (lambda s: s.fused_residual_rmsnorm, "--fused-residual-rmsnorm", "drop the flag, because it needs a GPU"),
     (lambda s: s.symmetric_ar_type, "--symmetric-ar-type", "drop the flag, because it needs a GPU"),
-    (lambda s: s.batch_invariant_mode, "--batch-invariant-mode", "drop the flag, because it needs a GPU"),
     (
         lambda s: s.gpu_sniff_test_interval,
         "--gpu-sniff-test-interval",

@@ -135,13 +135,13 @@ TABLE = (
         Effect.NOWHERE,
         "Mamba layers, which HGRN2 layers replace",
         "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path "
-        "mamba_training_ssm_states_dtype mamba_inference_conv_states_dtype "
-        "inference_dynamic_batching_prefix_caching_mamba_gb",
+        "mamba_training_ssm_states_dtype mamba_inference_conv_states_dtype",
     ),
     _row(
         Effect.EVERYWHERE,
         "recurrent states in the dynamic engine, which refuses every dtype except fp32",
-        "mamba_inference_ssm_states_dtype inference_dynamic_batching_mamba_memory_ratio",
+        "mamba_inference_ssm_states_dtype inference_dynamic_batching_mamba_memory_ratio "
+        "inference_dynamic_batching_prefix_caching_mamba_gb",
     ),
     _row(
         Effect.EVERYWHERE,

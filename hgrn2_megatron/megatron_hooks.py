@@ -112,7 +112,7 @@ def install_generation() -> None:
             from hgrn2_megatron.generation import HGRN2StateConfig
 
             if isinstance(states := inference_config.mamba_inference_state_config, HGRN2StateConfig):
-                states.check()
+                states.check(inference_config)
             init(self, model_config, inference_config, *rest, **kwargs)
 
         return __init__

@@ -222,14 +222,19 @@ class HGRN2Mixer(MegatronModule):
 
     def _inference_operator(self, context, packed_seq_params) -> Callable:
         """Return the operator for the next tokens in generation: (qfv [b, s, H, 3, K], bound) to o [b, s, H, K]."""
-        if self.config.sequence_parallel or self.cp_group.size() > 1 or packed_seq_params is not None:
+        if self.cp_group.size() > 1 or packed_seq_params is not None:
             raise ValueError(
-                "HGRN2 layers generate from unpacked sequences without sequence or context parallelism, got "
-                f"sequence_parallel={self.config.sequence_parallel}, context parallelism over {self.cp_group.size()} "
-                f"ranks, and {'no ' if packed_seq_params is None else ''}packed_seq_params: drop --sequence-parallel, "
-                "--context-parallel-size and packed_seq_params"
+                "HGRN2 layers generate from unpacked sequences without context parallelism, got context parallelism "
+                f"over {self.cp_group.size()} ranks and {'no ' if packed_seq_params is None else ''}packed_seq_params: "
+                "drop --context-parallel-size and packed_seq_params"
             )
         if context.is_static_batching():
+            if self.config.sequence_parallel:
+                raise ValueError(
+                    "HGRN2 layers cannot generate with a StaticInferenceContext and sequence parallelism, which "
+                    "Megatron's static engine does not support: drop --sequence-parallel, or use Megatron's dynamic "
+                    "engine"
+                )
             if self.config.cuda_graph_impl == "local":
                 raise ValueError(
                     "HGRN2 layers cannot generate with a StaticInferenceContext and --cuda-graph-impl local: Megatron "

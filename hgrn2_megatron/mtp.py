@@ -1,11 +1,14 @@
 """The heads of multi-token prediction (MTP) in a HybridModel, such as /*- and /M- behind its layer pattern."""
 
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
+from torch import Tensor
 
 from hgrn2_megatron.layer import backend, final_norm
 from hgrn2_megatron.stack import stack_submodules
@@ -39,6 +42,28 @@ class HGRN2Head(MultiTokenPredictionLayer):
                 # not tell a router that it is in a head. Later ones do, but number it within the head.
                 module.is_mtp_layer = True
                 module.set_layer_number(self.layer_number)
+
+    def forward_single_position(self, hidden_states: Tensor, next_token_ids: Tensor, **kwargs) -> Tensor:
+        """Compute the head for one position of each request, as speculative decoding does.
+
+        Megatron passes the requests as one sequence. HGRN2 layers take each as a sequence of its own, so that no
+        request reads another. Other mixers do not support this everywhere, so a head with one of them gets Megatron's
+        one sequence.
+
+        Args:
+            hidden_states: [n, 1, h], or [n/tp, 1, h] under sequence parallelism: the last hidden state of each request.
+            next_token_ids: [1, n] int64, the token after it.
+            kwargs: further arguments of MultiTokenPredictionLayer.
+
+        Returns:
+            hidden: shape and dtype of hidden_states.
+        """
+        if set(self.mtp_layer_pattern) <= set("M-E"):
+            boundaries = torch.arange(next_token_ids.shape[1] + 1, dtype=torch.int32, device=next_token_ids.device)
+            kwargs["packed_seq_params"] = PackedSeqParams(
+                qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries
+            )
+        return super().forward_single_position(hidden_states, next_token_ids, **kwargs)
 
     def forward(self, *args, inference_params=None, **kwargs):
         """Compute the head as in training, without the caches of generation.

@@ -186,6 +186,11 @@ UNSUPPORTED = (
         "give --use-distributed-optimizer or a larger --tensor-model-parallel-size, because such shards were never "
         "run with HGRN2 layers",
     ),
+    (
+        lambda s: s.batch_invariant_mode,
+        "--batch-invariant-mode",
+        "drop the flag, because a prompt and a step of generation sum up a state in different orders",
+    ),
 )
 UNSUPPORTED_IN_GPT = (
     (

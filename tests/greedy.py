@@ -6,22 +6,31 @@ from torch import Tensor
 
 
 def build(tp: int, settings: dict):
-    """A model of `settings` (of `harness.build_model`, or "bf16": true), and one in fp32 with the same weights."""
+    """A model of `settings`, and one in fp32 with the same weights.
+
+    The settings are those of `harness.build_model`, "bf16": true, and "few", the number of tokens that are likely.
+    """
     settings = dict(settings)
     dtype = torch.bfloat16 if settings.pop("bf16", False) else torch.float32
+    few = settings.pop("few", None)
     exact = harness.build_model(tp, **settings).eval()
     weights = {name: w.to(dtype) for name, w in harness.full_weights(exact).items()}
+    if few:
+        # each rank has some rows of it
+        weights["output_layer.weight"][: few // tp] *= 10
     exact.load_state_dict(weights, strict=False)
     model = harness.build_model(tp, **settings, bf16=dtype == torch.bfloat16, params_dtype=dtype).to(dtype).eval()
     model.load_state_dict(weights, strict=False)
     return model.to("cuda"), exact.to("cuda")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def whole(model, tokens: Tensor) -> Tensor:
     """Logits [T, vocabulary] in fp32 of tokens [T]."""
-    positions = torch.arange(len(tokens), device="cuda")[None]
-    return model(tokens[None], positions, None, runtime_gather_output=True)[0].float()
+    # sequence parallelism wants a multiple of TP
+    padded = torch.nn.functional.pad(tokens, (0, -len(tokens) % model.config.tensor_model_parallel_size))
+    positions = torch.arange(len(padded), device="cuda")[None]
+    return model(padded[None], positions, None, runtime_gather_output=True)[0, : len(tokens)].float()
 
 
 def judge(model, exact, tokens: list[int], start: int) -> Tensor:

@@ -164,6 +164,7 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
             {"overlap_moe_expert_parallel_comm": True, "num_layers": 3, "moe_layer_freq": [1, 1, 0]},
             "--overlap-moe-expert-parallel-comm with a last layer that has no experts",
         ),
+        ({"batch_invariant_mode": True}, "--batch-invariant-mode"),
     ],
 )
 def test_what_cannot_train_hgrn2_is_refused_by_flag(changes, flag):

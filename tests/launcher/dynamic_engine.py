@@ -2,26 +2,30 @@
 
 [torchrun ...] dynamic_engine.py TP PP SETTINGS
 
-SETTINGS is what `greedy.build` takes, as JSON. The requests come while others decode and leave before others,
-there are more than the context holds at a time, longer prompts than a step takes, and too few blocks for all, so that
-some are paused and some start anew.
+SETTINGS is what `greedy.build` takes, as JSON, and "engine", settings of Megatron's InferenceConfig. The requests come
+while others decode and leave before others, there are more than the context holds at a time, longer prompts than a step
+takes, and too few blocks for all, so that some are paused and some start anew. All prompts begin alike.
 """
 
 import json
+import os
 import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    # Megatron verifies drafts in Triton kernels. Triton reads this at its import.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import greedy
 import harness
-import torch
-
-from hgrn2_megatron.settings import megatron_release
 
 # the step at which each comes, the length of its prompt, the tokens it asks for
-REQUESTS = [(0, 3, 40), (0, 17, 5), (2, 1, 30), (3, 63, 12), (3, 8, 1), (9, 2, 25), (20, 33, 9)]
+REQUESTS = [(0, 3, 40), (0, 17, 5), (2, 1, 30), (3, 63, 12), (3, 8, 1), (9, 2, 25), (20, 36, 9), (20, 52, 9)]
+# the last tokens of each prompt, which no other has
+NUM_OWN = 2
 MAX_REQUESTS, MAX_TOKENS = 4, 64
-BLOCK, NUM_PAUSED = 8, 8
-# Megatron before 0.20 keeps blocks for paused requests apart from the others.
-NUM_BLOCKS = 11 if megatron_release() >= (0, 20) else 17
+BLOCK, NUM_BLOCKS, NUM_PAUSED = 16, 8, 2
 
 
 class Tokens:
@@ -33,7 +37,7 @@ class Tokens:
         return ""
 
 
-def build_engine(model):
+def build_engine(model, **engine):
     from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -41,22 +45,33 @@ def build_engine(model):
     from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 
     states = MambaInferenceStateConfig.from_model(model)
-    numbers = len([x for x in states.layer_type_list if x == "M"]) * torch.Size(states.ssm_states_shape).numel()
+    num_layers = states.layer_type_list.count("M")
+    # bytes of the states of all layers, which are fp32, and of the convolution that Megatron must see
+    state = num_layers * (4 * torch.Size(states.ssm_states_shape).numel() + model.config.params_dtype.itemsize)
+    num_drafts = engine.get("num_speculative_tokens", 0)
+    # one, and one after each new token where some of them are drafts
+    per_request = 2 + num_drafts if num_drafts else 1
     # keys and values of the one attention layer that Megatron must see
     block = 2 * BLOCK * model.config.hidden_size // model.config.tensor_model_parallel_size
     block *= model.config.params_dtype.itemsize
+    cached = 0
+    if engine.get("enable_prefix_caching"):
+        # states: as many as Megatron keeps of a step, and a few more
+        cached = 3 * MAX_REQUESTS + 6
     settings = InferenceConfig(
         max_sequence_length=80,
         max_requests=MAX_REQUESTS,
         max_tokens=MAX_TOKENS,
         block_size_tokens=BLOCK,
-        buffer_size_gb=(4 * MAX_REQUESTS * (numbers + 1) + NUM_BLOCKS * block) / 2**30,
+        buffer_size_gb=(MAX_REQUESTS * per_request * state + NUM_BLOCKS * block) / 2**30,
         paused_buffer_size_gb=NUM_PAUSED * block / 2**30,
         mamba_inference_state_config=states,
         enable_chunked_prefill=True,
         unified_memory_level=0,
         # of every size, where the model's config asks for any
         num_cuda_graphs=-1,
+        prefix_caching_mamba_gb=cached * state / 2**30 or None,
+        **engine,
     )
     context = DynamicInferenceContext(model_config=model.config, inference_config=settings)
     return DynamicInferenceEngine(TextGenerationController(GPTInferenceWrapper(model, context), Tokens()), context)
@@ -67,11 +82,23 @@ def generate(engine) -> dict:
     from megatron.core.inference.sampling_params import SamplingParams
 
     generator = torch.Generator().manual_seed(0)
-    finished, paused, step = {}, 0, 0
+    shared = torch.randint(harness.VOCAB, (80,), generator=generator)
+    finished, paused, step, restored = {}, 0, 0, 0
+    if cache := engine.context.mamba_slot_allocator:
+        restore = cache.restore_to_live
+
+        def counted(*args):
+            nonlocal restored
+            is_restored = restore(*args)
+            restored += is_restored
+            return is_restored
+
+        cache.restore_to_live = counted
     while len(finished) < len(REQUESTS):
         for number, (arrival, length, asked) in enumerate(REQUESTS):
             if arrival == step:
-                prompt = torch.randint(harness.VOCAB, (length,), generator=generator).tolist()
+                own = torch.randint(harness.VOCAB, (min(length, NUM_OWN),), generator=generator)
+                prompt = torch.cat([shared[: length - len(own)], own]).tolist()
                 # no token ends a text
                 sampling = SamplingParams(num_tokens_to_generate=asked, top_k=1, termination_id=-1)
                 engine.add_request(number, prompt, sampling)
@@ -80,7 +107,9 @@ def generate(engine) -> dict:
             finished[request.request_id] = request
         paused += engine.context.paused_request_count > 0
         step += 1
-    print(f"some paused in {paused} steps, {engine.evicted_request_count} evicted")
+    counts = f"{engine.evicted_request_count} evicted, {restored} states restored"
+    # in one call, because ranks print at the same time
+    print(f"some paused in {paused} steps, {counts}\n{step} steps\n", end="", flush=True)
     return finished
 
 
@@ -105,10 +134,11 @@ def stage_of(whole, pp: int, settings: dict):
 
 def main(tp: int, pp: int, settings: dict):
     harness.start_megatron(tp, cpu_mode=True)
+    engine = settings.pop("engine", {})
     model, exact = greedy.build(tp, settings)
     served = stage_of(model, pp, settings) if pp > 1 else model
     counts = torch.zeros(3, dtype=torch.long)
-    for number, request in generate(build_engine(served)).items():
+    for number, request in generate(build_engine(served, **engine)).items():
         _, length, asked = REQUESTS[number]
         tokens = [*request.prompt_tokens.tolist(), *request.generated_tokens]
         assert len(tokens) == length + asked

@@ -81,7 +81,6 @@ NEED_CUDA = [
     ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
     ({"fused_residual_rmsnorm": True}, "--fused-residual-rmsnorm"),
     ({"symmetric_ar_type": "two_shot"}, "--symmetric-ar-type"),
-    ({"batch_invariant_mode": True}, "--batch-invariant-mode"),
     ({"gpu_sniff_test_interval": 1}, "--gpu-sniff-test-interval"),
     ({"record_memory_history": True}, "--record-memory-history"),
     ({"profile": True}, "--profile"),

@@ -14,6 +14,8 @@ import harness
 import pytest
 from training import HGRN2, LAUNCHER, STACK, train
 
+from hgrn2_megatron.settings import megatron_release
+
 BYTES = ("--vocab-size", 257, "--train-iters", 2, "--save-interval", 2)
 # the mixers of a small model -> Megatron's script that trains it, and its flags; the first model is a GPT
 FORMS = {
@@ -65,18 +67,41 @@ def test_megatrons_static_engine_takes_the_likeliest_tokens(settings, engine):
     assert done.stdout.count("40 of 40 right") == 4, done.stdout[-3000:]
 
 
-@pytest.mark.releases
-@pytest.mark.parametrize(
-    ("tp", "pp", "settings"),
-    [(1, 1, "{}"), (2, 1, '{"hybrid_layer_pattern": "M-M-/M-"}'), (1, 2, '{"hybrid_layer_pattern": "M-M-M-M-"}')],
-    ids=["gpt", "tp2", "pp2"],
+CACHE = (
+    {"enable_prefix_caching": True, "prefix_caching_eviction_policy": "lru"} if megatron_release() >= (0, 19) else {}
 )
-def test_megatrons_dynamic_engine_takes_the_likeliest_tokens(tp, pp, settings):
+ENGINES = {
+    "gpt": (1, 1, {}),
+    "tp2": (
+        2,
+        1,
+        {
+            "hybrid_layer_pattern": "M-M-/M-/M-",
+            "sequence_parallel": True,
+            # or no draft of a head that is not trained is accepted
+            "few": 4,
+            "engine": {"num_speculative_tokens": 2} | CACHE,
+        },
+    ),
+    # so deep that a wrong state from the cache changes tokens
+    "pp2": (1, 2, {"hybrid_layer_pattern": "M-M-M-M-M-M-M-M-", "engine": CACHE}),
+}
+
+
+@pytest.mark.releases
+@pytest.mark.parametrize("case", ENGINES)
+def test_megatrons_dynamic_engine_takes_the_likeliest_tokens(case):
+    tp, pp, settings = ENGINES[case]
     num_processes = tp * pp
-    done = harness.torchrun(num_processes, "tests/launcher/dynamic_engine.py", str(tp), str(pp), settings)
-    assert done.stdout.count("122 of 122 right") == num_processes, done.stdout[-3000:]
+    done = harness.torchrun(num_processes, "tests/launcher/dynamic_engine.py", str(tp), str(pp), json.dumps(settings))
+    assert done.stdout.count("131 of 131 right") == num_processes, done.stdout[-3000:]
     # or the requests no longer meet what they are to meet
-    assert re.search(r"paused in [1-9]\d* steps, [1-9]\d* evicted", done.stdout)
+    found = re.search(r"paused in (\d+) steps, (\d+) evicted, (\d+) states restored\s+(\d+) steps", done.stdout)
+    paused, evicted, restored, steps = map(int, found.groups())
+    assert evicted and (paused or case == "tp2")
+    assert bool(restored) == settings.get("engine", {}).get("enable_prefix_caching", False)
+    # fewer steps than without drafts that are accepted
+    assert (steps < 50) == (case == "tp2")
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """Generation from states and caches: a static context's, and one step of dynamic batching."""
 
+import dataclasses
 import types
 
 import harness
@@ -129,6 +130,10 @@ def test_layouts_that_are_not_built_are_refused():
     with pytest.raises(ValueError, match="unpacked sequences"):
         params = harness.packed_seq_params([4])
         mixer(torch.zeros(4, 1, 64), inference_context=StaticInferenceContext(1, LENGTH), packed_seq_params=params)
+    # one process has nothing to gather
+    mixer.config.sequence_parallel = True
+    with pytest.raises(ValueError, match="drop --sequence-parallel, or use Megatron's dynamic engine"):
+        mixer(torch.zeros(4, 1, 64), inference_context=StaticInferenceContext(1, LENGTH))
 
 
 LENGTHS = [1, 1, 7, 3]
@@ -144,7 +149,7 @@ def dynamic_context(decodes: int, prefills: int, lengths=LENGTHS, **settings):
     torch.cuda.current_device = lambda: "cpu"
     real = InferenceBatchDimensions(token_count=sum(lengths), prefill_req_count=len(lengths) - 2, decode_req_count=2)
     padded = InferenceBatchDimensions(token_count=WIDTH, prefill_req_count=prefills, decode_req_count=decodes)
-    metadata = MambaMetadata(SLOTS, WIDTH, max_intermediate_count=1)
+    metadata = MambaMetadata(SLOTS, WIDTH, max_intermediate_count=1, d_conv=1)
     slots = torch.tensor([4, 0, 2, 5])[: len(lengths)].int()
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     requests = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
@@ -154,8 +159,8 @@ def dynamic_context(decodes: int, prefills: int, lengths=LENGTHS, **settings):
         padded_batch_dimensions=padded,
         mamba_metadata=metadata,
         mamba_states_cache=lambda layer_number: (None, states),
+        mamba_slot_allocator=None,
         num_speculative_tokens=0,
-        enable_prefix_caching=False,
         is_hybrid_model=True,
     )
     return types.SimpleNamespace(**fields | settings), states, slots.tolist()
@@ -166,8 +171,7 @@ def dynamic_context(decodes: int, prefills: int, lengths=LENGTHS, **settings):
 def test_a_step_with_the_padding_of_a_cuda_graph(decodes, prefills, mode):
     generator = torch.Generator().manual_seed(4)
     qfv = torch.randn(1, WIDTH, H, 3, K, generator=generator)
-    # Megatron sets the embeddings of padding to 0 where a model has quantization scales.
-    qfv[:, sum(LENGTHS) :] = 0
+    qfv[:, sum(LENGTHS) :] = torch.nan
     bound = torch.rand(H, K, generator=generator)
     context, states, slots = dynamic_context(decodes, prefills)
     before, start = states.clone(), 0
@@ -195,11 +199,56 @@ def test_a_step_of_padding_alone_leaves_the_states():
     assert torch.equal(states[others], before[others])
 
 
+def test_the_states_inside_of_prompts():
+    """Two empty sequences, a prompt with three positions, one without, one with one, and a row of padding."""
+    generator = torch.Generator().manual_seed(7)
+    qfv = torch.randn(1, WIDTH + 3, H, 3, K, generator=generator)
+    qfv[:, WIDTH:] = torch.nan
+    bound = torch.rand(H, K, generator=generator)
+    boundaries = torch.tensor([0, 0, 2, 2, 11, 13, WIDTH]).int()
+    initial = torch.randn(6, H, K, K, generator=generator)
+    positions = torch.tensor([3, 7, 10, 16, WIDTH]).int()
+    states = generation._states_inside(qfv, bound, boundaries, initial, positions)
+    for state, position, sequence in zip(states, positions[:4], (3, 3, 3, 5), strict=False):
+        prompt = qfv[:, boundaries[sequence] : position]
+        entering = initial[sequence : sequence + 1]
+        _, want = chunk_hgrn2_fused(prompt, bound, initial_state=entering, output_final_state=True)
+        torch.testing.assert_close(state, want[0])
+
+
+def test_the_states_after_each_speculative_token():
+    generator = torch.Generator().manual_seed(8)
+    qfv, states = (torch.randn(*shape, generator=generator) for shape in ((3, 4, H, 3, K), (SLOTS, H, K, K)))
+    before, slots = states.clone(), torch.tensor([4, 0, -1])
+    after_each = torch.zeros(SLOTS, 4, H, K, K)
+    o = generation._decode(qfv, None, states, slots, after_each)
+    assert not o[2].any() and not after_each[[1, 2, 3, 5]].any()
+    for i, slot in enumerate((4, 0)):
+        entering = before[slot : slot + 1]
+        for end in range(1, 5):
+            want, final = chunk_hgrn2_fused(qfv[i : i + 1, :end], None, initial_state=entering, output_final_state=True)
+            torch.testing.assert_close(after_each[slot, end - 1], final[0])
+        torch.testing.assert_close(o[i : i + 1], want)
+        torch.testing.assert_close(states[slot], final[0])
+
+
+@torch.no_grad()
+def test_a_head_drafts_for_each_request_alone():
+    harness.start_megatron()
+    model = harness.build_model(hybrid_layer_pattern="M-/M-").eval()
+    hidden = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(9))
+    tokens, places = torch.tensor([[5, 6, 7]]), torch.tensor([[4, 9, 2]])
+    together = model.compute_mtp_single_step(hidden, tokens, places, 0)
+    for i in range(3):
+        own = slice(i, i + 1)
+        alone = model.compute_mtp_single_step(hidden[own], tokens[:, own], places[:, own], 0)
+        for found, want in zip(together, alone, strict=True):
+            torch.testing.assert_close(found[own], want)
+
+
 @pytest.mark.parametrize(
     ("settings", "instead"),
     [
-        ({"num_speculative_tokens": 1}, "num_speculative_tokens to 0"),
-        ({"enable_prefix_caching": True}, "enable_prefix_caching to False"),
         ({"is_hybrid_model": False}, "mamba_inference_state_config="),
         ({"mamba_states_cache": lambda layer: (None, torch.zeros(SLOTS, H, K, K).bfloat16())}, "ssm-states-dtype fp32"),
     ],
@@ -246,4 +295,31 @@ def test_dynamic_batching_of_attention_needs_flash_attention(monkeypatch):
         settings = InferenceConfig(max_sequence_length=8, mamba_inference_state_config=states)
         DynamicInferenceContext(model_config=model.config, inference_config=settings)
     monkeypatch.setattr(generation, "_has_flash_attention", lambda: True)
-    states.check()
+    states.check(InferenceConfig())
+
+
+def test_speculative_decoding_on_a_cpu_needs_tritons_interpreter(monkeypatch):
+    harness.start_megatron()
+    states = MambaInferenceStateConfig.from_model(harness.build_model())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    states.check(InferenceConfig(num_speculative_tokens=2))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="num_speculative_tokens is 2, .* TRITON_INTERPRET=1"):
+        states.check(InferenceConfig(num_speculative_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("release", "uneven", "instead"),
+    [((0, 18), False, "install megatron-core 0.19"), ((0, 19), True, "equal numbers of HGRN2 layers")],
+)
+def test_prefix_caches_that_would_be_wrong_are_refused(release, uneven, instead, monkeypatch):
+    harness.start_megatron()
+    states = MambaInferenceStateConfig.from_model(harness.build_model())
+    states = dataclasses.replace(states, is_uneven=uneven)
+    monkeypatch.setattr(generation, "megatron_release", lambda: release)
+    states.check(InferenceConfig())
+    with pytest.raises(ValueError, match=f"enable_prefix_caching .* {instead}"):
+        states.check(InferenceConfig(enable_prefix_caching=True))
+    monkeypatch.setattr(generation, "megatron_release", lambda: (0, 20))
+    states.check(InferenceConfig(enable_prefix_caching=True))
