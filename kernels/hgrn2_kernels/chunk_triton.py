@@ -42,9 +42,8 @@ def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
     q, f, v = (unit_stride(x) for x in inputs[:3])
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
-        states, final_state, entering = run.states(v, inputs.initial_state, wants_final=output_final_state)
         o = dense_like(v)
-        run.output(v, states, o)
+        states, final_state, entering = run.run_forward(v, inputs.initial_state, o, output_final_state)
     final_state = final_state if output_final_state else None
     if save_states:
         return o, final_state, (states, run.bands)
@@ -70,14 +69,15 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
         if states is None:
             states, *_ = run.states(v, initial, wants_final=False, entering=saved[0] if saved else None)
         wants_final = initial is not None
-        dstates, dinitial, _ = run.states(do, dfinal_state, reverse=True, wants_final=wants_final)
-        run.output(do, dstates, dv, reverse=True)
-        dbound = run.gradients(v, do, states, dstates, dq, df)
+        dbound, dinitial = run.run_backward(v, do, states, dfinal_state, dq, df, dv, wants_final)
     return dq, df, dv, dbound, dinitial if wants_final else None
 
 
 class Launches:
     """The launches over one set of inputs. `bands` are the counts of an earlier pass, if there was one."""
+
+    # returns its argument [B, T, ..], or a copy that the kernels can read
+    readable = staticmethod(unit_stride)
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
         packed = cu_seqlens is not None
@@ -109,6 +109,26 @@ class Launches:
         sequence, self.segment_first = table(cu_seqlens, size, plan.segments.count)
         # a segment beyond the last one is assigned to the last sequence, and starts after its end
         self.segment_sequence = sequence.clamp_(max=plan.chunks.N - 1)
+
+    def run_forward(self, v, initial, o, wants_final=True, rows=None, totals=None):
+        """Fill o [B, T, H, V], and return what `states` returns for v. The other arguments are those of `states`."""
+        results = self.states(v, initial, wants_final=wants_final, rows=rows, totals=totals)
+        self.output(v, results[0], o)
+        return results
+
+    def run_backward(self, v, do, states, dfinal, dq, df, dv, wants_final=True, rows=None, totals=None):
+        """Fill dq, df and dv, and return the gradients of the bound and of the states before the sequences.
+
+        Args:
+            v, do: [B, T, H, V].
+            states: the states of the forward.
+            dfinal: [N, H, K, V] fp32, gradients of the states after the sequences. None means zeros.
+            dq, df, dv: [B, T, H, ..], output.
+            wants_final, rows, totals: as in `states`, for do and in reverse.
+        """
+        dstates, dinitial, _ = self.states(do, dfinal, True, wants_final, rows=rows, totals=totals)
+        self.output(do, dstates, dv, reverse=True)
+        return self.gradients(v, do, states, dstates, dq, df), dinitial
 
     def states(
         self,

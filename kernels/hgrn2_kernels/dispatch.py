@@ -40,6 +40,15 @@ def module(q: Tensor, v: Tensor):
     return chunk_triton
 
 
+def launches(q: Tensor, v: Tensor) -> type[chunk_triton.Launches]:
+    """Return the class whose launches take these inputs."""
+    if by_hopper(q, v):
+        from hgrn2_kernels import hopper
+
+        return hopper.HopperLaunches
+    return chunk_triton.Launches
+
+
 def chunk_forward(inputs: Inputs, *options, **named):
     """Run chunk_forward of the kernels for these inputs; see chunk_triton.py."""
     return module(inputs.q, inputs.v).chunk_forward(inputs, *options, **named)

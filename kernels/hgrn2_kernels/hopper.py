@@ -1,11 +1,9 @@
 """The operator on Hopper: a forward and a backward with one pass each over the chunks.
 
-The forward launches hopper_forward_kernel, then chunk_output for the chunks beyond the fast limit. The backward
-launches hopper_backward_kernel, then chunk_output in reverse and chunk_gradient for those chunks. Where sequences are
-cut into segments, chunk_state runs first and finds the states that enter the segments. Only the device knows which
-chunks are beyond the limit. A chunk within the limit has the count WITHIN instead of a number of bands, and
-chunk_output and chunk_gradient skip it. For packed sequences, these two also write zeros for the tokens after the last
-boundary.
+The forward launches hopper_forward_kernel, which also counts the bands of each chunk, and the backward launches
+hopper_backward_kernel. The launches of beyond_triton.py follow each of them, for the chunks beyond the fast limit: only
+the device knows which chunks these are. Where sequences are cut into segments, chunk_state runs first and finds the
+states that enter the segments.
 
 `chunk_forward` and `chunk_backward` have the arguments and results of those in chunk_triton.py. dispatch.py chooses
 between the two modules.
@@ -17,23 +15,22 @@ import functools
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hgrn2_kernels.beyond_triton import BeyondLaunches
 from hgrn2_kernels.chunk_plan import ENTERING_SHARE, Chunks, Plan, Segments
-from hgrn2_kernels.chunk_triton import Launches, _chunk_gradient
+from hgrn2_kernels.chunk_triton import CACHED_LAUNCHES
 from hgrn2_kernels.hopper_backward import hopper_backward_kernel
 from hgrn2_kernels.hopper_forward import hopper_forward_kernel
-from hgrn2_kernels.hopper_math import BORDER
+from hgrn2_kernels.hopper_tiles import D, descriptor, state_descriptor
 from hgrn2_kernels.inputs import Inputs
-from hgrn2_kernels.strides import dense_like, suits
+from hgrn2_kernels.launch import Launch
+from hgrn2_kernels.strides import REACH, dense_like
 
-# the only head dimension that these kernels support
-D = 128
 # the number of programs that an H100 runs at a time, one on each multiprocessor
 PROGRAMS = 132
-# the count of bands of a chunk within the fast limit, which chunk_output and chunk_gradient skip
-WITHIN = -1
+# the count of bands of a chunk within the fast limit
+WITHIN = 1
 # registers of a thread that makes operands, forward and backward; the warps of the products get the rest
 FORWARD_REGS, BACKWARD_REGS = 104, 104
 
@@ -41,22 +38,13 @@ FORWARD_REGS, BACKWARD_REGS = 104, 104
 def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
     """Run the forward; see chunk_triton.chunk_forward.
 
-    The saved counts of bands are int32, and WITHIN for chunks within the limit.
+    The saved counts of bands are int32.
     """
     q, f, v = (by_tma(x) for x in inputs[:3])
     with torch.cuda.device_of(q):
         run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
-        initial = None if inputs.initial_state is None else inputs.initial_state.contiguous()
-        entering = final = None
-        if run.plan.segments.cut:
-            added, decays = run._segment_totals(v, False)
-            entering, final, _ = run._scan(added, decays, initial, None, False)
-            initial = entering
-        elif output_final_state:
-            final = run._per_segment(v, D)
         o = dense_like(inputs.v)
-        states = run.forward(v, initial, o, None if run.plan.segments.cut else final)
-        run.output(v, states, o)
+        states, final, entering = run.run_forward(v, inputs.initial_state, o, output_final_state)
     final = final if output_final_state else None
     if save_states:
         return o, final, (states, run.bands)
@@ -76,17 +64,7 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
         if states is None:
             entering = saved[0] if saved else None
             states, *_ = run.states(v, inputs.initial_state, wants_final=False, entering=entering)
-            # chunk_state counts 1 band for a chunk within the limit
-            run.bands.masked_fill_(run.bands == 1, WITHIN)
-        initial = None if dfinal_state is None else dfinal_state.contiguous()
-        dinitial = None
-        if run.plan.segments.cut:
-            added, decays = run._segment_totals(do, True)
-            initial, dinitial, _ = run._scan(added, decays, initial, None, True)
-        elif wants_final:
-            dinitial = run._per_segment(do, D)
-        final = None if run.plan.segments.cut else dinitial
-        dbound = run.backward(v, do, states, initial, dq, df, dv, final)
+        dbound, dinitial = run.run_backward(v, do, states, dfinal_state, dq, df, dv, wants_final)
     for x, y in zip(wanted, (dq, df, dv), strict=True):
         if x is not y:
             x.copy_(y)
@@ -99,9 +77,14 @@ def movable(x: Tensor) -> bool:
     TMA needs rows of D numbers, at addresses in steps of 16 bytes. The kernels of chunk_triton.py, which also run here,
     need the tokens of a chunk in reach.
     """
-    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    aligned = x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
-    return aligned and suits(x) and min(steps, default=1) > 0
+    return x.data_ptr() % 16 == 0 and _movable(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def _movable(shape, strides, itemsize):
+    steps = [stride for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1]
+    aligned = all(step * itemsize % 16 == 0 for step in steps)
+    return aligned and strides[-1] == 1 and strides[1] < REACH and min(steps, default=1) > 0
 
 
 def by_tma(x: Tensor) -> Tensor:
@@ -137,38 +120,15 @@ def _plan(plan: Plan, tokens: int) -> Plan:
         plan,
         segments=segments,
         keeps_entering=segments.cut and entering <= ENTERING_SHARE * tokens * (2 * plan.K + plan.V) * 2,
-        # the gradient of the bound has more parts here, see _bound_parts
+        # the gradient of the bound has more parts here, see _backward
         numbers=plan.numbers | {"NC": plan.chunks.NC + segments.count},
     )
 
 
-def descriptor(x: Tensor, C: int, packed: bool) -> TensorDescriptor:
-    """Describe tiles [C, D] of one head of x [B, T, H, D] to TMA, cut off at the end of a sequence.
+class HopperLaunches(BeyondLaunches):
+    """The launches over one set of inputs. It inherits the launches of chunk_state and those beyond the limit."""
 
-    TMA reads zeros outside of a tensor and does not write there. In a dense batch, a sequence ends where its row ends.
-    For packed sequences, two more dimensions place the end of any sequence at number BORDER of a third dimension:
-    the coordinates (BORDER, end, BORDER - end + t) lead to token t, because addresses wrap around at 2^64 bytes.
-    triton.tools.ragged_tma does the same.
-    """
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5 if packed else 4)
-    B, T, H, _ = x.shape
-    # torch may set any stride for a dimension of size 1
-    b, t, h = (D if size == 1 else stride for size, stride in zip((B, T, H), x.stride()[:3], strict=True))
-    if packed:
-        many, around = 0x7FFF0000, 2**34
-        shape, stride = [many, many, BORDER.value, H, D], [around - t, t, t, h, 1]
-        return TensorDescriptor(x, shape, stride, [1, 1, C, 1, D], layout)
-    return TensorDescriptor(x, [B, T, H, D], [b, t, h, 1], [1, C, 1, D], layout)
-
-
-def state_descriptor(states: Tensor) -> TensorDescriptor:
-    """Describe the states [.., D, D] to TMA, one tile per state."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(states, [states.numel() // D, D], [D, 1], [D, D], layout)
-
-
-class HopperLaunches(Launches):
-    """The launches over one set of inputs. It inherits the launches of chunk_state, chunk_output and chunk_gradient."""
+    readable = staticmethod(by_tma)
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
         B, T, H, K = q.shape
@@ -184,20 +144,50 @@ class HopperLaunches(Launches):
         if self.plan.segments.tabled and self.plan.segments != whole:
             self._number_segments(cu_seqlens)
 
-    def _shared(self) -> tuple[tuple, dict]:
-        """Return the arguments that the two kernels here share, by position and by name."""
-        plan = self.plan
+    def _tables(self) -> tuple:
+        """Return the tensors that the two kernels here share."""
         tables = self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first
-        numbers = {name: plan.numbers[name] for name in ("inverse_scale", "T", "NT")}
-        constants = {name: plan.numbers[name] for name in ("H", "K", "V", "C", "BOUNDED", "PACKED", "FULL")}
-        segments = plan.segments
-        tabled = dict(SEGMENTS=segments.per_sequence, LENGTH=segments.length, TABLED=segments.tabled)
-        return (self.sums, self.ones, *tables), numbers | constants | tabled
+        return self.sums, self.ones, *tables
 
     def _tiles(self, x: Tensor) -> TensorDescriptor:
         return descriptor(x, self.plan.config.C, self.plan.packed)
 
-    def forward(self, v: Tensor, initial: Tensor | None, o: Tensor, final: Tensor | None) -> Tensor:
+    def run_forward(self, v, initial, o, wants_final=True, rows=None, totals=None):
+        """Fill o, and return the states [NC, H, K, V], the final states and the entering ones, as `Launches` does."""
+        initial, final, entering, rows = self._ends(v, initial, wants_final, rows, totals, False)
+        states = self.forward(v, initial, o, None if self.plan.segments.cut else final, rows)
+        self.lists(gradients=False)
+        self.output(v, states, o)
+        return states, final, entering
+
+    def run_backward(self, v, do, states, dfinal, dq, df, dv, wants_final=True, rows=None, totals=None):
+        """Fill dq, df and dv, and return the gradients of the bound and of the initial states, as `Launches` does."""
+        dfinal, dinitial, _, rows = self._ends(do, dfinal, wants_final, rows, totals, True)
+        # only the entries of chunks beyond the limit are written; the memory of the other chunks is not touched
+        dstates = torch.empty_like(states)
+        last = None if self.plan.segments.cut else dinitial
+        parts = self.backward(v, do, states, dfinal, dstates, dq, df, dv, last, rows)
+        self.lists(gradients=True)
+        self.output(do, dstates, dv, reverse=True)
+        return self.gradients(v, do, states, dstates, dq, df, parts), dinitial
+
+    def _ends(self, y, initial, wants_final, rows, totals, reverse):
+        """Find the states at the beginnings of the segments, where sequences are cut, and make room for final states.
+
+        Returns:
+            initial: [segments, H, K, V] fp32, or None.
+            final: [N, H, K, V] fp32, or None. Where sequences are whole, the kernel fills it.
+            entering: initial where sequences are cut, and else None.
+            rows: the rows of initial, or None.
+        """
+        initial = None if initial is None else initial.contiguous()
+        if not self.plan.segments.cut:
+            return initial, self._per_segment(y, D) if wants_final else None, None, rows
+        added, decays = totals or self._segment_totals(y, reverse)
+        entering, final, _ = self._scan(added, decays, initial, rows, reverse)
+        return entering, final, entering, None
+
+    def forward(self, v: Tensor, initial=None, o=None, final=None, rows=None) -> Tensor:
         """Fill o [B, T, H, V] and final, and return the states [NC, H, K, V]. It also counts the bands.
 
         Args:
@@ -205,75 +195,58 @@ class HopperLaunches(Launches):
             initial: [segments, H, K, V] fp32, states before the segments. None means zeros.
             o: [B, T, H, V], output. It is correct except in chunks beyond the limit.
             final: [segments, H, K, V] fp32, output: the states after the segments, unless None.
+            rows: [segments] int32, the row of initial that each segment takes, -1 for zeros. None means its own row.
         """
         plan = self.plan
         states = v.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V))
-        tensors, others = self._shared()
-        hopper_forward_kernel[(plan.segments.count * plan.H,)](
-            *(self._tiles(self.q), self._tiles(self.f), self._tiles(v), state_descriptor(states), self._tiles(o)),
-            *(self.bound, *(self.none if x is None else x for x in (initial, final)), self.bands),
-            *tensors,
-            **others,
-            HAS_INITIAL=initial is not None,
-            FINAL=final is not None,
-            REGS=FORWARD_REGS,
-            num_warps=8,
+        given = [x is not None for x in (initial, rows, final)]
+        _forward(plan, *given)(
+            *(self.bound, *(self.none if x is None else x for x in (initial, rows, final)), self.bands),
+            *self._tables(),
+            descriptors=(*(self._tiles(x) for x in (self.q, self.f, v)), state_descriptor(states), self._tiles(o)),
         )
         return states
 
-    def backward(
-        self,
-        v: Tensor,
-        do: Tensor,
-        states: Tensor,
-        initial: Tensor | None,
-        dq: Tensor,
-        df: Tensor,
-        dv: Tensor,
-        final: Tensor | None,
-    ) -> Tensor | None:
-        """Fill dq, df, dv and final, and return the gradient of the bound [H, K], or None without a bound.
+    def backward(self, v, do, states, initial, dstates, dq, df, dv, final=None, rows=None) -> Tensor:
+        """Fill dq, df, dv and final, and return parts of the gradient of the bound for `gradients`.
 
         Args:
             v, do: [B, T, H, V].
-            states: the states of the forward.
+            states: [NC, H, K, V] bf16, the states of the forward.
             initial: [segments, H, K, V] fp32, gradients of the states after the segments. None means zeros.
+            dstates: [NC, H, K, V] bf16, output: gradients of the states after chunks beyond the limit.
+            dq, df, dv: [B, T, H, D], output. They are correct except in chunks beyond the limit.
             final: [segments, H, K, V] fp32, output: the gradients of the states before the segments, unless None.
+            rows: [segments] int32, the row of initial that each segment takes, -1 for zeros. None means its own row.
         """
-        plan = self.plan
-        # only the entries of chunks beyond the limit are written; the memory of the other chunks is not touched
-        dstates = torch.empty_like(states)
-        parts = self._bound_parts()
-        tensors, others = self._shared()
-        hopper_backward_kernel[(plan.segments.count * plan.H,)](
-            *(self._tiles(x) for x in (self.q, self.f, v, do)),
-            *(state_descriptor(states), state_descriptor(dstates)),
-            *(self._tiles(x) for x in (dv, dq, df)),
-            *(self.bound, *(self.none if x is None else x for x in (initial, final)), self.bands, parts),
-            *tensors,
-            **others,
-            NC=plan.numbers["NC"],
-            parts=plan.chunks.NC,
-            HAS_INITIAL=initial is not None,
-            FINAL=final is not None,
-            REGS=BACKWARD_REGS,
-            num_warps=8,
+        parts = self.bound_parts()
+        given = [x is not None for x in (initial, rows, final)]
+        _backward(self.plan, *given)(
+            *(self.bound, *(self.none if x is None else x for x in (initial, rows, final)), self.bands, parts),
+            *self._tables(),
+            descriptors=(
+                *(self._tiles(x) for x in (self.q, self.f, v, do)),
+                *(state_descriptor(states), state_descriptor(dstates)),
+                *(self._tiles(x) for x in (dv, dq, df)),
+            ),
         )
-        self.output(do, dstates, dv, reverse=True)
-        return self.gradients(v, do, states, dstates, dq, df, parts)
+        return parts
 
-    def _bound_parts(self) -> Tensor:
-        """Return zeros [H, K, chunks + segments] fp32 for the bound's gradient: a part per chunk, then per segment."""
-        plan = self.plan
-        return self.bound.new_zeros((plan.H, plan.K, plan.numbers["NC"])) if plan.bounded else self.none
 
-    def gradients(self, v, do, states, dstates, dq, df, parts: Tensor | None = None) -> Tensor | None:
-        """Fill dq and df of the chunks beyond the limit. `parts` holds the parts of the bound's gradient so far."""
-        plan = self.plan
-        parts = self._bound_parts() if parts is None else parts
-        launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
-        launch(
-            *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, parts, self.sums, self.ones),
-            *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
-        )
-        return parts.sum(-1) if plan.bounded else None
+def _common(plan: Plan) -> dict:
+    segments = plan.segments
+    tabled = dict(SEGMENTS=segments.per_sequence, LENGTH=segments.length, TABLED=segments.tabled)
+    return plan.numbers | tabled
+
+
+@functools.lru_cache(maxsize=CACHED_LAUNCHES)
+def _forward(plan: Plan, has_initial: bool, rows: bool, final: bool) -> Launch:
+    flags = dict(HAS_INITIAL=has_initial, ROWS=rows, FINAL=final, REGS=FORWARD_REGS)
+    return Launch(hopper_forward_kernel, (plan.segments.count * plan.H,), 8, **_common(plan), **flags)
+
+
+@functools.lru_cache(maxsize=CACHED_LAUNCHES)
+def _backward(plan: Plan, has_initial: bool, rows: bool, final: bool) -> Launch:
+    # the parts of the segments follow those of the chunks
+    flags = dict(HAS_INITIAL=has_initial, ROWS=rows, FINAL=final, REGS=BACKWARD_REGS, parts=plan.chunks.NC)
+    return Launch(hopper_backward_kernel, (plan.segments.count * plan.H,), 8, **_common(plan), **flags)

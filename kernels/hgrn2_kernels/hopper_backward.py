@@ -6,7 +6,7 @@ and makes dq and df from them. The two roles are in hopper_backward_roles.py.
 
 The gradient of the state is correct for all gates, like the state in hopper_forward.py. For a chunk beyond the fast
 limit, the gradient of the state is stored, the gradient of the bound gets nothing on the channels that are beyond, and
-chunk_output and chunk_gradient compute dv, dq and df again.
+the kernels of chunk_beyond.py compute dv, dq and df again.
 """
 
 from triton.experimental import gluon
@@ -30,6 +30,7 @@ def hopper_backward_kernel(
     df,  # out
     bound,  # [H, K] fp32, read where BOUNDED
     initial,  # [segments, H, K, V] fp32: gradient of the state after the segment, read where HAS_INITIAL
+    initial_rows,  # [segments] int32, the row of initial that a segment takes, -1 for zeros; read where ROWS
     final,  # [segments, H, K, V] fp32, out where FINAL: gradient of the state before the segment
     bands,  # [chunks, H, K / 64] int32, the counts of the forward
     dbound,  # [H, K, NC] fp32, out where BOUNDED: the part of segment i_s at index parts + i_s
@@ -52,6 +53,7 @@ def hopper_backward_kernel(
     C: gl.constexpr,
     BOUNDED: gl.constexpr,
     HAS_INITIAL: gl.constexpr,
+    ROWS: gl.constexpr,
     FINAL: gl.constexpr,
     PACKED: gl.constexpr,
     TABLED: gl.constexpr,
@@ -115,10 +117,10 @@ def hopper_backward_kernel(
     gl.warp_specialize(
         [
             (walk, (
-                q, f, v, do, states, dstates, dv, dq, df, bound, initial, final, bands, dbound,
+                q, f, v, do, states, dstates, dv, dq, df, bound, initial, initial_rows, final, bands, dbound,
                 q_s, f_s, v_s, do_s, h_s, qd_s, kd_s, units_s, p_s, d_s, half_s, eye_s, sums_s, from_s,
                 fq_full, v_full, do_full, h_full, op_full, op_empty, inverse_scale, i_s, i_h, i_b, t, end, i_first,
-                n_chunks, NC, parts, H, K, V, C, BOUNDED, HAS_INITIAL, FINAL, PACKED, FULL,
+                n_chunks, NC, parts, H, K, V, C, BOUNDED, HAS_INITIAL, ROWS, FINAL, PACKED, FULL,
             )),
             (make_operands, (
                 bound, q_s, f_s, qd_s, kd_s, units_s, half_s, eye_s, sums_s, fq_full, op_full, op_empty,

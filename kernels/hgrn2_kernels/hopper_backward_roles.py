@@ -22,6 +22,7 @@ from hgrn2_kernels.hopper_math import (
     fetch,
     gate,
     load_bound,
+    load_initial,
     reciprocal,
     silu,
     store,
@@ -130,6 +131,7 @@ def walk(
     df,
     bound,
     initial,
+    initial_rows,
     final,
     bands,
     dbound,
@@ -169,6 +171,7 @@ def walk(
     C: gl.constexpr,
     BOUNDED: gl.constexpr,
     HAS_INITIAL: gl.constexpr,
+    ROWS: gl.constexpr,
     FINAL: gl.constexpr,
     PACKED: gl.constexpr,
     FULL: gl.constexpr,
@@ -190,7 +193,7 @@ def walk(
     if HAS_INITIAL:
         o_r = gl.arange(0, K, layout=by_row)
         o_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
-        state = gl.load(initial + (i_s.to(gl.int64) * H + i_h) * K * V + o_r[:, None] * V + o_v[None, :])
+        state = load_initial(initial, initial_rows, i_s, i_h, o_r[:, None] * V + o_v[None, :], H, K * V, ROWS)
     for n in range(n_chunks):
         slot = n % 2
         phase = n & 1
@@ -226,7 +229,7 @@ def walk(
         p_bands = bands + (i_c * H + i_h) * (K // 64)
         n_bands = gl.load(p_bands)
         n_bands = gl.maximum(n_bands, gl.load(p_bands + 1))
-        if n_bands > 0:
+        if n_bands > 1:
             tma.async_copy_shared_to_global(dstates, [(i_c * H + i_h) * K, 0], here(h_s))
         again = (n > 0) & more
         fetch(f, i_b, start - C, end, i_h, f_s.index(1 - slot), fq_full.index(1 - slot), 4 * C * K, PACKED, again)
@@ -289,7 +292,7 @@ def walk(
                 o_t = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
                 db = gl.where((o_t < end - start)[None, :], db, 0.0)
             # selected and not multiplied by 0, because beyond the limit they may be infinite
-            within = gl.load(p_bands + o_k // 64) <= 0
+            within = gl.load(p_bands + o_k // 64) <= 1
             db_sum += gl.where(within, gl.sum(db, 1), 0.0)
         # all warps have read f
         barrier()

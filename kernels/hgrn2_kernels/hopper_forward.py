@@ -7,7 +7,7 @@ slot is full or empty.
 
 Every chunk is computed in the frame of its middle, which is correct within the fast limit. The part of the decay beyond
 the limit is counted from the end of the chunk, so states are correct for all gates. The output of a chunk beyond the
-limit is not correct. `bands` tells which chunks these are, and chunk_output computes their outputs again.
+limit is not correct. `bands` tells which chunks these are, and beyond_output_kernel computes their outputs again.
 """
 
 from triton.experimental import gluon
@@ -29,6 +29,7 @@ from hgrn2_kernels.hopper_math import (
     fetch,
     gate,
     load_bound,
+    load_initial,
     segment_of,
     silu,
     store,
@@ -114,6 +115,7 @@ def walk(
     states,
     o,
     initial,
+    initial_rows,
     final,
     v_s,
     h_s,
@@ -136,6 +138,7 @@ def walk(
     V: gl.constexpr,
     C: gl.constexpr,
     HAS_INITIAL: gl.constexpr,
+    ROWS: gl.constexpr,
     FINAL: gl.constexpr,
     PACKED: gl.constexpr,
 ):
@@ -152,7 +155,7 @@ def walk(
     if HAS_INITIAL:
         o_k = gl.arange(0, K, layout=by_row)
         o_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
-        state = gl.load(initial + (i_s.to(gl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :])
+        state = load_initial(initial, initial_rows, i_s, i_h, o_k[:, None] * V + o_v[None, :], H, K * V, ROWS)
     for n in range(n_chunks):
         slot = n % 2
         phase = (n // 2) & 1
@@ -209,8 +212,9 @@ def hopper_forward_kernel(
     o,  # out
     bound,  # [H, K] fp32, read where BOUNDED
     initial,  # [segments, H, K, V] fp32: state before the segment, read where HAS_INITIAL
+    initial_rows,  # [segments] int32, the row of initial that a segment takes, -1 for zeros; read where ROWS
     final,  # [segments, H, K, V] fp32, out where FINAL: state after the segment
-    bands,  # [chunks, H, K / 64] int32, filled with WITHIN or 0; out: counts of bands above 1
+    bands,  # [chunks, H, K / 64] int32, filled with 1 (0 after the last sequence); out: counts of bands above 1
     sums,
     ones,
     cu_seqlens,
@@ -228,6 +232,7 @@ def hopper_forward_kernel(
     C: gl.constexpr,
     BOUNDED: gl.constexpr,
     HAS_INITIAL: gl.constexpr,
+    ROWS: gl.constexpr,
     FINAL: gl.constexpr,
     PACKED: gl.constexpr,
     TABLED: gl.constexpr,
@@ -276,8 +281,8 @@ def hopper_forward_kernel(
     gl.warp_specialize(
         [
             (walk, (
-                v, states, o, initial, final, v_s, h_s, p_s, qd_s, kd_s, half_s, v_full, op_full, op_empty,
-                i_s, i_h, i_b, t, end, i_first, n_chunks, H, K, V, C, HAS_INITIAL, FINAL, PACKED,
+                v, states, o, initial, initial_rows, final, v_s, h_s, p_s, qd_s, kd_s, half_s, v_full, op_full,
+                op_empty, i_s, i_h, i_b, t, end, i_first, n_chunks, H, K, V, C, HAS_INITIAL, ROWS, FINAL, PACKED,
             )),
             (make_operands, (
                 q, f, bound, bands, q_s, f_s, qd_s, kd_s, half_s, eye_s, sums_s, fq_full, op_full, op_empty,

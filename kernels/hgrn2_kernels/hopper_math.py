@@ -15,7 +15,7 @@ LOG2E = gl.constexpr(triton_math.LOG2E.value)
 LIMIT = gl.constexpr(triton_math.LIMIT.value)
 BANDS = gl.constexpr(triton_math.BANDS.value)
 UNIT = gl.constexpr(triton_math.UNIT.value)
-# the index at which a sequence ends in the descriptor of packed sequences, see `descriptor` in hopper.py
+# the index at which a sequence ends in the descriptor of packed sequences, see hopper_tiles.py
 BORDER = gl.constexpr(2**30)
 # the barrier of all threads in a group of warps, which Triton renamed between 3.6 and 3.7.1
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -59,6 +59,17 @@ def load_bound(bound, o_hk, BOUNDED: gl.constexpr, layout: gl.constexpr):
         return gl.load(bound + o_hk)
     else:
         return gl.zeros([o_hk.shape[0]], gl.float32, layout)
+
+
+@gluon.jit
+def load_initial(initial, rows, i_s, i_h, o_kv, H: gl.constexpr, SIZE: gl.constexpr, ROWS: gl.constexpr):
+    """Load the state of segment i_s and head i_h: row i_s of initial, or row rows[i_s], or zeros where that is -1."""
+    if ROWS:
+        i_row = gl.load(rows + i_s).to(gl.int64)
+        m_row = (o_kv >= 0) & (i_row >= 0)
+        return gl.load(initial + (i_row * H + i_h) * SIZE + o_kv, mask=m_row, other=0.0)
+    else:
+        return gl.load(initial + (i_s.to(gl.int64) * H + i_h) * SIZE + o_kv)
 
 
 @gluon.jit

@@ -2,38 +2,39 @@
 
 import torch
 
+from hgrn2_kernels import dispatch
 from hgrn2_kernels.chunk_triton import Launches
-from hgrn2_kernels.strides import dense_like, unit_stride
+from hgrn2_kernels.strides import dense_like
 
 
 def forward(inputs, hand_on, pieces):
     """Return o and the states that enter the pieces. hand_on and pieces are as in `chunk_hgrn2_sharded`."""
-    q, f, v = (unit_stride(x) for x in inputs[:3])
+    launches = dispatch.launches(inputs.q, inputs.v)
+    q, f, v = (launches.readable(x) for x in inputs[:3])
     with torch.cuda.device_of(q):
-        run = Launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
+        run = launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
         wait, totals = _hand_on(run, v, inputs, hand_on, pieces, reverse=False)
         entering = wait()
         rows = None if pieces is None else pieces.entered
-        states, *_ = run.states(v, entering, wants_final=False, rows=rows, totals=totals)
         o = dense_like(v)
-        run.output(v, states, o)
+        run.run_forward(v, entering, o, wants_final=False, rows=rows, totals=totals)
     return o, entering
 
 
 def backward(do, inputs, entering, hand_on, pieces, into):
     """Write the gradients of q, f and v to `into`, and return the gradient of the bound."""
     dq, df, dv = into
-    q, f, v, do = (unit_stride(x) for x in (*inputs[:3], do))
+    launches = dispatch.launches(inputs.q, inputs.v)
+    q, f, v, do = (launches.readable(x) for x in (*inputs[:3], do))
     with torch.cuda.device_of(q):
-        run = Launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
+        run = launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
         wait, totals = _hand_on(run, do, inputs, hand_on, pieces, reverse=True)
         # this runs during the exchange
         rows = None if pieces is None else pieces.entered
         states, *_ = run.states(v, entering, wants_final=False, rows=rows)
         rows = None if pieces is None else pieces.left
-        dstates, *_ = run.states(do, wait(), reverse=True, wants_final=False, rows=rows, totals=totals)
-        run.output(do, dstates, dv, reverse=True)
-        return run.gradients(v, do, states, dstates, dq, df)
+        dbound, _ = run.run_backward(v, do, states, wait(), dq, df, dv, wants_final=False, rows=rows, totals=totals)
+        return dbound
 
 
 def _hand_on(run, y, inputs, hand_on, pieces, reverse):

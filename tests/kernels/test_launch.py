@@ -17,7 +17,10 @@ import json, types
 import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from hgrn2_kernels import launch
+from hgrn2_kernels.hopper_tiles import descriptor
 
 launches = []
 
@@ -30,6 +33,7 @@ class Launcher:
         arguments = arguments[:6] + arguments[9:]
         by_triton = any(isinstance(x, torch.Tensor) for x in arguments)
         arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+        arguments = [[x.base.data_ptr(), x.shape, x.strides] if hasattr(x, "base") else x for x in arguments]
         launches.append([by_triton, arguments])
 
 properties = {"max_shared_mem": 2**17, "max_num_regs": 2**16, "multiprocessor_count": 132, "warpSize": 32}
@@ -51,13 +55,21 @@ def kernel(x, y, scale, length, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     tl.store(y + at, tl.load(x + at, mask=at < length) * scale, mask=at < length)
 
+@gluon.jit
+def copy(tiles, x, number, SIZE: gl.constexpr):
+    pass
+
 x, y = torch.zeros(2, 64).unbind()
+wide = torch.zeros(1, 64, 2, 128, dtype=torch.bfloat16)
 for call in (launch.PRIVATE_CALL, "kernel.run(another, signature)"):
     launch.PRIVATE_CALL = call
     launch.makes_private_call.cache_clear()
     scaled = launch.Launch(kernel, (5,), 4, length=48, SIZE=64, scale=0.5, unknown=1)
     for tensors in ((x, y), (y, x), (x[1:], y), (x, y)):
         scaled(*tensors)
+    tiled = launch.Launch(copy, (3,), 4, number=5, SIZE=6)
+    for T in (64, 64, 32):
+        tiled(x, descriptors=[descriptor(wide[:, :T], 64, False)])
 print(json.dumps(launches))
 """
 
@@ -69,15 +81,18 @@ def test_launches_with_and_without_the_private_call(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stdout[-3000:]
     by_triton, arguments = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
     # Triton launches the first time, which compiles, and for tensors that are not aligned
-    assert by_triton[:4] == (True, False, True, False)
+    assert by_triton[:7] == (True, False, True, False, True, False, False)
     # where Triton's call is another one, it makes every launch
-    assert by_triton[4:] == (True,) * 4
+    assert by_triton[7:] == (True,) * 7
     # both ways pass the same grid, stream, kernel, addresses and numbers
-    assert arguments[:4] == arguments[4:]
-    first, swapped, unaligned, again = arguments[:4]
+    assert arguments[:7] == arguments[7:]
+    first, swapped, unaligned, again, tiles, same_tiles, shorter = arguments[:7]
     assert first == again and first[:4] == [5, 1, 1, 77] and first[-3:] == [0.5, 48, 64]
     assert swapped == [*first[:6], first[7], first[6], *first[8:]]
     assert unaligned[6] == first[6] + 4
+    # descriptors come before the tensors, and keep their address, shape and strides
+    assert tiles == same_tiles and tiles[6][1:] == [[1, 64, 2, 128], [128, 256, 128, 1]] and tiles[-2:] == [5, 6]
+    assert shorter[6] == [tiles[6][0], [1, 32, 2, 128], tiles[6][2]] and shorter[7:] == tiles[7:]
 
 
 def test_the_installed_triton_makes_the_call_that_is_repeated():

@@ -14,7 +14,8 @@ import torch
 from operator_cases import hand_on, make_inputs, relative_error
 
 import hgrn2_kernels
-from hgrn2_kernels import chunk_triton, shard_states_triton, sharded_triton, step_kernel
+from hgrn2_kernels import beyond_triton, chunk_triton, shard_states_triton, sharded_triton, step_kernel
+from hgrn2_kernels.checks import capability
 from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.strides import dense_like, unit_stride
@@ -47,6 +48,33 @@ def chunk(q, f, v, do, o, dq, df, dv):
     return kept, last, o, dq, df, dv, dbound, dfirst
 
 
+def beyond(q, f, v, do, o, dq, df, dv):
+    """The kernels for chunks beyond the fast limit, with gates so strong that all chunks are."""
+    b, first, dlast = others(q)
+    q, f, v, do = (unit_stride(x) for x in (q, f, v, do))
+    whole = chunk_triton.Launches(q, f, v, b, 1.0, None)
+    states, dstates = whole.states(v, first)[0], whole.states(do, dlast, reverse=True)[0]
+    run = beyond_triton.BeyondLaunches(q, f, v, b, 1.0, None, whole.bands)
+    run.lists(gradients=True)
+    run.output(v, states, o)
+    run.output(do, dstates, dv, reverse=True)
+    dbound = run.gradients(v, do, states, dstates, dq, df)
+    return o, dq, df, dv, dbound
+
+
+def on_hopper(q, f, v, do, o, dq, df, dv):
+    """The kernels for Hopper, for heads of 128 in bf16."""
+    from hgrn2_kernels import hopper
+
+    b, first, dlast = others(q)
+    inputs = Inputs(q, f, v, b, first, None, 1.0)
+    kept, last, saved = hopper.chunk_forward(inputs, True, True)
+    run = hopper.HopperLaunches(*(hopper.by_tma(x) for x in (q, f, v)), b, 1.0, None)
+    run.run_forward(hopper.by_tma(v), first, o)
+    *_, dbound, dfirst = hopper.chunk_backward(do, dlast, inputs, saved, into=(dq, df, dv))
+    return kept, last, o, dq, df, dv, dbound, dfirst
+
+
 def step(q, f, v, state):
     slots = torch.arange(len(q), device=q.device).flip(0)
     return step_kernel.launch_step(q, f, v, others(q)[0], state, slots, 1.0), state
@@ -69,12 +97,18 @@ def sharded(qfv, do, dqfv):
 def others(q):
     """A bound, a state and the gradient of one."""
     B, _, H, _ = q.shape
-    *_, b, first = make_inputs((B, 1, H, K, K), bound="half-zero", dtype=torch.float32)
+    D = q.shape[-1]
+    *_, b, first = make_inputs((B, 1, H, D, D), bound="half-zero", dtype=torch.float32)
     return b.to(DEVICE), first.to(DEVICE), first.flip(0).contiguous().to(DEVICE)
 
 
 CASES = {
     chunk: {
+        **dict.fromkeys(("q", "f", "v", "do"), ("b", "t", "t-wide", "h")),
+        **dict.fromkeys(("o", "dq", "df", "dv"), ("b", "t", "h")),
+    },
+    beyond: dict.fromkeys(("q", "f", "v", "do", "o", "dq", "df", "dv"), ("b", "t", "h")),
+    on_hopper: {
         **dict.fromkeys(("q", "f", "v", "do"), ("b", "t", "t-wide", "h")),
         **dict.fromkeys(("o", "dq", "df", "dv"), ("b", "t", "h")),
     },
@@ -96,9 +130,11 @@ def tensors(program, axis, dtype):
     """Contiguous tensors of the program by name."""
     (B, T, H), _ = AXES[axis]
     torch.manual_seed(0)
-    shapes = {name: (B, T, H, K) for name in CASES[program]}
+    shapes = {name: (B, T, H, 128 if program is on_hopper else K) for name in CASES[program]}
     shapes |= {name: (B, T, H, 3, K) for name in ("qfv", "dqfv") if name in shapes}
     given = {name: torch.randn(shape).to(DEVICE, dtype) for name, shape in shapes.items()}
+    if program is beyond:
+        given["f"] *= 60
     return given | ({"state": torch.randn(B, H, K, K).to(DEVICE)} if "state" in given else {})
 
 
@@ -152,10 +188,15 @@ def label(x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("program", "names", "axis"),
-    [*TOGETHER, *(pytest.param(*case, marks=pytest.mark.gpu) for case in ALONE)],
+    [
+        *(pytest.param(*case, marks=pytest.mark.gpu if case[0] is on_hopper else ()) for case in TOGETHER),
+        *(pytest.param(*case, marks=pytest.mark.gpu) for case in ALONE),
+    ],
     ids=label,
 )
 def test_elements_far_apart_are_as_good_as_near(program, names, axis, dtype, memory):
+    if program is on_hopper and (dtype != torch.bfloat16 or capability(torch.device(DEVICE)) != (9, 0)):
+        pytest.skip("needs a Hopper GPU and bf16")
     for got, want in zip(far(program, names, axis, dtype, memory), near(program, axis, dtype), strict=True):
         assert relative_error(got, want) <= 1e-6
 
@@ -169,6 +210,9 @@ def test_every_stride_of_every_kernel_is_tried(memory, monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", record)
     for program, names, axis in TOGETHER:
+        if program is on_hopper:
+            # its own kernels take descriptors and no strides
+            continue
         far(program, names, axis, torch.float32, memory)
     assert tried == {(kernel.__name__, name) for kernel in kernels() for name in kernel.arg_names if "stride" in name}
 
