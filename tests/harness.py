@@ -234,7 +234,7 @@ def python(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
     )
 
 
-def torchrun(num_processes: int, *command: str) -> subprocess.CompletedProcess:
+def torchrun(num_processes: int, *command: str, timeout: int = 300) -> subprocess.CompletedProcess:
     """Run `torchrun --nproc_per_node num_processes ...` on this machine."""
     run = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
-    return python(*run, *command)
+    return python(*run, *command, timeout=timeout)

@@ -23,6 +23,12 @@ def of_model(model: dict) -> dict:
     return {name: value for name, value in model.items() if name not in ("muon", "steps")}
 
 
+def group_sizes(layout: dict) -> tuple:
+    """Return what the process groups of a layout depend on."""
+    hybrid = layout.get("config", {}).get("hybrid_context_parallel", False)
+    return (*(layout.get(name) or 1 for name in ("tp", "pp", "vpp", "cp", "ep")), hybrid)
+
+
 def start_layout(layout: dict, meeting: Path):
     """Replace Megatron's process groups by those of a layout.
 
@@ -31,7 +37,6 @@ def start_layout(layout: dict, meeting: Path):
         meeting: path of a new file in which the ranks find each other.
     """
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
     # process groups have threads, which would pile up from layout to layout
@@ -46,6 +51,13 @@ def start_layout(layout: dict, meeting: Path):
         expert_model_parallel_size=layout.get("ep", 1),
         hybrid_context_parallel=layout.get("config", {}).get("hybrid_context_parallel", False),
     )
+    seed()
+
+
+def seed() -> None:
+    """Seed Megatron's generators for the current process groups."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
 
 

@@ -194,7 +194,9 @@ def results(request, tmp_path_factory):
 
     @functools.cache
     def run(num_processes: int):
+        # Cases of the same process groups follow each other.
         chosen = [c for c in cases if c[1] in LAYOUTS and LAYOUTS[c[1]][0] == num_processes]
+        chosen.sort(key=lambda case: parity.group_sizes(LAYOUTS[case[1]][1]))
         if num_processes == 1:
             chosen = [(model, "one") for model in dict(cases)]
         runs = {}
@@ -203,7 +205,7 @@ def results(request, tmp_path_factory):
             whole = with_segments(MODELS[model], layout) | DEPTH
             runs[f"{model}-{name}"] = {"weights": f"{model}.weights", "model": whole, "layout": layout}
         worker = harness.ROOT / "tests" / "parallel" / "worker.py"
-        done = harness.torchrun(num_processes, str(worker), str(folder), json.dumps(runs))
+        done = harness.torchrun(num_processes, str(worker), str(folder), json.dumps(runs), timeout=900)
         assert done.returncode == 0, done.stdout[-6000:]
 
     def result(model: str, layout: str) -> dict[str, torch.Tensor]:

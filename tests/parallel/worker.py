@@ -8,6 +8,7 @@ The ranks of a tensor-parallel group put what they hold together as one process 
 
 import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -202,12 +203,19 @@ def main(out: Path, cases: dict):
     move_short_documents()
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+    # A run that is repeated in the same folder needs new files for its ranks to meet.
+    attempt, sizes = os.environ["TORCHELASTIC_RUN_ID"], None
     for name, case in cases.items():
         # it has a place for each head of the model that it met first
         MTPLossLoggingHelper.tracker.clear()
         offload_on_cpu.reset()
         print(time.strftime("%X"), name, flush=True)
-        parity.start_layout(case["layout"], out / f"{name}.meeting")
+        # Cases of the same sizes share process groups, because gloo sometimes waits forever while it makes them.
+        if sizes == parity.group_sizes(case["layout"]) and "vpp" not in case["layout"]:
+            parity.seed()
+        else:
+            parity.start_layout(case["layout"], out / f"{name}.{attempt}.meeting")
+            sizes = parity.group_sizes(case["layout"])
         from megatron.core import parallel_state
 
         result = run(case["model"], case["layout"], torch.load(out / case["weights"]))
