@@ -61,6 +61,9 @@ class Layout:
                 variants.append(variant)
         if not (others <= {ONE, "SP", "weak", "FSDP"} and VARIANTS.keys() >= set(variants)):
             raise SystemExit(f"no layout {name!r}: use one of {'; '.join(LAYOUTS)}, or one of these with other numbers")
+        if "FSDP" in others and {"tp", "pp"} & sizes.keys():
+            # It cannot read the first weights, and each rank of tensor parallelism would draw others.
+            raise SystemExit(f"no layout {name!r}: a row with FSDP has neither TP nor PP")
         return cls(name, weak="weak" in others, fsdp="FSDP" in others, variants=tuple(variants), **sizes)
 
     @property

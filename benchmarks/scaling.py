@@ -7,7 +7,8 @@
 The first form trains HGRN2 and the hybrid HHH* for 20 iterations in every layout. The models have 24 layers of 2048
 channels. On GPUs there are also models with 4096 channels ("HGRN2 4096"). The benchmark first writes a checkpoint of
 fresh weights for each model, because Megatron draws the weights of each pipeline stage separately. This takes one
-process, or as many as the model needs. Every layout then trains from that checkpoint on the same batches.
+process, or as many as the model needs. Every layout then trains from that checkpoint on the same batches. A row with
+FSDP cannot read the checkpoint, and draws the same weights itself.
 
 The name of a row contains its layout. TP always comes with sequence parallelism. DP and CP come with the distributed
 optimizer and both overlaps. Micro-batches grow with TP and CP, so that each process has as many tokens at a time as one
@@ -114,7 +115,9 @@ class Matrix:
         return [*flags, *row.layout.flags(self.size(row)[1], value("--micro-batch-size", flags))]
 
     def flags(self, row: Row) -> list[str]:
-        """Return all flags of a row."""
+        """Return all flags of a row. Megatron-FSDP cannot read the first weights, and draws the same ones by itself."""
+        if row.layout.fsdp:
+            return self.of_row(row)
         return [*self.of_row(row), "--load", str(self.folder / row.model), "--finetune", "--no-load-optim"]
 
     def read(self, row: Row, log: str) -> str:

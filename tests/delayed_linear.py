@@ -1,6 +1,6 @@
 """Megatron's own linear layers with weight gradients that wait for `backward_dw`, as Transformer Engine's have them.
 
-A layer is as ever if its config has no `delay_wgrad_compute`. It knows no tensor parallelism.
+These layers do not support tensor parallelism.
 """
 
 import torch
@@ -26,14 +26,12 @@ class _Delayed:
         super().__init__(*args, **kwargs)
         self.waiting, self.hooks = [], []
         # Megatron's data parallelism then leaves its hook with the module.
-        self.weight.skip_backward_post_hook = self.config.delay_wgrad_compute
+        self.weight.skip_backward_post_hook = True
 
     def register_wgrad_accumulation_and_reduce_hooks(self, hook):
         self.hooks.append(hook)
 
     def forward(self, x, *args, **kwargs):
-        if not self.config.delay_wgrad_compute:
-            return super().forward(x, *args, **kwargs)
         return _Linear.apply(x, self.weight, self), None
 
     def backward_dw(self):
@@ -51,9 +49,10 @@ class DelayedRowLinear(_Delayed, RowParallelLinear):
     """In the place of TERowParallelLinear."""
 
 
-def install() -> None:
-    """Let Megatron build layers from these classes in this process."""
+def install(delayed: bool) -> None:
+    """Let Megatron build layers from these classes in this process, or with `delayed=False` from its own again."""
     from megatron.core.models.backends import LocalSpecProvider
 
-    LocalSpecProvider.column_parallel_linear = lambda self: DelayedColumnLinear
-    LocalSpecProvider.row_parallel_linear = lambda self: DelayedRowLinear
+    column, row = (DelayedColumnLinear, DelayedRowLinear) if delayed else (ColumnParallelLinear, RowParallelLinear)
+    LocalSpecProvider.column_parallel_linear = lambda self: column
+    LocalSpecProvider.row_parallel_linear = lambda self: row

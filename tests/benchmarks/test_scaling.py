@@ -79,6 +79,7 @@ def test_every_layout_divides_model_and_batch():
     [
         ("HGRN2, QP2", False),
         ("HGRN2, DP2, fast", False),
+        ("HGRN2, TP2 DP2 FSDP", False),
         ("HGRN2, DP2, graph, fast", False),
         ("Mamba, DP2", False),
         ("HGRN2, CP2", True),
@@ -87,6 +88,12 @@ def test_every_layout_divides_model_and_batch():
 def test_unknown_rows_are_refused(name, sweep):
     with pytest.raises(SystemExit, match="no (row|layout)"):
         row(name, sweep)
+
+
+def test_every_row_but_those_with_fsdp_starts_from_the_saved_weights():
+    matrix = scaling.Matrix(shlex.split(scaling.MODEL), Path("weights"))
+    loads = {name: "--load" in matrix.flags(row(name)) for name in ("HGRN2, one", "HGRN2, DP4", "HGRN2, DP4 FSDP")}
+    assert loads == {"HGRN2, one": True, "HGRN2, DP4": True, "HGRN2, DP4 FSDP": False}
 
 
 def test_rows_of_this_machine(monkeypatch, capsys):

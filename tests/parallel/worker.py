@@ -199,7 +199,6 @@ def main(out: Path, cases: dict):
     harness.start_megatron(cpu_mode=True)
     use_reference_attention()
     offload_on_cpu.install()
-    delayed_linear.install()
     move_short_documents()
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
@@ -209,12 +208,13 @@ def main(out: Path, cases: dict):
         # it has a place for each head of the model that it met first
         MTPLossLoggingHelper.tracker.clear()
         offload_on_cpu.reset()
+        delayed_linear.install(case["layout"].get("config", {}).get("delay_wgrad_compute", False))
         print(time.strftime("%X"), name, flush=True)
         # Cases of the same sizes share process groups, because gloo sometimes waits forever while it makes them.
         if sizes == parity.group_sizes(case["layout"]) and "vpp" not in case["layout"]:
             parity.seed()
         else:
-            parity.start_layout(case["layout"], out / f"{name}.{attempt}.meeting")
+            parity.start_layout(case["layout"], out / f"meeting.{attempt}.{name}")
             sizes = parity.group_sizes(case["layout"])
         from megatron.core import parallel_state
 
