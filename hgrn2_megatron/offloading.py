@@ -1,5 +1,7 @@
 """Megatron's fine-grained activation offloading: the parts of the mixer that take part in it, and what is refused."""
 
+import torch
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface as Interface,
 )
@@ -7,6 +9,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from hgrn2_megatron.config import UsageError
+from hgrn2_megatron.patching import wrap
 from hgrn2_megatron.settings import megatron_release
 
 # names of --offload-modules that are parts of the mixer. Attention layers have parts of the same names.
@@ -46,6 +49,31 @@ class OffloadGroup(Interface):
         if hasattr(self, "group_offload"):
             return self.group_offload(y, forced_released_tensors=released)
         return self.group_commit(y, name=self.name, forced_released_tensors=released)  # megatron-core 0.18
+
+
+def install_reload() -> None:
+    """Wrap the function that gives the backward an offloaded tensor, so that its copy to the host is complete.
+
+    In the first iteration Megatron offloads the last parts of a model too. It then copies them back as soon as the
+    backward asks for them, on the stream of the computation, which does not wait for the stream of the first copy.
+    Where many parts move, the first copy is still under way, and the gradients of that iteration are wrong.
+
+    Raises:
+        RuntimeError: the installed Megatron is an unknown release.
+    """
+
+    def make(tensor_pop):
+        def wrapped(self, tensor_tag):
+            if isinstance(tensor_tag, tuple):
+                group = self.offload_groups[tensor_tag[0] - 1]
+                is_on_host = isinstance(group._tensors[tensor_tag], tuple)
+                if is_on_host:
+                    group.wait_offload_event(torch.cuda.current_stream())
+            return tensor_pop(self, tensor_tag)
+
+        return wrapped
+
+    wrap(ChunkOffloadHandler, "tensor_pop", ["self", "tensor_tag"], make)
 
 
 # Rows as in requirements.py: a function that returns whether the settings ask for a feature, its flag, and what to do.

@@ -8,6 +8,7 @@ It always patches:
 - MambaInferenceStateConfig and DynamicInferenceContext, so that the dynamic engine keeps HGRN2's states;
 - StaticBufferLoader, so that CUDA graphs of the iteration keep their buffers;
 - the function that divides a checkpoint's tensors among the ranks that save or load it;
+- ChunkOffloadHandler, so that an offloaded activation is complete when the backward reads it;
 - DistributedOptimizer, so that Megatron-FSDP can save the states of PyTorch's Adam, and for another fix before
   megatron-core 0.20.
 
@@ -25,7 +26,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-from hgrn2_megatron import checkpoint_hooks, fsdp, megatron_hooks, model_hooks
+from hgrn2_megatron import checkpoint_hooks, fsdp, megatron_hooks, model_hooks, offloading
 from hgrn2_megatron.config import UsageError
 
 
@@ -70,6 +71,7 @@ megatron_hooks.install_graphs()
 checkpoint_hooks.install_saving()
 checkpoint_hooks.install_optimizer()
 fsdp.install_optimizer()
+offloading.install_reload()
 if "megatron.training.checkpointing" in sys.modules:
     checkpoint_hooks.install_checkpoint()
 if "megatron.training.training" in sys.modules:

@@ -20,7 +20,10 @@ NORMS = ("attn_norm", "mlp_norm")
 
 
 def gradients(dtype: torch.dtype, modules: tuple = (), **settings) -> tuple[dict, list]:
-    """Return the gradients of the last step, and for each mixer the memory of its parts' inputs between the passes."""
+    """Return the gradients of all steps, and for each mixer the memory of its parts' inputs between the passes.
+
+    Megatron offloads more in the first step than in the others.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from hgrn2_megatron import mixer
@@ -66,6 +69,7 @@ def gradients(dtype: torch.dtype, modules: tuple = (), **settings) -> tuple[dict
             forward_only=forward_only,
         )
 
+    found = {}
     for step in range(STEPS):
         if step:
             # evaluation between the steps does not confuse the manager
@@ -74,7 +78,8 @@ def gradients(dtype: torch.dtype, modules: tuple = (), **settings) -> tuple[dict
                 run(forward_only=True)
         model.train().zero_grad()
         run(forward_only=False)
-    return {name: p.grad.cpu() for name, p in model.named_parameters()}, alive[-1]
+        found |= {f"{name} in step {step}": p.grad.cpu().clone() for name, p in model.named_parameters()}
+    return found, alive[-1]
 
 
 def is_held(memory: StorageWeakRef) -> bool:
