@@ -7,6 +7,7 @@ while others decode and leave before others, there are more than the context hol
 takes, and too few blocks for all, so that some are paused and some start anew. All prompts begin alike.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -16,6 +17,10 @@ import torch
 if not torch.cuda.is_available():
     # Megatron verifies drafts in Triton kernels. Triton reads this at its import.
     os.environ["TRITON_INTERPRET"] = "1"
+if importlib.util.find_spec("flash_attn") is None:
+    import reference_flash_attention
+
+    reference_flash_attention.install()
 
 import greedy
 import harness
@@ -134,6 +139,11 @@ def stage_of(whole, pp: int, settings: dict):
 
 def main(tp: int, pp: int, settings: dict):
     harness.start_megatron(tp, cpu_mode=True)
+    if not torch.cuda.is_available():
+        from megatron.core.inference.contexts import dynamic_context
+
+        # Megatron then stores keys and values in PyTorch.
+        dynamic_context.triton_append_key_value_cache = None
     engine = settings.pop("engine", {})
     model, exact = greedy.build(tp, settings)
     served = stage_of(model, pp, settings) if pp > 1 else model

@@ -76,7 +76,7 @@ ENGINES = {
         2,
         1,
         {
-            "hybrid_layer_pattern": "M-M-/M-/M-",
+            "hybrid_layer_pattern": "M-*-M-/M-/M-",
             "sequence_parallel": True,
             # or no draft of a head that is not trained is accepted
             "few": 4,
