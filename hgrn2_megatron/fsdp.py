@@ -31,6 +31,12 @@ NOT_WITH_FSDP = (
         "give --bf16, because Megatron cannot save an fp32 model in the format fsdp_dtensor",
     ),
     (
+        # Megatron divides the weights of SwiGLU for the checkpoint by a part of theirs that only sharded weights have.
+        lambda s: (s.save or s.load) and s.data_parallel_sharding_strategy == "no_shard",
+        "--save or --load under --data-parallel-sharding-strategy no_shard",
+        "give another strategy, such as optim, because Megatron fails when it saves unsharded weights of SwiGLU",
+    ),
+    (
         # The uninitialized weights of a local layer would become NaN.
         lambda s: s.init_model_with_meta_device and s.use_cpu_initialization,
         "--init-model-with-meta-device beside --use-cpu-initialization",

@@ -229,10 +229,12 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
     Attributes:
         has_attention: whether the stage also has attention layers.
         is_uneven: whether the pipeline stages have different numbers of HGRN2 layers.
+        is_captured: whether Megatron captures the steps in CUDA graphs.
     """
 
     has_attention: bool = False
     is_uneven: bool = False
+    is_captured: bool = False
 
     @classmethod
     def of_stack(cls, decoder, states_dtype: torch.dtype | None) -> "HGRN2StateConfig":
@@ -275,6 +277,7 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
             mamba_chunk_size=CACHED_EVERY,
             has_attention="*" in symbols,
             is_uneven=_differs(symbols.count("M"), decoder.pg_collection.pp),
+            is_captured=_is_captured(config),
         )
 
     def check(self, inference_config) -> None:
@@ -288,8 +291,8 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
 
         Raises:
             ValueError: the stage has attention layers, and flash-attn is not installed. Or speculative decoding is
-                asked for on a CPU without Triton's interpreter. Or Megatron's release has no prefix cache that is right
-                for recurrent layers.
+                asked for on a CPU without Triton's interpreter. Or prefix caching is asked for where Megatron's
+                release has no prefix cache that is right for recurrent layers, or where CUDA graphs capture the steps.
         """
         if self.has_attention and not _has_flash_attention():
             raise ValueError(
@@ -311,6 +314,12 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
                 "layers under the wrong tokens where a prompt comes in pieces: set enable_prefix_caching to False in "
                 "Megatron's InferenceConfig, or install megatron-core 0.19"
             )
+        if self.is_captured:
+            raise ValueError(
+                "enable_prefix_caching is True, but Megatron captures the steps in CUDA graphs, and a run with both "
+                "failed on a GPU: set enable_prefix_caching to False in Megatron's InferenceConfig, or give "
+                "--inference-cuda-graph-scope none"
+            )
         if megatron_release() < (0, 20) and self.is_uneven:
             raise ValueError(
                 "enable_prefix_caching is True, but the pipeline stages have different numbers of HGRN2 layers, and "
@@ -325,6 +334,13 @@ def _differs(number: int, group: torch.distributed.ProcessGroup) -> bool:
     numbers = [None] * group.size()
     torch.distributed.all_gather_object(numbers, number, group=group)
     return len(set(numbers)) > 1
+
+
+def _is_captured(config) -> bool:
+    """Return whether the dynamic engine captures the steps of a model with this TransformerConfig."""
+    # Releases before 0.20 have the scope as a name or not at all, and later ones as a member of an Enum.
+    scope = getattr(config, "inference_cuda_graph_scope", None)
+    return config.cuda_graph_impl == "local" and getattr(scope, "name", scope) != "none"
 
 
 def _has_flash_attention() -> bool:

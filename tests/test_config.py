@@ -120,6 +120,10 @@ def test_a_true_hgrn2_block_passes_without_a_warning():
         ({"use_megatron_fsdp": True, "pipeline_model_parallel_size": 2}, "--use-megatron-fsdp .* --pipeline-model"),
         ({"use_megatron_fsdp": True, "save": "x", "bf16": False}, "--use-megatron-fsdp .* fp32: give --bf16"),
         (
+            {"use_megatron_fsdp": True, "load": "x", "bf16": True, "data_parallel_sharding_strategy": "no_shard"},
+            "--use-megatron-fsdp .* no_shard: give another strategy",
+        ),
+        (
             {"use_megatron_fsdp": True, "init_model_with_meta_device": True, "use_cpu_initialization": True},
             "--init-model-with-meta-device beside --use-cpu-initialization",
         ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from contextlib import nullcontext
 
 import harness
 import pytest
@@ -323,3 +324,17 @@ def test_prefix_caches_that_would_be_wrong_are_refused(release, uneven, instead,
         states.check(InferenceConfig(enable_prefix_caching=True))
     monkeypatch.setattr(generation, "megatron_release", lambda: (0, 20))
     states.check(InferenceConfig(enable_prefix_caching=True))
+
+
+@pytest.mark.parametrize(
+    ("impl", "scope", "refused"), [("local", "block", True), ("local", "none", False), ("none", "none", False)]
+)
+def test_no_graph_is_captured_with_a_prefix_cache(impl, scope, refused):
+    harness.start_megatron()
+    model = harness.build_model()
+    # Megatron builds no model with graphs without a GPU.
+    model.config.cuda_graph_impl, model.config.inference_cuda_graph_scope = impl, scope
+    states = MambaInferenceStateConfig.from_model(model)
+    states.check(InferenceConfig())
+    with pytest.raises(ValueError, match="--inference-cuda-graph-scope none") if refused else nullcontext():
+        states.check(InferenceConfig(enable_prefix_caching=True))
