@@ -44,6 +44,8 @@ TABLES = {
     "layouts-4096": ("2026-11-27-layouts-4096", [*LAYOUT, "MiB sent per step"]),
     "layouts-four-gpus": ("2026-11-27-layouts-four-gpus", LAYOUT),
     "layouts-no-graph": ("2026-11-27-layouts-no-graph", [*LAYOUT, "MiB sent per step"]),
+    "fsdp": ("2026-11-28-fsdp", [*LAYOUT, "MiB sent per step"]),
+    "offloading": ("2026-11-28-offloading", ["run", "tokens/s", "peak GiB", "loss, first -> last"]),
     "layouts-cpu": ("2026-11-27-layouts-cpu", ["run", "loss apart", "norm apart", "MiB sent per step"]),
     "layouts-cpu-weak": ("2026-11-27-layouts-cpu-weak", ["run", "loss apart", "norm apart", "MiB sent per step"]),
     "rounding": (

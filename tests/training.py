@@ -13,8 +13,9 @@ FLAGS = """
     --num-layers 2 --hidden-size 64 --hgrn2-expand-ratio 32 --num-attention-heads 2 --seq-length 64
     --max-position-embeddings 64 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
     --make-vocab-size-divisible-by 64 --micro-batch-size 2 --global-batch-size 4 --train-iters 8 --lr 1e-3
-    --log-interval 1 --eval-iters 1 --eval-interval 8
+    --log-interval 1 --eval-iters 1 --eval-interval 8 --logging-level 20
 """.split()
+# Without --logging-level, Megatron logs less where emerging-optimizers is installed.
 if not torch.cuda.is_available():
     # on a machine with a GPU, this flag would leave the weights on the host
     FLAGS.append("--use-cpu-initialization")

@@ -117,6 +117,7 @@ def test_an_asynchronous_save_is_the_same_checkpoint(tmp_path):
 FSDP = ("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor", "--no-gradient-accumulation-fusion")
 FULLY_SHARDED = ("--data-parallel-sharding-strategy", "optim_grads_params")
 TP2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+FP8 = ("--fp8-format", "hybrid", "--fp8-recipe")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
 GPT_HYBRID = ("examples/pretrain_gpt.py", MODEL)
 GPT_PURE = ("examples/pretrain_gpt.py", (*HGRN2, "--num-layers", 4, *WITHOUT_APEX))
@@ -135,6 +136,8 @@ STACK_PURE = ("examples/pretrain_hybrid.py", (*STACK, "M-M-M-M-", *WITHOUT_APEX)
         (STACK_HYBRID, 2, (*FULLY_SHARDED, *FULL)),
         (STACK_HYBRID, 2, (*FULLY_SHARDED, "--init-model-with-meta-device")),
         (STACK_HYBRID, 2, (*FULLY_SHARDED, *LOCAL)),
+        (STACK_HYBRID, 2, (*FULLY_SHARDED, *FP8, "delayed")),
+        (STACK_HYBRID, 2, (*FULLY_SHARDED, *FP8, "tensorwise", "--fp8-param-gather")),
         (STACK_HYBRID, 4, (*FULLY_SHARDED, *TP2)),
         (GPT_PURE, 2, FULLY_SHARDED),
         (GPT_HYBRID, 4, (*FULLY_SHARDED, *TP2)),
@@ -142,7 +145,7 @@ STACK_PURE = ("examples/pretrain_hybrid.py", (*STACK, "M-M-M-M-", *WITHOUT_APEX)
     ],
     ids=[
         *("stack-pure", "stack", "stack-optim-grads", "stack-optim", "stack-no-shard", "stack-recompute", "stack-meta"),
-        *("stack-local", "stack-tp2", "gpt-pure", "gpt-tp2", "gpt-dp4"),
+        *("stack-local", "stack-fp8", "stack-fp8-weights", "stack-tp2", "gpt-pure", "gpt-tp2", "gpt-dp4"),
     ],
 )
 def test_megatron_fsdp_trains_as_the_distributed_optimizer_and_resumes(form, processes, flags, tmp_path, monkeypatch):
@@ -153,21 +156,25 @@ def test_megatron_fsdp_trains_as_the_distributed_optimizer_and_resumes(form, pro
     implementation = () if LOCAL[1] in flags else TE
     tensor_parallel = TP2 if TP2[0] in flags else ()
     micro_batch = ("--micro-batch-size", 1) if "--micro-batch-size" in flags else ()
+    fp8 = flags[flags.index(FP8[0]) :] if FP8[0] in flags else ()
     options = dict(model=model, script=script, num_processes=processes)
-    plain = (*(implementation or LOCAL), *tensor_parallel, *micro_batch, *DISTRIBUTED, "--bf16")
+    plain = (*(implementation or LOCAL), *tensor_parallel, *micro_batch, *fp8, *DISTRIBUTED, "--bf16")
     # Megatron wants 1 connection for tensor parallelism, and another number for Megatron-FSDP.
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     want, _ = train(*model, *plain, script=script, num_processes=processes)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     flags = (*implementation, *FSDP, *flags, "--bf16")
-    losses = save(tmp_path, *flags, **options)
-    assert_continues(resume(tmp_path, *flags, **options), losses, tolerance=1e-3)
+    if "no_shard" in flags:
+        losses, _ = train(*model, *flags, script=script, num_processes=processes)
+    else:
+        losses = save(tmp_path, *flags, **options)
+        assert_continues(resume(tmp_path, *flags, **options), losses, tolerance=1e-2 if fp8 else 1e-3)
     if "--init-model-with-meta-device" in flags:
         # Transformer Engine draws the weights in another order.
         return
     assert losses.keys() == want.keys()
     for iteration, loss in losses.items():
-        assert abs(float(loss) - float(want[iteration])) <= 2e-2, (losses, want)
+        assert abs(float(loss) - float(want[iteration])) <= (5e-2 if fp8 else 2e-2), (losses, want)
 
 
 IN_PYTORCH = """
@@ -205,7 +212,6 @@ def test_a_hybrid_model_trains_as_the_gpt_does():
 LOCAL_GRAPHS = ("--cuda-graph-impl", "local")
 ITERATION_GRAPH = ("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad")
 DP2 = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-FP8 = ("--fp8-format", "hybrid", "--fp8-recipe")
 ROUTED_EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "alltoall", "--moe-grouped-gemm")
 PADDED_EXPERTS = (*ROUTED_EXPERTS, "--moe-expert-capacity-factor", 2, "--moe-pad-expert-input-to-capacity")
 HYBRID = ("--hgrn2-layer-pattern", "H*")
@@ -228,9 +234,11 @@ AROUND_FP8 = {
 
 
 @pytest.mark.parametrize("name", AROUND_FP8)
-def test_fp8_weights_and_layers_in_bf16_train_as_bf16_does(name, tmp_path):
+def test_fp8_weights_and_layers_in_bf16_train_as_bf16_does(name, tmp_path, monkeypatch):
     """HybridModel. FP8 rounds, so the losses are those of bf16 to 3%."""
     pytest.importorskip("transformer_engine.pytorch")
+    # Without it, Transformer Engine 2.20 does not load the scales of delayed scaling, which are pickled.
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     model = (*STACK, "M-*-M-M-", *WITHOUT_APEX, *TE, "--bf16")
     options = dict(model=model, script="examples/pretrain_hybrid.py")
     plain = save(tmp_path / "bf16", **options)
@@ -310,7 +318,7 @@ def assert_takes_the_likeliest(script: str, tp: int, *words: str, settings: dict
     assert "op=triton" in done.stdout, done.stdout[-3000:]
     found = re.findall(r"(\d+) of (\d+) right(?:, (\d+) ties)?", done.stdout)
     print(found)
-    assert [int(n) for _, n, _ in found] == tp * number
+    assert [int(n) for _, n, _ in found] == tp * number, done.stdout[-3000:]
     if "cuda_graph_impl" in settings:
         assert [n for n in re.findall(r"(\d+) CUDA graphs", done.stdout) if n != "0"]
     least = 0.9 if "bf16" in settings else 1
@@ -333,7 +341,7 @@ DRAFTS = {"hybrid_layer_pattern": "M-M-/M-/M-", "few": 4, "engine": {"num_specul
 @pytest.mark.parametrize("scope", ["layer", "block"])
 @pytest.mark.parametrize("settings", [{}, BF16_TE], ids=["fp32", "bf16"])
 def test_the_dynamic_engine_takes_the_likeliest_tokens_in_cuda_graphs(settings, scope):
-    settings = settings | CACHE | {"cuda_graph_impl": "local", "inference_cuda_graph_scope": scope}
+    settings = settings | {"cuda_graph_impl": "local", "inference_cuda_graph_scope": scope}
     assert_takes_the_likeliest("dynamic_engine", 1, "1", settings=settings, number=[131])
 
 
@@ -347,8 +355,7 @@ def test_the_dynamic_engine_takes_the_likeliest_tokens(engine, settings, tp):
 
 @pytest.mark.parametrize("engine", [{}, CACHE], ids=["plain", "cache"])
 def test_a_hybrid_in_the_dynamic_engine(engine):
-    # Megatron takes flash-attn 4 where it is installed; none of its kernels takes fp32.
-    pytest.importorskip("flash_attn")
+    # Where flash-attn is not installed, a reference in PyTorch takes its place.
     settings = BF16_TE | engine | {"hybrid_layer_pattern": "M-*-M-"}
     assert_takes_the_likeliest("dynamic_engine", 1, "1", settings=settings, number=[131])
 

@@ -57,9 +57,7 @@ def test_attention_and_a_hybrid_train_by_the_same_command():
 
 
 def test_experts_take_the_place_of_the_channel_mixer():
-    # Megatron's own level of logging depends on whether emerging-optimizers is installed.
-    experts = "--num-experts 4 --moe-token-dispatcher-type allgather --logging-level 20".split()
-    losses, output = train(*HGRN2, *experts)
+    losses, output = train(*HGRN2, *"--num-experts 4 --moe-token-dispatcher-type allgather".split())
     assert "HGRN2: 2 of 2 layers" in output
     assert "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight" in output
     assert float(losses[8]) < float(losses[1])
