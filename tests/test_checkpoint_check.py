@@ -1,0 +1,267 @@
+"""Checks of a checkpoint's arguments against those of the run that loads it, without a run."""
+
+import argparse
+import sys
+
+import harness
+import pytest
+import torch
+
+from hgrn2_megatron import UsageError, arguments, checkpoint_check
+
+
+def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Namespace:
+    """Return Megatron's args of a model of four layers."""
+    names = {*checkpoint_check.BLOCK_FLAGS.values(), *checkpoint_check.ATTENTION_FLAGS.values()}
+    values = dict.fromkeys(names) | dict(
+        spec=spec and list(spec),
+        num_layers=4,
+        num_experts=None,
+        moe_layer_freq=1,
+        hybrid_layer_pattern=None,
+        mtp_num_layers=None,
+        pipeline_model_parallel_size=1,
+        num_attention_heads=4,
+        hgrn2_layer_pattern="HH*H",
+        hgrn2_expand_ratio=32,
+        hgrn2_lower_bounds="learned",
+        group_query_attention=False,
+        position_embedding_type="rope",
+        transformer_impl="local",
+        finetune=True,
+        no_load_optim=False,
+    )
+    return argparse.Namespace(**values | changes)
+
+
+def stack_of(pattern: str, **changes) -> argparse.Namespace:
+    """The same of a HybridModel with HGRN2 layers."""
+    spec = (arguments.MODULE, arguments.STACK)
+    return args_of(spec, hybrid_layer_pattern=pattern, hgrn2_layer_pattern="H", num_layers=len(pattern), **changes)
+
+
+def attention_stack_of(pattern: str, **changes) -> argparse.Namespace:
+    """The same of a HybridModel of Megatron's own layers."""
+    return args_of(("their.module", "stack"), hybrid_layer_pattern=pattern, num_layers=len(pattern), **changes)
+
+
+EXPERTS = dict(num_experts=4)
+
+
+def test_both_forms_of_a_model_load_each_others_checkpoints():
+    for gpt, stack in (
+        (args_of(), stack_of("M-M-*-M-")),
+        (args_of(hgrn2_layer_pattern="H", **EXPERTS), stack_of("MEME|MEME", **EXPERTS)),
+        (args_of(moe_layer_freq=2, **EXPERTS), stack_of("MEM-*EM-", **EXPERTS)),
+    ):
+        for here, saved in ((gpt, stack), (stack, gpt)):
+            here.finetune = False
+            for optimizer in (None, "fully_reshardable", "fully_sharded_model_space"):
+                checkpoint_check.check(here, saved, True, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("here", "saved", "message"),
+    [
+        (args_of(), stack_of("M-*-"), "--num-layers is 4 here and 2 in the checkpoint"),
+        (args_of(), stack_of("M-M-M-*-"), "--hgrn2-layer-pattern is HH[*]H here and HHH[*] in"),
+        (args_of(), stack_of("M-M-*-ME", **EXPERTS), "--num-experts is None here and 4 in"),
+        (args_of(**EXPERTS), stack_of("M-ME*-ME", **EXPERTS), r"--moe-layer-freq is \[1, 1, 1, 1\] here and"),
+        (args_of(), stack_of("MM-*"), "a GPT cannot load the checkpoint: .*'MM-[*]' has no counterpart among GPTs"),
+        (args_of(), stack_of("M-M-*-M-", hgrn2_expand_ratio=64), "--hgrn2-expand-ratio is 32 here and 64 in"),
+        (stack_of("M-M-*-"), args_of(), "--hybrid-layer-pattern is M-M-[*]- here and M-M-[*]-M- in"),
+        (stack_of("M-M-*-M-"), args_of(**EXPERTS), "--hybrid-layer-pattern is M-M-[*]-M- here and MEME[*]EME in"),
+        (stack_of("MEME*EME", num_experts=2), args_of(**EXPERTS), "--num-experts is 2 here and 4 in"),
+        (stack_of("M-*-"), attention_stack_of("*-M-"), "M-[*]- here, and .* to load are [*]-M-:"),
+        (stack_of("M-*-"), attention_stack_of("*-*E"), "M-[*]- here, and .* to load are [*]-[*]E:"),
+        (stack_of("M-*-"), args_of(spec=None, num_layers=3), "M-[*]- here, and .* to load are [*]-[*]-[*]-:"),
+    ],
+)
+def test_another_model_of_the_other_form_is_refused_by_name(here, saved, message):
+    with pytest.raises(UsageError, match=message):
+        checkpoint_check.check(here, saved, distributed=True)
+
+
+def test_a_format_that_depends_on_the_form_is_refused():
+    here, saved = args_of(finetune=False), stack_of("M-M-*-M-")
+    with pytest.raises(UsageError, match="a HybridModel, and this run builds a GPT: .* --ckpt-format torch_dist"):
+        checkpoint_check.check(here, saved, distributed=False)
+    with pytest.raises(UsageError, match="dp_reshardable: .* --dist-ckpt-optim-fully-reshardable, or .*--no-load-opt"):
+        checkpoint_check.check(here, saved, True, "dp_reshardable")
+    checkpoint_check.check(args_of(finetune=False, no_load_optim=True), saved, True, "dp_reshardable")
+    checkpoint_check.check(here, args_of(), True, "dp_reshardable")
+
+
+@pytest.mark.parametrize(
+    ("here", "saved", "message"),
+    [
+        (
+            stack_of("M-*-/*-"),
+            stack_of("M-*-"),
+            "--hybrid-layer-pattern is M-[*]-/[*]- here and M-[*]- in .*--finetune",
+        ),
+        (stack_of("M-*-"), stack_of("M-*-/*-"), "--hybrid-layer-pattern is M-[*]- here and M-[*]-/[*]- in"),
+        (
+            stack_of("M-/M-/M-", mtp_use_repeated_layer=True),
+            stack_of("M-/M-/M-"),
+            "--mtp-use-repeated-layer is True here and False in .*--finetune",
+        ),
+        (args_of(), stack_of("M-M-*-M-/*-/*-"), "has --hybrid-layer-pattern M-M-[*]-M-/[*]-/[*]-, and a GPT"),
+    ],
+)
+def test_other_heads_for_multi_token_prediction_need_finetune(here, saved, message):
+    checkpoint_check.check(here, saved, distributed=True)
+    here = argparse.Namespace(**vars(here) | {"finetune": False})
+    with pytest.raises(UsageError, match=message):
+        checkpoint_check.check(here, saved, distributed=True)
+    checkpoint_check.check(here, here, distributed=True)
+
+
+def test_a_hybrid_model_takes_weights_from_attention():
+    for saved in (attention_stack_of("*-*-"), attention_stack_of("M-*-/*-"), args_of(spec=None, num_layers=2)):
+        checkpoint_check.check(stack_of("M-*-"), saved, distributed=True)
+        checkpoint_check.check(args_of(num_layers=2, hgrn2_layer_pattern="H*"), saved, distributed=True)
+
+
+def test_a_hybrid_model_takes_the_weights_of_the_same_positions(tmp_path, monkeypatch, capsys):
+    """The weights come from a HybridModel whose attention layers and MLPs have the names that Megatron gives them."""
+    from megatron.core import dist_checkpointing
+
+    from hgrn2_megatron import checkpoint
+
+    harness.start_megatron()
+    # Megatron waits for copies from a GPU
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    given, model = (harness.build_model(hybrid_layer_pattern=pattern) for pattern in ("*-*-M-", "M-*-M-"))
+    given.load_state_dict(harness.full_weights(given), strict=False)
+    fresh = {name: x.clone() for name, x in model.state_dict().items() if x is not None}
+    dist_checkpointing.save(given.sharded_state_dict(), str(tmp_path))
+    wanted = {"model": model.sharded_state_dict()}
+    args = checkpoint.adapt(stack_of("M-*-M-"), wanted, attention_stack_of("*-*-M-"), str(tmp_path))
+    assert not args.ckpt_load_validate_sharding_integrity
+    assert "the mixers of layers 1, 5 with their input norms, the lower bounds, the opt" in capsys.readouterr().out
+    unbounded = stack_of("M-*-M-", hgrn2_lower_bounds="none")
+    checkpoint.adapt(unbounded, {}, attention_stack_of("*-*-M-"), str(tmp_path))
+    assert "with their input norms, the optimizer" in capsys.readouterr().out
+    model.load_state_dict(dist_checkpointing.load(wanted, str(tmp_path), validate_access_integrity=False)["model"])
+    taken, given = dict(model.named_parameters()), dict(given.named_parameters())
+    for name, x in taken.items():
+        is_fresh = name.startswith(("decoder.layers.0.", "decoder.layers.4.", "decoder.hgrn2_bounds."))
+        assert torch.equal(x, fresh[name] if is_fresh else given[name]), name
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"hgrn2_layer_pattern": "HHH*"}, "--hgrn2-layer-pattern is HH[*]H here and HHH[*] in"),
+        ({"num_layers": 8}, "--num-layers is 4 here and 8 in"),
+        ({"hgrn2_expand_ratio": 64}, "--hgrn2-expand-ratio is 32 here and 64 in"),
+        ({"hgrn2_lower_bounds": "none"}, "--hgrn2-lower-bounds is learned here and none in"),
+    ],
+)
+def test_another_hgrn2_model_is_refused_by_name(theirs, message):
+    for finetune in (False, True):
+        with pytest.raises(UsageError, match=message):
+            checkpoint_check.check(args_of(finetune=finetune), args_of(**theirs), distributed=True)
+    # the same pattern in other words
+    checkpoint_check.check(args_of(hgrn2_layer_pattern="H*"), args_of(hgrn2_layer_pattern="H*H*"), distributed=True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({"finetune": False}, {}, "give --finetune"),
+        ({}, {"layernorm_epsilon": 1e-5}, "--norm-epsilon"),
+        ({}, {"num_attention_heads": 8}, "--num-attention-heads"),
+        ({}, {"group_query_attention": True, "num_query_groups": 2}, "--num-query-groups is 4 here and 2 in"),
+        ({}, {"position_embedding_type": "learned_absolute"}, "--position-embedding-type"),
+        (
+            {"hgrn2_layer_pattern": "H", "position_embedding_type": "none"},
+            {"position_embedding_type": "learned_absolute"},
+            "--position-embedding-type",
+        ),
+    ],
+)
+def test_another_attention_model_is_refused_by_name(ours, theirs, message):
+    with pytest.raises(UsageError, match=message):
+        checkpoint_check.check(args_of(**ours), args_of(spec=None, **theirs), distributed=True)
+
+
+def test_a_pure_stack_takes_what_is_equal_of_any_attention():
+    ours = args_of(hgrn2_layer_pattern="H", position_embedding_type="none")
+    checkpoint_check.check(ours, args_of(spec=None, num_attention_heads=8), distributed=True)
+
+
+def test_an_hgrn2_checkpoint_is_not_of_attention():
+    with pytest.raises(UsageError, match="give --spec hgrn2"):
+        checkpoint_check.check(args_of(spec=None), args_of(), distributed=True)
+
+
+def test_plain_checkpoints_stay_with_their_implementation():
+    for distributed in (True, False):
+        checkpoint_check.check(args_of(), args_of(), distributed)
+    checkpoint_check.check(args_of(), args_of(transformer_impl="transformer_engine"), distributed=True)
+    with pytest.raises(UsageError, match="--transformer-impl"):
+        checkpoint_check.check(args_of(), args_of(transformer_impl="transformer_engine"), distributed=False)
+    with pytest.raises(UsageError, match="--ckpt-format"):
+        checkpoint_check.check(args_of(), args_of(spec=None), distributed=False)
+
+
+def restored(here: argparse.Namespace, saved: argparse.Namespace, **copied) -> argparse.Namespace:
+    """Args after --use-checkpoint-args. `copied` has what Megatron copies from the checkpoint before."""
+    args = argparse.Namespace(**vars(here) | copied)
+    checkpoint_check.restore(args, here, saved)
+    return args
+
+
+def test_checkpoint_args_of_another_model():
+    ours = args_of(layernorm_epsilon=1e-6)
+    # every run through the launcher saves the plugin's flags
+    args = restored(ours, args_of(spec=None, hgrn2_layer_pattern="H", layernorm_epsilon=1e-5))
+    assert (args.hgrn2_layer_pattern, args.layernorm_epsilon) == ("HH*H", 1e-5)
+    assert restored(ours, args_of(hgrn2_layer_pattern="H")).hgrn2_layer_pattern == "H"
+    saved = dict(
+        hgrn2_expand_ratio=64,
+        hgrn2_layer_pattern="HHHH",
+        hgrn2_lower_bounds="none",
+        hgrn2_norm_eps=1e-3,
+        layernorm_epsilon=1e-4,
+    )
+    args = restored(ours, args_of(**saved))
+    assert {name: getattr(args, name) for name in saved} == saved
+    theirs = attention_stack_of("*-*-*-*-")
+    args = restored(ours, theirs, spec=theirs.spec, hybrid_layer_pattern="*-*-*-*-", num_layers=8)
+    assert (args.spec, args.hybrid_layer_pattern, args.num_layers) == (ours.spec, None, 4)
+
+
+def test_checkpoint_args_of_the_other_form():
+    stack = stack_of("MEM-|*-M-/*-/*-", hgrn2_expand_ratio=16, **EXPERTS)
+    ours = args_of(num_layers=None, hgrn2_layer_pattern="H")
+    args = restored(ours, stack, num_layers=8, hybrid_layer_pattern=stack.hybrid_layer_pattern, mtp_num_layers=2)
+    assert (args.hybrid_layer_pattern, args.mtp_num_layers) == (None, None)
+    assert (args.num_layers, args.hgrn2_layer_pattern, args.moe_layer_freq) == (4, "HH*H", [1, 0, 0, 0])
+    assert args.hgrn2_expand_ratio == 16
+    # another depth, with which Megatron must build the model before the check refuses it
+    ours.num_layers = 2
+    assert restored(ours, stack, num_layers=2).moe_layer_freq == 1
+
+    gpt = args_of(moe_layer_freq=[1, 0, 0, 0], **EXPERTS)
+    ours = args_of((arguments.MODULE, arguments.STACK), num_layers=None, hgrn2_layer_pattern="H")
+    args = restored(ours, gpt, num_layers=4, moe_layer_freq=[1, 0, 0, 0])
+    assert (args.hybrid_layer_pattern, args.hgrn2_layer_pattern) == ("MEM-*-M-", "H")
+    assert (args.num_layers, args.moe_layer_freq) == (None, 1)
+    ours.hybrid_layer_pattern = "MEM-|*-M-"
+    ours.pipeline_model_parallel_size = 2
+    assert restored(ours, gpt, num_layers=4).hybrid_layer_pattern == "MEM-|*-M-"
+
+
+@pytest.mark.parametrize(
+    ("script", "form"), [("pretrain_gpt.py", "hgrn2"), ("a/pretrain_hybrid.py", "hgrn2_stack"), ("serve.py", None)]
+)
+def test_without_a_spec_the_script_names_the_form(script, form, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script])
+    ours = args_of(spec=None, num_layers=None)
+    for saved in (args_of(), stack_of("M-M-*-M-")):
+        copied = dict(spec=saved.spec, num_layers=saved.num_layers, hybrid_layer_pattern=saved.hybrid_layer_pattern)
+        args = restored(ours, saved, **copied)
+        assert args.spec == ([arguments.MODULE, form] if form else saved.spec)
