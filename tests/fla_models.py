@@ -1,0 +1,46 @@
+"""Small HGRN2 models of fla, on a GPU or, without one, on the CPU in Triton's interpreter."""
+
+import contextlib
+import types
+
+import torch
+import triton
+from fla.models import HGRN2Config, HGRN2ForCausalLM
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB = 61
+
+
+@contextlib.contextmanager
+def untuned():
+    """Let Triton's tuner take the first form of each kernel where there is no GPU to time them on."""
+    if DEVICE == "cuda":
+        yield
+        return
+    before = triton.runtime.driver._active
+    same_time = types.SimpleNamespace(get_benchmarker=lambda: lambda call, quantiles: [0.0] * len(quantiles))
+    triton.runtime.driver.set_active(same_time)
+    yield
+    triton.runtime.driver._active = before
+
+
+def model(**settings) -> HGRN2ForCausalLM:
+    """Return a model of fla with random weights that leave every linear regime, fp32.
+
+    fla's chunk kernels do not run in the interpreter, so the default mode is fused_recurrent.
+    """
+    # Two of fla's fused parts refuse a CPU or take seconds there.
+    plain = {"fuse_cross_entropy": False, "fuse_swiglu": False, "fuse_norm": False}
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "expand_ratio": 16, "vocab_size": VOCAB}
+    torch.manual_seed(0)
+    made = HGRN2ForCausalLM(HGRN2Config(**plain | small | {"attn_mode": "fused_recurrent"} | settings))
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "norm" in name:
+                p.add_(0.3 * torch.randn_like(p))
+            elif "conv1d" in name:
+                p.copy_(torch.randn_like(p))
+            else:
+                # the lower bounds start as zeros
+                p.copy_(torch.randn_like(p) * (1 if "lower_bounds" in name else 1.5 * p.shape[-1] ** -0.5))
+    return made.to(DEVICE)
