@@ -14,7 +14,7 @@ from hgrn2_kernels import chunk_hgrn2, implementation, recurrent_hgrn2
 from hgrn2_kernels.checks import widest_head
 from hgrn2_megatron.gpu_requirements import too_old
 
-# oldest and newest release of each package that was tried; pyproject.toml allows no older ones
+# oldest and newest release of each package that was tried; setup.py and kernels/pyproject.toml allow no older ones
 TRIED = {
     "torch": ("2.11", "2.14"),
     "triton": ("3.6", "3.8"),

@@ -1,13 +1,17 @@
-"""The project as others get it: an sdist, a wheel made of it, installed in another place."""
+"""The two distributions as others get them: sdists, wheels made of them, installed in another place."""
 
+import email
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from harness import ROOT
 
 LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "quickstart", "compare")
@@ -16,9 +20,22 @@ import importlib.metadata, pathlib
 import hgrn2_kernels, hgrn2_megatron
 for module in (hgrn2_kernels, hgrn2_megatron):
     print(pathlib.Path(module.__file__).parent.parent)
-print(importlib.metadata.version("hgrn2-megatron") == hgrn2_megatron.__version__)
+for name in ("hgrn2-kernels", "hgrn2-megatron"):
+    print(importlib.metadata.version(name))
+print(hgrn2_megatron.__version__)
+"""
+# The recurrence and the PyTorch form, in a process that finds torch and the kernels and no Megatron.
+ALONE = """
+import importlib.util, sys
+sys.path[:0] = sys.argv[1:]
+import torch, hgrn2_kernels
+q, f, v = torch.randn(3, 2, 70, 2, 8, dtype=torch.float64)
+inputs = q, f, v, torch.full((2, 8), 0.5, dtype=torch.float64)
+torch.testing.assert_close(hgrn2_kernels.chunk_hgrn2(*inputs)[0], hgrn2_kernels.recurrent_hgrn2(*inputs)[0])
+print(hgrn2_kernels.__file__, importlib.util.find_spec("hgrn2_megatron"), "triton" in sys.modules)
 """
 RELEASES = [path.stem.removeprefix("megatron-") for path in sorted((ROOT / "patches").glob("*.patch"))]
+VERSION = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]["version"]
 
 
 def run(*command, **options) -> str:
@@ -27,22 +44,51 @@ def run(*command, **options) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("from_sdist", [True, False], ids=["sdist", "folder"])
-def test_a_wheel_installs_elsewhere_with_every_module_and_patch(from_sdist, tmp_path):
-    source, dist, site = (tmp_path / name for name in ("source", "dist", "site"))
-    shutil.copytree(ROOT, source, ignore=LEFT_OUT)
-    if from_sdist:
-        dist.mkdir()
-        build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-        run("-c", build, dist, cwd=source)
-        (source,) = dist.glob("*.tar.gz")
-    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", site)
-    run(*install, source)
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> list[Path]:
+    """The wheels of hgrn2-kernels and hgrn2-megatron, built of their sdists."""
+    folder = tmp_path_factory.mktemp("wheels")
+    shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    pip = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder)
+    for source in (folder / "source" / "kernels", folder / "source"):
+        run("-c", build, folder, cwd=source)
+    run(*pip, *folder.glob("*.tar.gz"))
+    return sorted(folder.glob("*.whl"))
+
+
+def test_each_wheel_holds_its_own_package_and_names_what_it_needs(wheels):
+    needed = [
+        {"torch>=2.11", 'triton>=3.6; platform_system == "Linux"'},
+        {f"hgrn2-kernels=={VERSION}", "safetensors>=0.4", "megatron-core[training]<0.21,>=0.18"},
+    ]
+    for wheel, package, needs in zip(wheels, ("hgrn2_kernels", "hgrn2_megatron"), needed, strict=True):
+        with zipfile.ZipFile(wheel) as file:
+            names = file.namelist()
+            metadata = email.message_from_bytes(file.read(f"{package}-{VERSION}.dist-info/METADATA"))
+            assert "Apache License" in file.read(f"{package}-{VERSION}.dist-info/licenses/LICENSE").decode()
+        assert {name.partition("/")[0] for name in names} == {package, f"{package}-{VERSION}.dist-info"}
+        assert {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line} == needs
+        assert len(metadata.get_payload()) > 1000
+
+
+def test_the_kernels_run_from_their_wheel_and_torch_alone(wheels, tmp_path):
+    # -S leaves out the editable installs of this project; torch's folder goes after the wheel
+    others = Path(torch.__file__).parents[1]
+    assert not (others / "hgrn2_kernels").exists()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = {"cwd": tmp_path, "env": env}
+    found = run("-S", "-c", ALONE, wheels[0], others, **options).split()
+    assert found == [f"{wheels[0]}/hgrn2_kernels/__init__.py", "None", "False"]
+
+
+def test_both_wheels_install_elsewhere_with_every_module_and_patch(wheels, tmp_path):
+    site = tmp_path / "site"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, *wheels)
     elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}}
-    found, kernels, version = run("-c", SEEN, **elsewhere).split()
-    assert found == kernels == str(site)
-    assert version == "True"
+    assert run("-c", SEEN, **elsewhere).split() == [str(site)] * 2 + [VERSION] * 3
     assert modules(site / "hgrn2_megatron") == modules(ROOT / "hgrn2_megatron")
+    assert modules(site / "hgrn2_kernels") == modules(ROOT / "kernels" / "hgrn2_kernels")
     assert known_patches(tmp_path, **elsewhere) == known_patches(tmp_path, cwd=ROOT, env=os.environ) == RELEASES != []
 
 
