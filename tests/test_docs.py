@@ -13,7 +13,7 @@ from harness import ROOT
 from test_megatron_flags import NEW_IN_19, NEW_IN_20
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, CONTRIBUTING, ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REFUSALS = ROOT / "docs" / "reference" / "refusals.md"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
 SOURCES = ("hgrn2_megatron", "kernels", "examples", "benchmarks", "scripts")

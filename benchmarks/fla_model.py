@@ -1,0 +1,260 @@
+"""Measure fla's HGRN2ForCausalLM before and after `hgrn2_kernels.for_fla.replace`: training, prefill and decoding.
+
+    python benchmarks/fla_model.py [--out FILE.json] [--tiny]
+
+The model has 24 layers of 2048 channels, heads of 128 and random weights. It needs fla (flash-linear-attention 0.6.0)
+and one GPU, and runs in bf16. --tiny runs the whole script on a toy model in fp32, on a GPU or on a CPU. On a CPU,
+fla's kernels run in Triton's interpreter, so its times mean nothing there, and the lengths stay below those at which
+fla takes its chunk kernels, which the interpreter cannot run.
+
+Before it times anything, the script compares both sides on the same tokens. In bf16 each side is compared with fla's
+own model in fp32 and in its mode fused_recurrent, and the operator may be at most 1.5 times as far from it as fla is.
+In fp32 both sides must agree up to rounding. It compares the logits, the gradients of all parameters, and the states
+that a prefill leaves behind. After `restore`, fla's logits and states must have the bits that they had at first.
+
+A training step is a forward with the loss, a backward without recompute, and a step of AdamW. A prefill is a forward that fills the
+cache and returns the logits of the last token. Decoding feeds single tokens after a prefill, one argmax each, in plain
+PyTorch without a CUDA graph. Times are medians of several passes after passes that compile and tune. The row "fla,
+restored" repeats fla at the end, so it shows how much the times drift. Both sides share all other code: embedding,
+projections, norms, MLPs, the output layer and the loss. So the times compare whole models.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+# before Triton decorates a kernel
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import report
+import triton
+from fla.models import HGRN2Config, HGRN2ForCausalLM
+from torch import Tensor
+
+from hgrn2_kernels import for_fla
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# how much farther than fla the operator may be from the exact results in bf16, and how far from fla in fp32
+FARTHER, FP32 = 1.5, 1e-4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the model and of the runs.
+
+    Attributes:
+        layers, hidden, head, vocab: the model.
+        training, prefill: batch and tokens of a sequence.
+        decoding: batches that are decoded.
+        prompt, steps: tokens before a decoding pass, and in it.
+        warmups, passes: passes that are not timed, and that are.
+        check: batch and tokens of the comparison.
+    """
+
+    layers: int = 24
+    hidden: int = 2048
+    head: int = 128
+    vocab: int = 32000
+    training: tuple[tuple[int, int], ...] = ((4, 4096), (1, 16384))
+    prefill: tuple[tuple[int, int], ...] = ((8, 4096), (1, 32768))
+    decoding: tuple[int, ...] = (1, 32)
+    prompt: int = 1024
+    steps: int = 64
+    warmups: int = 3
+    passes: int = 10
+    check: tuple[int, int] = (2, 700)
+
+
+TINY = Sizes(2, 32, 16, 61, ((2, 9),), ((2, 9),), (2,), prompt=8, steps=1, warmups=0, passes=1, check=(2, 9))
+
+
+def build(sizes: Sizes, dtype: torch.dtype, mode: str = "chunk") -> HGRN2ForCausalLM:
+    """Return fla's model with the same random weights at each call, rounded to bf16."""
+    fused = dict(fuse_norm=ON_GPU, fuse_swiglu=ON_GPU, fuse_cross_entropy=ON_GPU)
+    config = HGRN2Config(
+        hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        expand_ratio=sizes.head,
+        vocab_size=sizes.vocab,
+        attn_mode=mode,
+        **fused,
+    )
+    torch.manual_seed(0)
+    model = HGRN2ForCausalLM(config)
+    with torch.no_grad():
+        # they start as zeros, which would give all channels of a layer one bound
+        model.model.lower_bounds.normal_()
+    return model.bfloat16().to(DEVICE, dtype)
+
+
+def tokens(batch: int, length: int, vocab: int) -> Tensor:
+    return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def results(model: HGRN2ForCausalLM, sizes: Sizes) -> dict[str, Tensor]:
+    """Return logits, states of a prefill and gradients, in fp32 on the host."""
+    model.train()
+    batch = tokens(*sizes.check, sizes.vocab)
+    logits = model(batch).logits
+    model.zero_grad()
+    logits.float().square().mean().backward()
+    found = {"logits": logits} | {name: p.grad for name, p in model.named_parameters()}
+    with torch.inference_mode():
+        cache = model.eval()(batch, use_cache=True).past_key_values
+    found |= {f"state of layer {i}": cache[i]["recurrent_state"] for i in range(len(cache))}
+    model.zero_grad()
+    return {name: x.detach().float().cpu() for name, x in found.items()}
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def check(sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
+    """Compare both sides, and return the largest error of each. A result that is wrong ends the script."""
+    model = build(sizes, dtype)
+    theirs = results(model, sizes)
+    for_fla.replace(model)
+    ours = results(model, sizes)
+    for_fla.restore(model)
+    again = results(model, sizes)
+    # gradients are left out, because a GPU may sum them in another order each time
+    compared = [name for name in theirs if name == "logits" or name.startswith("state")]
+    changed = [name for name in compared if not torch.equal(theirs[name], again[name])]
+    del model
+    release()
+    exact = results(build(sizes, torch.float32, "fused_recurrent"), sizes)
+    errors = {name: (error(ours[name], want), error(theirs[name], want)) for name, want in exact.items()}
+    if dtype == torch.float32:
+        wrong = {name: pair for name, pair in errors.items() if not pair[0] <= FP32}
+    else:
+        wrong = {name: pair for name, pair in errors.items() if not pair[0] <= FARTHER * pair[1]}
+    if wrong or changed:
+        sys.exit(f"wrong results, (with the operator, fla) from the exact ones: {wrong}; not restored: {changed}")
+    worst = {side: max(pair[i] for pair in errors.values()) for i, side in enumerate(("operator", "fla"))}
+    print(f"largest relative error: {worst['operator']:.1e} with the operator, {worst['fla']:.1e} with fla", flush=True)
+    return worst
+
+
+def release():
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seconds(run: Callable[[], object], sizes: Sizes) -> float:
+    """Return the median time of a pass."""
+    times = []
+    for _ in range(sizes.warmups + sizes.passes):
+        begin = time.perf_counter()
+        run()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[sizes.warmups :])
+
+
+def measure(model: HGRN2ForCausalLM, sizes: Sizes) -> Iterator[dict]:
+    """Yield a row per run: its name, milliseconds, tokens/s and peak memory."""
+    for batch, length in sizes.training:
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=ON_GPU)
+        data = tokens(batch, length, sizes.vocab)
+
+        def train(model=model, optimizer=optimizer, data=data):
+            model(data, labels=data).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        yield timed(f"training step, {batch} x {length}", lambda: seconds(train, sizes), batch * length)
+        del optimizer
+    model.zero_grad()
+    model.eval()
+    with torch.inference_mode():
+        for batch, length in sizes.prefill:
+            data = tokens(batch, length, sizes.vocab)
+
+            def prefill(data=data):
+                model(data, use_cache=True, logits_to_keep=1)
+
+            yield timed(f"prefill, {batch} x {length}", lambda: seconds(prefill, sizes), batch * length)
+        for batch in sizes.decoding:
+            prompt = tokens(batch, sizes.prompt, sizes.vocab)
+            state = types.SimpleNamespace(cache=model(prompt, use_cache=True).past_key_values, token=prompt[:, -1:])
+
+            def decode(state=state):
+                for _ in range(sizes.steps):
+                    out = model(state.token, past_key_values=state.cache, use_cache=True)
+                    state.token = out.logits[:, -1:].argmax(-1)
+
+            yield timed(f"decoding, batch {batch}", lambda: seconds(decode, sizes) / sizes.steps, batch)
+
+
+def timed(name: str, time_it: Callable[[], float], count: int) -> dict:
+    """Return a row of the table.
+
+    Args:
+        name: name of the run.
+        time_it: returns the seconds of a pass or a step.
+        count: tokens of a pass or a step.
+    """
+    release()
+    took = time_it()
+    peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if ON_GPU else None
+    return {"run": name, "ms": took * 1000, "tokens/s": round(count / took), "peak GiB": peak}
+
+
+@contextlib.contextmanager
+def untuned():
+    """Let Triton's tuner take the first form of each kernel where there is no GPU to time them on."""
+    if not ON_GPU:
+        same_time = types.SimpleNamespace(get_benchmarker=lambda: lambda call, quantiles: [0.0] * len(quantiles))
+        triton.runtime.driver.set_active(same_time)
+    yield
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    report.add_option(parser)
+    parser.add_argument("--tiny", action="store_true", help="a toy model in fp32, on a GPU or a CPU")
+    options = parser.parse_args()
+    if not (ON_GPU or options.tiny):
+        sys.exit("there is no GPU: give --tiny to run the script on a toy model")
+    sizes, dtype = (TINY, torch.float32) if options.tiny else (Sizes(), torch.bfloat16)
+    with untuned():
+        errors = check(sizes, dtype)
+        model = build(sizes, dtype)
+        rows = []
+        for name, change in (
+            ("fla", lambda model: None),
+            ("with the operator", for_fla.replace),
+            ("fla, restored", for_fla.restore),
+        ):
+            change(model)
+            for found in measure(model, sizes):
+                rows.append({"run": found.pop("run"), "model": name} | found)
+                print(rows[-1], flush=True)
+    before = {found["run"]: found["ms"] for found in rows if found["model"] == "fla"}
+    rows.sort(key=lambda found: list(before).index(found["run"]))
+    for found in rows:
+        found |= {"times as fast": round(before[found["run"]] / found["ms"], 2), "ms": round(found["ms"], 3)}
+    print("| run | model | ms | tokens/s | times as fast | peak GiB |\n|---|---|---|---|---|---|")
+    for found in rows:
+        cells = (found[column] for column in ("run", "model", "ms", "tokens/s", "times as fast", "peak GiB"))
+        print("|", " | ".join(map(str, cells)), "|")
+    report.write(options.out, rows, errors=errors)
+
+
+if __name__ == "__main__":
+    main()
