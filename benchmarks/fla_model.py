@@ -12,11 +12,11 @@ own model in fp32 and in its mode fused_recurrent, and the operator may be at mo
 In fp32 both sides must agree up to rounding. It compares the logits, the gradients of all parameters, and the states
 that a prefill leaves behind. After `restore`, fla's logits and states must have the bits that they had at first.
 
-A training step is a forward with the loss, a backward without recompute, and a step of AdamW. A prefill is a forward that fills the
-cache and returns the logits of the last token. Decoding feeds single tokens after a prefill, one argmax each, in plain
-PyTorch without a CUDA graph. Times are medians of several passes after passes that compile and tune. The row "fla,
-restored" repeats fla at the end, so it shows how much the times drift. Both sides share all other code: embedding,
-projections, norms, MLPs, the output layer and the loss. So the times compare whole models.
+A training step is a forward with the loss, a backward without recompute, and a step of AdamW. A prefill is a forward
+that fills the cache and returns the logits of the last token. Decoding feeds single tokens after a prefill, one argmax
+each, in plain PyTorch without a CUDA graph. Times are medians of several passes after passes that compile and tune.
+The rows "fla, restored" repeat fla at the end, so they show how much the times drift. Both sides share all other code:
+embedding, projections, norms, MLPs, the output layer and the loss. So the times compare whole models.
 """
 
 import argparse
