@@ -14,6 +14,7 @@ PACKAGE = harness.ROOT / "hgrn2_megatron"
 # Every module of the package. A module imports only modules that stand after it here, at its top or in a function.
 ORDER = """
     __main__ doctor patch
+    hf.__init__ hf.registration hf.modeling hf.mixers hf.packing hf.configuration hf.versions
     conversion.command conversion.check conversion.weights conversion.config conversion.files conversion.__init__
     spec model_hooks megatron_hooks checkpoint_hooks checkpoint_check checkpoint flops forms arguments
     mtp stack requirements stack_requirements fsdp megatron_flags cuda_graphs precision cpu_requirements block

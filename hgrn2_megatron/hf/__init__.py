@@ -1,0 +1,14 @@
+"""HGRN2 models for Hugging Face transformers, in fla's format and computed by hgrn2_kernels.
+
+This package needs torch, transformers and hgrn2_kernels. It imports neither Megatron nor fla.
+
+    HGRN2Config, HGRN2Model, HGRN2ForCausalLM: the config, the model without its output layer, and the language model.
+    register: makes AutoConfig, AutoModel and AutoModelForCausalLM build these classes.
+"""
+
+from hgrn2_megatron.hf import versions  # noqa: F401, I001  checks the release before anything else is imported
+from hgrn2_megatron.hf.configuration import HGRN2Config
+from hgrn2_megatron.hf.modeling import HGRN2ForCausalLM, HGRN2Model
+from hgrn2_megatron.hf.registration import register
+
+__all__ = ["HGRN2Config", "HGRN2ForCausalLM", "HGRN2Model", "register"]
