@@ -1,11 +1,14 @@
-"""Run lm-evaluation-harness on a model that `convert` exported. flash-linear-attention (fla) computes the model.
+"""Run lm-evaluation-harness on a model that `convert` exported.
 
     python examples/evaluate_exported.py --model_args pretrained=<folder>,dtype=float32 \\
         --tasks my_task --include_path my_tasks --batch_size 16
 
-The script needs `pip install 'lm-eval[hf]' flash-linear-attention`, and takes the flags of `lm_eval run`. It runs
-`lm_eval run --model hf` after importing fla, which registers the model type hgrn2 with transformers. Without a GPU,
-fla's kernels run in Triton's interpreter. That takes minutes for a small model in fp32, and far too long for others.
+The script needs `pip install 'lm-eval[hf]'`, and takes the flags of `lm_eval run`. It runs `lm_eval run --model hf`
+after registering the model type hgrn2 with transformers, so hgrn2_megatron.hf computes the model, on a GPU or a CPU.
+
+With `--fla` as the first flag, flash-linear-attention (fla) computes the model instead, which needs
+`pip install flash-linear-attention`. Without a GPU, fla's kernels run in Triton's interpreter. That takes minutes for a
+small model in fp32, and far too long for others.
 """
 
 import os
@@ -29,16 +32,23 @@ def interpret():
 
 
 def main():
-    device = "cuda"
-    if not torch.cuda.is_available():
-        device = "cpu"
+    flags, device = sys.argv[1:], "cuda" if torch.cuda.is_available() else "cpu"
+    with_fla = flags[:1] == ["--fla"]
+    if with_fla and device == "cpu":
         interpret()
     try:
-        import fla  # noqa: F401
         from lm_eval.__main__ import cli_evaluate
+
+        if with_fla:
+            # importing it registers its classes
+            import fla  # noqa: F401
+        else:
+            from hgrn2_megatron import hf
+
+            hf.register(exist_ok=True)
     except ImportError as error:
-        sys.exit(f"a package is missing: pip install 'lm-eval[hf]' flash-linear-attention ({error})")
-    sys.argv = ["lm_eval", "run", "--model", "hf", "--device", device, *sys.argv[1:]]
+        sys.exit(f"a package is missing: pip install 'lm-eval[hf]', and flash-linear-attention for --fla ({error})")
+    sys.argv = ["lm_eval", "run", "--model", "hf", "--device", device, *flags[with_fla:]]
     cli_evaluate()
 
 

@@ -6,7 +6,7 @@ This package needs torch, transformers and hgrn2_kernels. It imports neither Meg
     register: makes AutoConfig, AutoModel and AutoModelForCausalLM build these classes.
 """
 
-from hgrn2_megatron.hf import versions  # noqa: F401, I001  checks the release before anything else is imported
+import hgrn2_megatron.hf.versions  # noqa: F401  checks the release before the others need it
 from hgrn2_megatron.hf.configuration import HGRN2Config
 from hgrn2_megatron.hf.modeling import HGRN2ForCausalLM, HGRN2Model
 from hgrn2_megatron.hf.registration import register

@@ -4,8 +4,9 @@ Source: fla-org/flash-linear-attention 0.6.0, fla/layers/hgrn2.py and fla/layers
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -16,6 +17,14 @@ from hgrn2_megatron.hf.configuration import HGRN2Config
 MIXER_NORM_EPS = 1e-5
 # A raw forget gate at which the gate is 1 and the key 0 in every dtype. It keeps a state over padding.
 KEEP = 1e4
+
+
+class MixerRMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight takes the dtype of its input. Under autocast the two differ, and PyTorch would be slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class HGRN2Mixer(nn.Module):
@@ -31,7 +40,7 @@ class HGRN2Mixer(nn.Module):
         d = config.hidden_size
         self.layer_idx, self.head_dim = layer_idx, config.expand_ratio
         self.q_proj, self.f_proj, self.i_proj = (nn.Linear(d, d, bias=False) for _ in range(3))
-        self.g_norm = nn.RMSNorm(d, MIXER_NORM_EPS, elementwise_affine=config.elementwise_affine is not False)
+        self.g_norm = MixerRMSNorm(d, MIXER_NORM_EPS, elementwise_affine=config.elementwise_affine is not False)
         self.o_proj = nn.Linear(d, d, bias=False)
 
     def forward(
@@ -61,21 +70,23 @@ class HGRN2Mixer(nn.Module):
             f, v = f.masked_fill(is_padding, KEEP), v.masked_fill(is_padding, 0)
         if cu_seqlens is not None:
             q, f, v = (part.reshape(1, B * T, *part.shape[2:]) for part in (q, f, v))
-        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
-        if state is not None and T == 1 and not torch.is_grad_enabled():
-            o = step_hgrn2(q, f, v, lower_bound, state)
-        else:
-            keep = cache is not None
-            o, final = chunk_hgrn2(
-                q, f, v, lower_bound, initial_state=state, output_final_state=keep, cu_seqlens=cu_seqlens
-            )
-            if cache is not None and final is not None:
-                layer = cache.layers[self.layer_idx]
-                assert isinstance(layer, LinearAttentionCacheLayerMixin)
-                layer.update_recurrent_state(final.detach())
-                # transformers itself sets this only in layers with a convolution
-                layer.has_previous_state[0] = True
+        o = self._operator(q, f, v, lower_bound, cu_seqlens, cache)
         return self.o_proj(self.g_norm(o.reshape(B, T, -1)))
+
+    def _operator(self, q, f, v, lower_bound, cu_seqlens, cache: Cache | None) -> Tensor:
+        """Run the operator from the state in the cache, and leave the new state there."""
+        if cache is None:
+            return chunk_hgrn2(q, f, v, lower_bound, cu_seqlens=cu_seqlens)[0]
+        state = cache.get_recurrent_state(self.layer_idx)
+        if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            return step_hgrn2(q, f, v, lower_bound, state)
+        o, final = chunk_hgrn2(q, f, v, lower_bound, initial_state=state, output_final_state=True)
+        layer = cache.layers[self.layer_idx]
+        assert final is not None and isinstance(layer, LinearAttentionLayer)
+        layer.update_recurrent_state(final.detach())
+        # transformers itself sets this only in layers with a convolution
+        layer.has_previous_state[0] = True
+        return o
 
 
 class Attention(nn.Module):

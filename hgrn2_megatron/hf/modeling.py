@@ -25,6 +25,15 @@ from hgrn2_megatron.hf.packing import boundaries, positions_of
 HGRN2 = "linear_attention"
 
 
+def tokens_in(cache: Cache | None) -> int:
+    """Return the number of tokens that a cache has seen. transformers counts them in attention layers only."""
+    if cache is None:
+        return 0
+    if not all(cache.is_linear):
+        return cache.get_seq_length()
+    return getattr(cache, "hgrn2_tokens", 0) if cache.has_previous_state() else 0
+
+
 class HGRN2MLP(nn.Module):
     """The gated MLP of a layer: down(silu(gate(x)) * up(x))."""
 
@@ -152,13 +161,15 @@ class HGRN2Model(HGRN2PreTrainedModel):
                 raise ValueError("packed sequences have no cache: give use_cache=False, or one sequence per row")
             cache = DynamicCache(config=self.config)
         kinds = self.config.layer_types
+        seen = tokens_in(cache)
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None and set(kinds) != {HGRN2} else 0
             position_ids = torch.arange(T, device=x.device)[None] + seen
         masks = self._masks(x, attention_mask, position_ids, cache)
         bounds = self._bounds()
         for layer, kind, bound in zip(self.layers, kinds, bounds, strict=True):
             x = layer(x, bound, masks[kind], position_ids, cu_seqlens, cache=cache, **kwargs)
+        if cache is not None and all(cache.is_linear):
+            cache.hgrn2_tokens = seen + T  # type: ignore[attr-defined]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), cache=cache)
 
     def _masks(self, x: Tensor, attention_mask, position_ids: Tensor, cache: Cache | None) -> dict:
@@ -212,6 +223,23 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, is_first_iteration=False, **kwargs
+    ):
+        """Leave out the tokens that the cache of a pure model has seen. transformers does it for other caches."""
+        if is_first_iteration and next_sequence_length is None:
+            seen, length = tokens_in(cache), input_ids.shape[1]
+            if 0 < seen < length and (attention_mask is None or attention_mask.shape[1] == length):
+                next_sequence_length = length - seen
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            cache=cache,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @can_return_tuple

@@ -97,6 +97,15 @@ def log_likelihoods(hf, tokens: list[int], windows: list[tuple[int, int, int]]) 
     return total
 
 
+def samples_of(folder) -> dict[str, list]:
+    """Return the responses of each task that the harness has logged, in the order of the task."""
+    samples = {}
+    for file in folder.rglob("samples_*.jsonl"):
+        kept = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        samples[file.stem.rsplit("_", 1)[0].removeprefix("samples_")] = [sample["filtered_resps"] for sample in kept]
+    return samples
+
+
 @pytest.mark.parametrize(
     ("processes", "script", "model"),
     [
@@ -121,10 +130,7 @@ def test_the_scores_are_those_of_the_exported_model(processes, script, model, ex
     done = harness.torchrun(processes, *run)
     assert done.returncode == 0, done.stdout[-3000:]
 
-    samples = {}
-    for file in (tmp_path / "out").rglob("samples_*.jsonl"):
-        kept = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-        samples[file.stem.rsplit("_", 1)[0].removeprefix("samples_")] = [sample["filtered_resps"] for sample in kept]
+    samples = samples_of(tmp_path / "out")
     for item, actual in zip(lines["heldout_continuation"], samples["heldout_continuation"], strict=True):
         for choice, (score, _) in zip(item["choices"], actual, strict=True):
             first, tokens = len(item["context"].rstrip().encode()), list((item["context"] + choice).encode())
@@ -137,3 +143,17 @@ def test_the_scores_are_those_of_the_exported_model(processes, script, model, ex
         # the last window reaches back as far as it may
         windows[-1] = (max(0, len(tokens) - 65), *windows[-1][1:])
         np.testing.assert_allclose(float(actual[0]), log_likelihoods(tmp_path / "hf", tokens, windows), rtol=1e-5)
+
+    # the exported folder, computed by the model for transformers
+    out = ("--batch_size", 4, "--log_samples", "--output_path", tmp_path / "hf_out")
+    folder = ("--model_args", f"pretrained={tmp_path / 'hf'},dtype=float32")
+    done = harness.python("examples/evaluate_exported.py", *map(str, (*folder, *tasks, *out)))
+    assert done.returncode == 0, done.stdout[-3000:]
+    exported = samples_of(tmp_path / "hf_out")
+    assert exported.keys() == samples.keys()
+    for task, expected in samples.items():
+        scores = [
+            [float(answer[0] if isinstance(answer, list) else answer) for item in kept for answer in item]
+            for kept in (exported[task], expected)
+        ]
+        np.testing.assert_allclose(*scores, rtol=1e-5)
