@@ -66,8 +66,7 @@ class HGRN2Mixer(nn.Module):
         B, T, _ = x.shape
         q, f, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.f_proj, self.i_proj))
         if is_padding is not None:
-            is_padding = is_padding[..., None, None]
-            f, v = f.masked_fill(is_padding, KEEP), v.masked_fill(is_padding, 0)
+            f = f.masked_fill(is_padding[..., None, None], KEEP)
         if cu_seqlens is not None:
             q, f, v = (part.reshape(1, B * T, *part.shape[2:]) for part in (q, f, v))
         o = self._operator(q, f, v, lower_bound, cu_seqlens, cache)

@@ -1,6 +1,8 @@
 """Training of the model for transformers: gradients, Trainer, gradient checkpointing, torch.compile, LoRA, dtypes."""
 
 import copy
+import importlib
+import re
 
 import harness
 import pytest
@@ -39,6 +41,7 @@ def test_loss_and_gradients_are_those_of_the_recurrence(kind):
 def test_gradients_with_checkpointing_and_padding(kind):
     model, ids = build(kind), tokens(2, TIME)
     expected = gradients(model, ids)
+    assert model(ids).cache is None
     model.gradient_checkpointing_enable()
     assert all(torch.equal(x, expected[name]) for name, x in gradients(model, ids).items())
     model.gradient_checkpointing_disable()
@@ -144,6 +147,20 @@ def test_lora_trains_the_projections(kind, tmp_path):
     assert all(torch.equal(x, kept[name]) for name, x in model.state_dict().items())
     trained = trainer.model.eval()(input_ids=ids).logits
     assert_close(trainer.model.merge_and_unload()(ids).logits, trained)
+
+
+def test_the_examples_of_the_guide_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(harness.ROOT / "examples")
+    importlib.import_module("byte_tokenizer").write(tmp_path / "exported")
+    build("hybrid", vocab_size=257, eos_token_id=256).save_pretrained(tmp_path / "exported")
+    hf.register(exist_ok=True)
+    page = (harness.ROOT / "docs" / "guides" / "hugging-face.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(block, names)
+    assert names["tokens"].shape == (2, 27) and names["tokens"][0, 1:7].tolist() == list(b"def f(")
+    assert (tmp_path / "trained" / "last" / "model.safetensors").is_file()
 
 
 @pytest.mark.gpu
