@@ -98,6 +98,14 @@ TABLES = {
         "2026-11-28-hopper-dispatch-product",
         ["case", *(f"{time}, {kernels}" for time in TIMES for kernels in ("Hopper", "in use"))],
     ),
+    "hopper-h200": (
+        "2026-11-28-hopper-h200",
+        ["shape", "gates", *OPERATOR[1:-1]],
+    ),
+    "hopper-h200-product": (
+        "2026-11-28-hopper-h200-product",
+        ["case", "predicted, us", *(f"{time}, {kernels}" for time in TIMES for kernels in ("Hopper", "in use"))],
+    ),
     "language-model": (
         "2026-11-28-language-model",
         ["tokens", "seconds", "tokens/s since the row above", "held-out bits per byte"],
