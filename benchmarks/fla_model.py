@@ -20,29 +20,31 @@ embedding, projections, norms, MLPs, the output layer and the loss. So the times
 """
 
 import argparse
-import contextlib
 import gc
-import os
 import statistics
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-# before Triton decorates a kernel
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-
-import report
-import triton
-from fla.models import HGRN2Config, HGRN2ForCausalLM
-from torch import Tensor
-
-from hgrn2_kernels import for_fla
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import evaluate_exported
 
 ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # before fla decorates its kernels
+    evaluate_exported.interpret()
+
+import report  # noqa: E402
+from fla.models import HGRN2Config, HGRN2ForCausalLM  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from hgrn2_kernels import for_fla  # noqa: E402
+
 DEVICE = "cuda" if ON_GPU else "cpu"
 # how much farther than fla the operator may be from the exact results in bf16, and how far from fla in fp32
 FARTHER, FP32 = 1.5, 1e-4
@@ -135,10 +137,8 @@ def check(sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
     release()
     exact = results(build(sizes, torch.float32, "fused_recurrent"), sizes)
     errors = {name: (error(ours[name], want), error(theirs[name], want)) for name, want in exact.items()}
-    if dtype == torch.float32:
-        wrong = {name: pair for name, pair in errors.items() if not pair[0] <= FP32}
-    else:
-        wrong = {name: pair for name, pair in errors.items() if not pair[0] <= FARTHER * pair[1]}
+    in_fp32 = dtype == torch.float32
+    wrong = {name: pair for name, pair in errors.items() if not pair[0] <= (FP32 if in_fp32 else FARTHER * pair[1])}
     if wrong or changed:
         sys.exit(f"wrong results, (with the operator, fla) from the exact ones: {wrong}; not restored: {changed}")
     worst = {side: max(pair[i] for pair in errors.values()) for i, side in enumerate(("operator", "fla"))}
@@ -215,15 +215,6 @@ def timed(name: str, time_it: Callable[[], float], count: int) -> dict:
     return {"run": name, "ms": took * 1000, "tokens/s": round(count / took), "peak GiB": peak}
 
 
-@contextlib.contextmanager
-def untuned():
-    """Let Triton's tuner take the first form of each kernel where there is no GPU to time them on."""
-    if not ON_GPU:
-        same_time = types.SimpleNamespace(get_benchmarker=lambda: lambda call, quantiles: [0.0] * len(quantiles))
-        triton.runtime.driver.set_active(same_time)
-    yield
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     report.add_option(parser)
@@ -232,19 +223,18 @@ def main():
     if not (ON_GPU or options.tiny):
         sys.exit("there is no GPU: give --tiny to run the script on a toy model")
     sizes, dtype = (TINY, torch.float32) if options.tiny else (Sizes(), torch.bfloat16)
-    with untuned():
-        errors = check(sizes, dtype)
-        model = build(sizes, dtype)
-        rows = []
-        for name, change in (
-            ("fla", lambda model: None),
-            ("with the operator", for_fla.replace),
-            ("fla, restored", for_fla.restore),
-        ):
-            change(model)
-            for found in measure(model, sizes):
-                rows.append({"run": found.pop("run"), "model": name} | found)
-                print(rows[-1], flush=True)
+    errors = check(sizes, dtype)
+    model = build(sizes, dtype)
+    rows = []
+    for name, change in (
+        ("fla", lambda model: None),
+        ("with the operator", for_fla.replace),
+        ("fla, restored", for_fla.restore),
+    ):
+        change(model)
+        for found in measure(model, sizes):
+            rows.append({"run": found.pop("run"), "model": name} | found)
+            print(rows[-1], flush=True)
     before = {found["run"]: found["ms"] for found in rows if found["model"] == "fla"}
     rows.sort(key=lambda found: list(before).index(found["run"]))
     for found in rows:
