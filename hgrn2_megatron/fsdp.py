@@ -31,7 +31,7 @@ NOT_WITH_FSDP = (
         "give --bf16, because Megatron cannot save an fp32 model in the format fsdp_dtensor",
     ),
     (
-        # Megatron divides the weights of SwiGLU for the checkpoint by a part of theirs that only sharded weights have.
+        # To save a weight of SwiGLU, Megatron splits it in two and reads an attribute that only sharded weights have.
         lambda s: (s.save or s.load) and s.data_parallel_sharding_strategy == "no_shard",
         "--save or --load under --data-parallel-sharding-strategy no_shard",
         "give another strategy, such as optim, because Megatron fails when it saves unsharded weights of SwiGLU",
