@@ -277,7 +277,7 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
             mamba_chunk_size=CACHED_EVERY,
             has_attention="*" in symbols,
             is_uneven=_differs(symbols.count("M"), decoder.pg_collection.pp),
-            is_captured=_is_captured(config),
+            is_captured=config.cuda_graph_impl == "local",
         )
 
     def check(self, inference_config) -> None:
@@ -318,7 +318,7 @@ class HGRN2StateConfig(MambaInferenceStateConfig):
             raise ValueError(
                 "enable_prefix_caching is True, but Megatron captures the steps in CUDA graphs, and a run with both "
                 "failed on a GPU: set enable_prefix_caching to False in Megatron's InferenceConfig, or give "
-                "--inference-cuda-graph-scope none"
+                "--cuda-graph-impl none"
             )
         if megatron_release() < (0, 20) and self.is_uneven:
             raise ValueError(
@@ -334,13 +334,6 @@ def _differs(number: int, group: torch.distributed.ProcessGroup) -> bool:
     numbers = [None] * group.size()
     torch.distributed.all_gather_object(numbers, number, group=group)
     return len(set(numbers)) > 1
-
-
-def _is_captured(config) -> bool:
-    """Return whether the dynamic engine captures the steps of a model with this TransformerConfig."""
-    # Releases before 0.20 have the scope as a name or not at all, and later ones as a member of an Enum.
-    scope = getattr(config, "inference_cuda_graph_scope", None)
-    return config.cuda_graph_impl == "local" and getattr(scope, "name", scope) != "none"
 
 
 def _has_flash_attention() -> bool:

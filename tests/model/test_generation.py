@@ -326,15 +326,13 @@ def test_prefix_caches_that_would_be_wrong_are_refused(release, uneven, instead,
     states.check(InferenceConfig(enable_prefix_caching=True))
 
 
-@pytest.mark.parametrize(
-    ("impl", "scope", "refused"), [("local", "block", True), ("local", "none", False), ("none", "none", False)]
-)
-def test_no_graph_is_captured_with_a_prefix_cache(impl, scope, refused):
+@pytest.mark.parametrize(("impl", "refused"), [("local", True), ("none", False)])
+def test_no_graph_is_captured_with_a_prefix_cache(impl, refused):
     harness.start_megatron()
     model = harness.build_model()
     # Megatron builds no model with graphs without a GPU.
-    model.config.cuda_graph_impl, model.config.inference_cuda_graph_scope = impl, scope
+    model.config.cuda_graph_impl = impl
     states = MambaInferenceStateConfig.from_model(model)
     states.check(InferenceConfig())
-    with pytest.raises(ValueError, match="--inference-cuda-graph-scope none") if refused else nullcontext():
+    with pytest.raises(ValueError, match="--cuda-graph-impl none") if refused else nullcontext():
         states.check(InferenceConfig(enable_prefix_caching=True))
