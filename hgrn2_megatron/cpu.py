@@ -7,6 +7,7 @@ name to "cpu" in every call that makes or moves a tensor. The functions of torch
 CPU. `torch.cuda.is_available()` stays False, because torch's own code would otherwise look for a driver.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -70,6 +71,7 @@ def install() -> None:
     _CudaMeansCpu().__enter__()
     _keep_mode_in_backward()
     _keep_mode_in_threads()
+    _wait_for_coalesced()
     _adapt_megatron_random(megatron.core.tensor_parallel.random)
     _adapt_megatron_training(megatron.training.initialize)
     _adapt_distributed_optimizer(megatron.core.optimizer.distrib_optimizer.DistributedOptimizer)
@@ -127,6 +129,25 @@ def _keep_mode_in_backward() -> None:
 def _keep_mode_in_threads() -> None:
     """Turn the mode on in new threads, which start without it. Megatron's text generation server starts threads."""
     wrap(threading.Thread, "run", ["self"], _under_mode)
+
+
+def _wait_for_coalesced() -> None:
+    """Let Megatron's coalesced exchanges finish before anything else starts.
+
+    Two coalesced all-gathers that run over gloo at the same time corrupt the memory of the process. PyTorch 2.11 does
+    this without Megatron, too. Megatron starts them in --overlap-param-gather.
+    """
+
+    def make(manager):
+        @contextlib.contextmanager
+        def waiting(*args, **kwargs):
+            with manager(*args, **kwargs) as exchange:
+                yield exchange
+            exchange.wait()
+
+        return waiting
+
+    wrap(torch.distributed.distributed_c10d, "_coalescing_manager", ["group", "device", "async_ops"], make)
 
 
 class _Stream(torch.cpu.Stream):
