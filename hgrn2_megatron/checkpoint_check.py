@@ -141,6 +141,23 @@ def check_tensor_parallel_size(args: argparse.Namespace, checkpoint_args: argpar
         )
 
 
+def _check_expert_parallel_size(args: argparse.Namespace, checkpoint_args: argparse.Namespace):
+    """Refuse to load the optimizer's state if only one of the two runs divides its experts among ranks.
+
+    With expert parallelism Megatron saves the states of experts as an optimizer of their own, and without it as a part
+    of the only optimizer. It cannot load one in the place of the other.
+    """
+    if args.finetune or args.no_load_optim or not args.num_experts or getattr(args, "use_megatron_fsdp", False):
+        return
+    now, before = args.expert_model_parallel_size, checkpoint_args.expert_model_parallel_size
+    if (now > 1) != (before > 1):
+        raise UsageError(
+            f"--expert-model-parallel-size is {now} here and {before} in the checkpoint to load, and Megatron can load "
+            f"the state of the optimizer only if both are 1 or both are larger: give --expert-model-parallel-size "
+            f"{before}, or give --no-load-optim to load the weights alone"
+        )
+
+
 def check(
     args: argparse.Namespace,
     checkpoint_args: argparse.Namespace,
@@ -170,6 +187,7 @@ def check(
     if saved_is_hgrn2:
         check_same_model(args, checkpoint_args)
         check_tensor_parallel_size(args, checkpoint_args)
+        _check_expert_parallel_size(args, checkpoint_args)
         _check_heads(args, Layers.of(args), Layers.of(checkpoint_args))
         _check_form(args, checkpoint_args, distributed, optimizer_format)
     else:

@@ -20,6 +20,7 @@ def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Names
         moe_layer_freq=1,
         hybrid_layer_pattern=None,
         mtp_num_layers=None,
+        expert_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         num_attention_heads=4,
         hgrn2_layer_pattern="HH*H",
@@ -46,6 +47,20 @@ def attention_stack_of(pattern: str, **changes) -> argparse.Namespace:
 
 
 EXPERTS = dict(num_experts=4)
+
+
+@pytest.mark.parametrize(("here", "saved"), [(1, 2), (4, 1)])
+def test_only_weights_move_between_runs_with_and_without_expert_parallelism(here, saved):
+    def check(here, saved, **changes):
+        sizes = (dict(expert_model_parallel_size=size) for size in (here, saved))
+        args, checkpoint_args = (args_of(**EXPERTS | size | {"finetune": False} | changes) for size in sizes)
+        checkpoint_check.check(args, checkpoint_args, True)
+
+    with pytest.raises(UsageError, match=f"size is {here} here and {saved} .* or give --no-load-optim"):
+        check(here, saved)
+    check(here, saved, no_load_optim=True)
+    check(here, saved, num_experts=None)
+    check(2, 4)
 
 
 def test_both_forms_of_a_model_load_each_others_checkpoints():
