@@ -1,8 +1,7 @@
-"""The small models that mqar.py compares, by mixer and width."""
+"""The small models that mqar.py, needle.py and state_tracking.py compare, by mixer and size."""
 
 import dataclasses
 
-LAYERS = 2
 EXPANDS = (16, 32, 64, 128)
 PATTERNS = ("*", "H*", "H")
 
@@ -15,28 +14,33 @@ class Kind:
         pattern: the layers' mixers, H for HGRN2 and * for attention. It repeats until all layers have one.
         width: hidden size. The GLU is twice as wide.
         expand: expand ratio of HGRN2 layers, or 0 without such layers.
+        layers: number of layers.
+        positions: attention layers have rotary positions. HGRN2 layers never have any.
     """
 
     pattern: str
     width: int
     expand: int = 0
+    layers: int = 2
+    positions: bool = True
 
     @property
     def mixer(self) -> str:
         names = {"*": "attention", "H": "HGRN2"}
-        return names.get(self.pattern, f"hybrid {self.pattern}") + (f" {self.expand}" if self.expand else "")
+        name = names.get(self.pattern, f"hybrid {self.pattern}") + (f" {self.expand}" if self.expand else "")
+        return name if self.positions or "*" not in self.pattern else f"{name} without positions"
 
     @property
     def state(self) -> int:
         """The size of a sequence's state in all HGRN2 layers together, in numbers."""
-        layers = (self.pattern * LAYERS)[:LAYERS].count("H")
+        layers = (self.pattern * self.layers)[: self.layers].count("H")
         return layers * self.width * self.expand
 
 
 def kinds(
     widths: tuple[int, ...], expands: tuple[int, ...] = EXPANDS, patterns: tuple[str, ...] = PATTERNS
 ) -> list[Kind]:
-    """Return the models of the table in the order of widths.
+    """Return the models of mqar.py in the order of widths.
 
     Each width has attention, a hybrid with the largest expand ratio, and HGRN2 with each expand ratio.
 
@@ -55,3 +59,13 @@ def kinds(
         }
         found += [kind for pattern in patterns for kind in of_pattern[pattern]]
     return found
+
+
+def named_kinds(width: int, expand: int, layers: int) -> dict[str, Kind]:
+    """Return the models of needle.py and state_tracking.py by the names that --models takes."""
+    return {
+        "attention": Kind("*", width, 0, layers),
+        "hgrn2": Kind("H", width, expand, layers),
+        "hybrid": Kind("HHH*", width, expand, layers),
+        "hybrid-without-positions": Kind("HHH*", width, expand, layers, positions=False),
+    }

@@ -8,9 +8,9 @@ configuration of its Figure 2 calls it, with random_non_queries off.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
+from batches import Batch
 from torch import Tensor
 
 # The exponent of the gaps' power law, which the original calls `power_a`.
@@ -34,20 +34,6 @@ class Size:
                 f"a sequence of {self.length} tokens for {self.pairs} pairs: give an even length of at least "
                 f"{4 * self.pairs}, two tokens for a pair and two for its query"
             )
-
-
-class Batch(NamedTuple):
-    """Sequences of one size.
-
-    Attributes:
-        tokens: [batch, length] int64.
-        queries: [batch, pairs] int64, the positions of the queries in the order of the keys.
-        answers: [batch, pairs] int64, the value of each key.
-    """
-
-    tokens: Tensor
-    queries: Tensor
-    answers: Tensor
 
 
 def sequences(size: Size, count: int, vocab: int, generator: torch.Generator) -> Batch:

@@ -10,8 +10,8 @@ import os
 
 import torch
 import torch.nn.functional as F
-from kinds import LAYERS, Kind
-from recall import Batch, Size, sequences
+from batches import ON_GPU, Batch, Shape
+from kinds import Kind
 
 # Megatron compiles a few functions for GPUs. That would take longer than the training.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -30,7 +30,6 @@ from torch import Tensor
 from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
 from hgrn2_megatron.spec import hgrn2
 
-ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # The head dimension of attention: RoPE needs more than a few channels.
 HEAD = 64
@@ -43,19 +42,44 @@ WARM_UP = 0.1
 
 
 def start():
-    """Set Megatron up for one process without torchrun, on gloo, because a thread of NCCL would disturb a capture."""
+    """Set Megatron up for one process without torchrun, on gloo, because a thread of NCCL would disturb a capture.
+
+    A second call changes nothing.
+    """
+    if torch.distributed.is_initialized():
+        return
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     # This tracker does not read the generator's state. A capture does not allow that.
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
 
 
+class Attention(torch.nn.Module):
+    """Causal attention by PyTorch's fused kernels, in the place of Megatron's DotProductAttention.
+
+    Megatron's own module keeps a score for each pair of tokens. At 32,768 tokens that is 2 GiB per head in bf16.
+    """
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **ignored) -> Tensor:
+        """Return the attention's output, [s, b, h], from queries, keys and values, [s, b, heads, channels]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
 def build(kind: Kind, vocab: int, length: int, seed: int) -> GPTModel:
-    """Build a GPT of two layers from Megatron's own unfused modules, with tied embeddings."""
+    """Build a GPT from Megatron's own unfused modules, with tied embeddings.
+
+    Args:
+        kind: its mixer and size.
+        vocab: tokens in the vocabulary.
+        length: the longest sequence of the training. Without learned positions, longer ones work too.
+        seed: seed of the weights.
+    """
     torch.manual_seed(seed)
     settings = dict(
         **BLOCK,
-        num_layers=LAYERS,
+        num_layers=kind.layers,
         hidden_size=kind.width,
         ffn_hidden_size=2 * kind.width,
         num_attention_heads=max(1, kind.width // HEAD),
@@ -75,14 +99,18 @@ def build(kind: Kind, vocab: int, length: int, seed: int) -> GPTModel:
         config, spec = HGRN2TransformerConfig(**settings, **more), hgrn2
     else:
         config, spec = TransformerConfig(**settings), get_gpt_layer_local_spec(normalization="RMSNorm")
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=vocab,
         max_sequence_length=length,
-        position_embedding_type="rope" if "*" in kind.pattern else "none",
+        position_embedding_type="rope" if "*" in kind.pattern and kind.positions else "none",
         share_embeddings_and_output_weights=True,
-    ).to("cuda")
+    )
+    for layer in model.decoder.layers:
+        if hasattr(layer.self_attention, "core_attention"):
+            layer.self_attention.core_attention = Attention()
+    return model.to("cuda")
 
 
 class Recaller:
@@ -94,13 +122,13 @@ class Recaller:
         model.output_layer.register_forward_pre_hook(self._at_queries)
 
     def _at_queries(self, layer, args: tuple) -> tuple:
-        """Return the hidden states at the queries, [pairs, b, h], from those at all positions, [s, b, h]."""
+        """Return the hidden states at the queries, [questions, b, h], from those at all positions, [s, b, h]."""
         hidden, *rest = args
         index = self.queries.t().unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return hidden.gather(0, index), *rest
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return the logits at the queries, [batch, pairs, vocab]."""
+        """Return the logits at the queries, [batch, questions, vocab]."""
         self.queries = batch.queries
         return self.model(batch.tokens, None, None)
 
@@ -118,11 +146,11 @@ class Learner:
         model: a model with fp32 weights, which become bf16 on a GPU.
         lr: the highest learning rate. The rate rises over the first 10% of the steps and falls as a cosine to 0.
         steps: length of the whole training.
-        batches: an example of each size that will come.
+        shapes: the shape of each batch that will come.
         graphs: capture the steps in CUDA graphs.
     """
 
-    def __init__(self, model: GPTModel, lr: float, steps: int, batches: list[Batch], graphs: bool = ON_GPU):
+    def __init__(self, model: GPTModel, lr: float, steps: int, shapes: list[Shape], graphs: bool = ON_GPU):
         self.masters = [p.detach().clone() for p in model.parameters()]
         self.recaller, self.params = Recaller(model.to(DTYPE)), list(model.parameters())
         self.peak, self.steps, self.step = lr, steps, 0
@@ -134,7 +162,7 @@ class Learner:
         # The loss and the accuracy of each step.
         self.history = torch.zeros(steps, 2, device=self.lr.device)
         self.stream = torch.cuda.Stream() if ON_GPU else None
-        self.graphs = self._capture(batches) if graphs else {}
+        self.graphs = self._capture(shapes) if graphs else {}
 
     def _update(self, batch: Batch) -> Tensor:
         """Take one step of training, and return the loss and the accuracy, [2] fp32."""
@@ -148,12 +176,12 @@ class Learner:
         right = (logits.argmax(-1) == batch.answers).float().mean()
         return torch.stack([loss, right])
 
-    def _capture(self, batches: list[Batch]) -> dict:
-        """Return a graph, its batch and its result for each size of batches. The weights do not change."""
+    def _capture(self, shapes: list[Shape]) -> dict:
+        """Return a graph, its batch and its result for each shape. The weights do not change."""
         initial, graphs, pool = [p.clone() for p in self.masters], {}, torch.cuda.graph_pool_handle()
-        for example in batches:
-            batch = Batch(*(x.clone() for x in example))
-            # The current stream makes the clones. Without this wait the warm-up could read them too early.
+        for shape in shapes:
+            batch = shape.zeros()
+            # The current stream makes the zeros. Without this wait the warm-up could read them too early.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 for _ in range(2):
@@ -163,7 +191,7 @@ class Learner:
             # The graphs of other learners have other streams and run at the same time.
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 result = self._update(batch)
-            graphs[_shapes(batch)] = graph, batch, result
+            graphs[shape] = graph, batch, result
         with torch.no_grad(), torch.cuda.stream(self.stream):
             torch._foreach_copy_(self.masters, initial)
             torch._foreach_copy_(self.params, initial)
@@ -185,7 +213,7 @@ class Learner:
     def _learn(self, batch: Batch):
         self.lr.fill_(self.peak * schedule(self.step, self.steps))
         if self.graphs:
-            graph, own, result = self.graphs[_shapes(batch)]
+            graph, own, result = self.graphs[_shape(batch)]
             for mine, given in zip(own, batch, strict=True):
                 mine.copy_(given)
             graph.replay()
@@ -195,15 +223,13 @@ class Learner:
         self.step += 1
 
     @torch.no_grad()
-    def accuracy(self, batches: list[Batch]) -> float:
-        """Return the share of queries at which the right answer is the most likely token of the vocabulary."""
-        right = [(self.recaller.logits(batch).argmax(-1) == batch.answers).float().mean() for batch in batches]
-        return torch.stack(right).mean().item()
+    def right(self, batch: Batch) -> Tensor:
+        """Return where the right answer is the most likely token of the vocabulary, [batch, questions] bool."""
+        return self.recaller.logits(batch).argmax(-1) == batch.answers
 
 
-def _shapes(batch: Batch) -> tuple[torch.Size, ...]:
-    # Batches of the same length can have different numbers of pairs.
-    return tuple(x.shape for x in batch)
+def _shape(batch: Batch) -> Shape:
+    return Shape(*batch.tokens.shape, batch.queries.shape[1])
 
 
 def schedule(step: int, steps: int) -> float:
@@ -212,9 +238,3 @@ def schedule(step: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def draw(size: Size, count: int, vocab: int, seed: int) -> Batch:
-    """Draw sequences that depend only on the arguments and the kind of device."""
-    device = "cuda" if ON_GPU else "cpu"
-    return sequences(size, count, vocab, torch.Generator(device).manual_seed(seed))

@@ -13,6 +13,7 @@ sys.path.append(str(FOLDER))
 
 import mqar_results  # noqa: E402
 import recall  # noqa: E402
+import results  # noqa: E402
 
 
 def draw(size, count=500, vocab=8192, seed=0):
@@ -86,5 +87,6 @@ def test_a_table_shows_the_best_rate_the_seeds_and_how_many_runs_learned():
     found = [(1e-3, 0.26, 0.01), (1e-3, 1.0, 0.5), (3e-3, 1.0, 0.7), (3e-3, 1.0, 0.8)]
     runs = [{"rate": rate, "accuracy": {"4": four, "64": many}} for rate, four, many in found]
     model = {"width": 64, "mixer": "HGRN2 32", "without_embeddings": 1000, "state": 4096, "seconds": 9.0, "runs": runs}
-    row = mqar_results.table({"settings": {"sizes": [[64, 4], [512, 64]]}, "models": [model]}).splitlines()[-1]
+    rows = mqar_results.rows({"settings": {"sizes": [[64, 4], [512, 64]]}, "models": [model]})
+    row = results.table(rows).splitlines()[-1]
     assert row == "| 64 | HGRN2 32 | 1,000 | 4,096 | 3 of 4 | 0.003 | 100.0 | 70.0 to 80.0 | 9 |"
