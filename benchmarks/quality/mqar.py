@@ -21,7 +21,7 @@ from kinds import EXPANDS, PATTERNS, kinds
 from model_processes import add_options, given, run
 from mqar_results import rows
 from recall import Size, sequences
-from training import compile_kernels, train
+from tasks import compile_kernels, train
 
 
 @dataclasses.dataclass(frozen=True)

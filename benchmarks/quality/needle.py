@@ -2,10 +2,11 @@
 
     python benchmarks/quality/needle.py --out needle.json [--text FILE] [--models hgrn2 hybrid]
 
-A sequence is filler text that hides a few lines with a key and a value, the needles. At its end stands the question for
-the value of each key. The program trains small models on sequences of 2,048 bytes. Then it asks them in sequences of up
-to 32,768 bytes, with the needle of the first question at a given depth. An answer counts if all bytes of the value are
-right. The table shows the learning rate that did best at the length of the training.
+A sequence is filler text that hides a few lines with a key and a value, the needles. Later the key of each needle comes
+once more, and the model has to give the value. The program trains small models on sequences of 2,048 bytes. Then it
+asks them at the end of sequences of up to 32,768 bytes, with the needle at a given depth. An answer counts if all bytes
+of the value are right. The table shows the learning rate that did best at the length of the training. Rotary positions
+beyond that length are new to attention, so the program also trains a hybrid without positions.
 
 All models see the same batches in the same order. The held-out sequences have filler from other files. The program
 writes the JSON file again whenever a model is done, and it does not repeat models that the file already has with the
@@ -26,8 +27,8 @@ from kinds import named_kinds
 from model_processes import add_options, given, run
 from needles import Layout
 from results import best, cell
+from tasks import compile_kernels, train
 from torch import Tensor
-from training import compile_kernels, train
 
 # A run has learned the task if it finds at least this share of the needles at the length of the training.
 LEARNED = 0.9
@@ -41,10 +42,9 @@ class Needles:
         text: a file or a folder of filler text.
         text_bytes: most bytes of it that are read.
         length: bytes of a training sequence.
-        needles: needles in a sequence, and questions at its end.
-        key: letters of a key.
-        value: letters of a value.
-        others: random places in a sequence where the model has to give the next byte too.
+        needles: needles in a sequence. The last question is at its end.
+        key: bytes of a key.
+        value: bytes of a value.
         batch: sequences in a step.
         steps: length of the training.
         rates: highest learning rates to try.
@@ -58,10 +58,9 @@ class Needles:
     text: str
     text_bytes: int = 1 << 25
     length: int = 2048
-    needles: int = 4
-    key: int = 4
+    needles: int = 16
+    key: int = 2
     value: int = 4
-    others: int = 64
     batch: int = 16
     steps: int = 5000
     rates: tuple[float, ...] = (1e-3, 3e-3)
@@ -75,7 +74,7 @@ class Needles:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {str(self.length): Shape(self.batch, self.length, self.needles * self.value + self.others)}
+        return {str(self.length): Shape(self.batch, self.length, self.needles * self.value)}
 
     @functools.cached_property
     def texts(self) -> tuple[Tensor, Tensor]:
@@ -84,7 +83,7 @@ class Needles:
         return (train.cuda(), held_out.cuda()) if ON_GPU else (train, held_out)
 
     def layout(self, length: int) -> Layout:
-        return Layout(length, self.needles, self.key, self.value, self.others)
+        return Layout(length, self.needles, self.key, self.value)
 
     def train_batch(self, step: int) -> Batch:
         return needles.sequences(self.layout(self.length), self.batch, self.texts[0], generator(step))
@@ -103,9 +102,9 @@ class Needles:
         return {"accuracy": exact, "accuracy_of_bytes": of_bytes}
 
     def _right(self, learner, length: int, count: int, depth: float, seed: int) -> Tensor:
-        """Return which bytes of the first question's value are right, [count, value]."""
+        """Return which bytes of the last question's value are right, [count, value]."""
         batch = needles.sequences(self.layout(length), count, self.texts[1], generator(seed), depth)
-        return learner.right(batch)[:, : self.value]
+        return learner.right(batch)[:, -self.value :]
 
 
 def score(run: dict) -> float:
@@ -137,8 +136,8 @@ def rows(results: dict) -> list[dict[str, str]]:
 
 
 TINY = dict(
-    text_bytes=1 << 20, length=64, needles=1, key=1, value=1, others=0, batch=32, steps=200, rates=(1e-2,), lengths=(64, 128),
-    depths=(0.0, 1.0), held_out=64, at_once=4096,
+    text_bytes=1 << 20, length=64, needles=1, key=1, value=1, batch=32, steps=200, rates=(1e-2,),
+    lengths=(64, 128), depths=(0.0, 1.0), held_out=64, at_once=4096,
 )  # fmt: skip
 
 
@@ -152,13 +151,12 @@ def main():
     parser.add_argument("--length", type=int, help="bytes of a training sequence")
     parser.add_argument("--lengths", type=int, nargs="+", help="bytes of held-out sequences")
     parser.add_argument("--needles", type=int, help="needles in a sequence")
-    parser.add_argument("--key", type=int, help="letters of a key")
-    parser.add_argument("--value", type=int, help="letters of a value")
-    parser.add_argument("--others", type=int, help="random places in a sequence whose next byte is asked for")
+    parser.add_argument("--key", type=int, help="bytes of a key")
+    parser.add_argument("--value", type=int, help="bytes of a value")
     parser.add_argument("--batch", type=int, help="sequences in a step")
     add_options(parser)
     args = parser.parse_args()
-    chosen = given(args, "length", "lengths", "needles", "key", "value", "others", "batch")
+    chosen = given(args, "length", "lengths", "needles", "key", "value", "batch")
     try:
         task = Needles(args.text, **(TINY if args.tiny else {}) | chosen)
         for length in (task.length, *task.lengths):

@@ -50,8 +50,8 @@ def sequences(size: Size, count: int, vocab: int, generator: torch.Generator) ->
     if half - 1 < size.pairs:
         raise ValueError(f"a vocabulary of {vocab} has {half - 1} keys and a sequence {size.pairs}: give a larger one")
     device, context = generator.device, 2 * size.pairs
-    keys = 1 + _distinct(count, half - 1, size.pairs, generator)
-    values = half + _distinct(count, half, size.pairs, generator)
+    keys = 1 + distinct(count, half - 1, size.pairs, generator)
+    values = half + distinct(count, half, size.pairs, generator)
     places = torch.arange(1, (size.length - context) // 2 + 1, device=device)
     # The order of exponential variables is that of places drawn without repetition.
     times = torch.empty(count, len(places), device=device).exponential_(generator=generator) / places ** (POWER - 1)
@@ -61,6 +61,6 @@ def sequences(size: Size, count: int, vocab: int, generator: torch.Generator) ->
     return Batch(tokens.scatter_(1, queries, keys), queries, values)
 
 
-def _distinct(count: int, choices: int, number: int, generator: torch.Generator) -> Tensor:
+def distinct(count: int, choices: int, number: int, generator: torch.Generator) -> Tensor:
     """Draw different numbers below `choices` for each row, [count, number]."""
     return torch.rand(count, choices, generator=generator, device=generator.device).topk(number).indices

@@ -5,6 +5,7 @@ kernels of several models run at the same time. On a CPU the same steps run one 
 """
 # ruff: noqa: E402
 
+import functools
 import math
 import os
 
@@ -26,11 +27,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig
 from hgrn2_megatron.spec import hgrn2
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# PyTorch's kernels of attention in the order of preference. cuDNN's would make a plan for each shape.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # The head dimension of attention: RoPE needs more than a few channels.
 HEAD = 64
 # The standard deviation of initial weights, times the root of the width. Megatron's default of 0.02 is for wide models.
@@ -63,7 +67,8 @@ class Attention(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **ignored) -> Tensor:
         """Return the attention's output, [s, b, h], from queries, keys and values, [s, b, heads, channels]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with sdpa_kernel(KERNELS):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -110,6 +115,9 @@ def build(kind: Kind, vocab: int, length: int, seed: int) -> GPTModel:
     for layer in model.decoder.layers:
         if hasattr(layer.self_attention, "core_attention"):
             layer.self_attention.core_attention = Attention()
+    if model.position_embedding_type == "rope":
+        # Megatron keeps the positions of 32 models and lengths. A graph would read those that it drops.
+        model.rotary_pos_emb.forward = functools.cache(model.rotary_pos_emb.forward)
     return model.to("cuda")
 
 
