@@ -62,7 +62,7 @@ class Needles:
     key: int = 2
     value: int = 4
     batch: int = 16
-    steps: int = 5000
+    steps: int = 4000
     rates: tuple[float, ...] = (1e-3, 3e-3)
     seeds: tuple[int, ...] = (1,)
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
@@ -136,8 +136,8 @@ def rows(results: dict) -> list[dict[str, str]]:
 
 
 TINY = dict(
-    text_bytes=1 << 20, length=64, needles=1, key=1, value=1, batch=32, steps=200, rates=(1e-2,),
-    lengths=(64, 128), depths=(0.0, 1.0), held_out=64, at_once=4096,
+    text_bytes=1 << 20, length=64, needles=4, key=1, value=1, batch=32, steps=40, rates=(1e-2,), lengths=(64, 128),
+    depths=(0.0, 1.0), held_out=64, at_once=4096,
 )  # fmt: skip
 
 
@@ -148,6 +148,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--width", type=int, help="hidden size")
     parser.add_argument("--expand-ratio", type=int, help="expand ratio of HGRN2")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers")
     parser.add_argument("--length", type=int, help="bytes of a training sequence")
     parser.add_argument("--lengths", type=int, nargs="+", help="bytes of held-out sequences")
     parser.add_argument("--needles", type=int, help="needles in a sequence")
@@ -164,7 +165,7 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     width, expand = (32, 32) if args.tiny else (256, 128)
-    found = named_kinds(args.width or width, args.expand_ratio or expand, 4)
+    found = named_kinds(args.width or width, args.expand_ratio or expand, args.layers)
     order = [found[name] for name in args.models]
     if args.compile:
         compile_kernels(order, task)

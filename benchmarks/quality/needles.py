@@ -4,8 +4,8 @@ A needle is a line `[...]` with a key and a value. Somewhere after it the line c
 the model has to give each byte of the value at the byte before it. The values are in the sequence too, so a model that
 gives all bytes of a value would also write the value by itself.
 
-The last question stands at the end of the sequence, and its needle anywhere in the filler or at a given depth. The other
-questions come after their needles, half of them anywhere and half at a distance whose logarithm is spread evenly.
+The last question stands at the end of the sequence, and its needle anywhere in the filler or at a given depth. The
+other questions come after their needles, half of them anywhere and half at a distance whose logarithm is spread evenly.
 Without short distances, a model that forgets fast would hardly begin to learn.
 
 The bytes of keys are from 128 to 191, and those of values from 192 to 255. The filler is ASCII, so it has none of them.

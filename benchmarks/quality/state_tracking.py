@@ -138,7 +138,7 @@ def rows(results: dict) -> list[dict[str, str]]:
 
 
 TINY = dict(
-    machines=("latch",), length=16, batch=32, steps=100, rates=(1e-2,), seeds=(1,), lengths=(16, 32), held_out=64
+    machines=("latch",), length=16, batch=32, steps=60, rates=(1e-2,), seeds=(1,), lengths=(16, 32), held_out=64
 )
 
 
