@@ -62,8 +62,8 @@ class Needles:
     key: int = 2
     value: int = 4
     batch: int = 16
-    steps: int = 4000
-    rates: tuple[float, ...] = (1e-3, 3e-3)
+    steps: int = 3000
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     seeds: tuple[int, ...] = (1,)
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -135,6 +135,23 @@ def rows(results: dict) -> list[dict[str, str]]:
     return lines
 
 
+def check(task: Needles):
+    """Check the sizes and the text before anything is trained.
+
+    Raises:
+        ValueError: a length has no room for the needles, or the text is shorter than the longest sequence.
+        OSError: the text cannot be read.
+    """
+    for length in (task.length, *task.lengths):
+        task.layout(length)
+    shortest, longest = min(map(len, needles.read(Path(task.text), task.text_bytes))), max(task.length, *task.lengths)
+    if shortest < longest:
+        raise ValueError(
+            f"--text {task.text} gives {shortest} bytes of filler, for the training or for held-out sequences, but "
+            f"--lengths has {longest}: give a longer text or shorter lengths"
+        )
+
+
 TINY = dict(
     text_bytes=1 << 20, length=64, needles=4, key=1, value=1, batch=32, steps=40, rates=(1e-2,), lengths=(64, 128),
     depths=(0.0, 1.0), held_out=64, at_once=4096,
@@ -160,9 +177,8 @@ def main():
     chosen = given(args, "length", "lengths", "needles", "key", "value", "batch")
     try:
         task = Needles(args.text, **(TINY if args.tiny else {}) | chosen)
-        for length in (task.length, *task.lengths):
-            task.layout(length)
-    except ValueError as error:
+        check(task)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     width, expand = (32, 32) if args.tiny else (256, 128)
     found = named_kinds(args.width or width, args.expand_ratio or expand, args.layers)

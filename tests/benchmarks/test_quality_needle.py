@@ -90,6 +90,9 @@ def test_too_little_text_and_too_short_sequences_are_refused(tmp_path):
     (tmp_path / "short").write_text("a")
     with pytest.raises(ValueError, match="too little text"):
         needles.read(tmp_path / "short", 1000)
+    (tmp_path / "short").write_text("a" * 900)
+    with pytest.raises(ValueError, match="gives 90 bytes of filler.* but --lengths has 96"):
+        needle.check(needle.Needles(str(tmp_path / "short"), length=80, needles=1, lengths=(64, 96)))
 
 
 @pytest.mark.parametrize("machine", state_tracking.MACHINES)
