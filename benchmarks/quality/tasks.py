@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Task(Protocol):
-    """What a model learns, as a dataclass whose fields are the settings that all models share.
+    """A task that models learn. It is a dataclass, and its fields are the settings that all models share.
 
     Attributes:
         steps: length of the training.

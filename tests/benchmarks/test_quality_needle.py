@@ -168,6 +168,35 @@ def test_tables_show_the_best_rate_and_the_seeds():
     ]
 
 
+ATTENTION = """
+import small_models, torch
+from kinds import Kind
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+small_models.start()
+tokens = torch.randint(64, (2, 48))
+for positions in (True, False):
+    model = small_models.build(Kind("*", 128, 0, 2, positions), 64, 32, 1)
+    own = model(tokens, None, None)
+    for number, layer in enumerate(model.decoder.layers, 1):
+        layer.self_attention.core_attention = DotProductAttention(model.config, number, AttnMaskType.causal, "self")
+    torch.testing.assert_close(own, model(tokens, None, None))
+# Without positions, the last token sees the same whatever the order of the others is. Only one layer has this property.
+for positions in (True, False):
+    model = small_models.build(Kind("*", 128, 0, 1, positions), 64, 32, 1)
+    turned = torch.cat([tokens[:, :-1].flip(1), tokens[:, -1:]], dim=1)
+    first, second = (model(x, None, None)[:, -1] for x in (tokens, turned))
+    assert ((first - second).abs().max() > 1e-3) == positions
+"""
+
+
+def test_attention_is_megatrons_and_positions_can_be_left_out(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = harness.python("-c", f"import sys; sys.path.append({str(FOLDER)!r}){ATTENTION}")
+    assert done.returncode == 0, done.stdout
+
+
 def benchmark(out, program, *arguments):
     done = harness.python(str(FOLDER / program), "--tiny", "--out", str(out), *arguments)
     assert done.returncode == 0, done.stdout
