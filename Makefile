@@ -37,7 +37,7 @@ lint: $(VENV)/.installed  ## run ruff and mypy
 
 $(VENV)/.installed: pyproject.toml setup.py kernels/pyproject.toml constraints.txt
 	python=$$(PYTHON="$(PYTHON)" sh scripts/find_python.sh) && "$$python" -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable kernels --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable 'kernels[hf]' --editable '.[dev]'
 	touch $@
 
 $(OLDER): $(VENV)/.installed

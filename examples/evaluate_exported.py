@@ -4,7 +4,7 @@
         --tasks my_task --include_path my_tasks --batch_size 16
 
 The script needs `pip install 'lm-eval[hf]'`, and takes the flags of `lm_eval run`. It runs `lm_eval run --model hf`
-after registering the model type hgrn2 with transformers, so hgrn2_megatron.hf computes the model, on a GPU or a CPU.
+after registering the model type hgrn2 with transformers, so hgrn2_kernels.hf computes the model, on a GPU or a CPU.
 
 With `--fla` as the first flag, flash-linear-attention (fla) computes the model instead, which needs
 `pip install flash-linear-attention`. Without a GPU, fla's kernels run in Triton's interpreter. That takes minutes for a
@@ -43,7 +43,7 @@ def main():
             # importing it registers its classes
             import fla  # noqa: F401
         else:
-            from hgrn2_megatron import hf
+            from hgrn2_kernels import hf
 
             hf.register(exist_ok=True)
     except ImportError as error:

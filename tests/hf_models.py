@@ -3,7 +3,7 @@
 import harness
 import torch
 
-from hgrn2_megatron import hf
+from hgrn2_kernels import hf
 
 VOCAB, TIME, PAD = harness.VOCAB, 24, 0
 SIZES = dict(hidden_size=64, num_hidden_layers=3, intermediate_size=96, expand_ratio=16, vocab_size=VOCAB)

@@ -21,7 +21,6 @@ SOURCES = ("hgrn2_megatron", "kernels", "examples", "benchmarks", "scripts")
 # flags of other people's programs than Megatron
 OTHER_PROGRAMS = {
     "torchrun": "--nproc_per_node",
-    "pip": "--no-deps",
     "lm-evaluation-harness": "--tasks --include_path --batch_size --model_args --model",
 }
 # flags of Megatron releases that the installed one does not have

@@ -14,7 +14,6 @@ PACKAGE = harness.ROOT / "hgrn2_megatron"
 # Every module of the package. A module imports only modules that stand after it here, at its top or in a function.
 ORDER = """
     __main__ doctor patch
-    hf.__init__ hf.registration hf.modeling hf.mixers hf.packing hf.configuration hf.versions
     conversion.command conversion.check conversion.weights conversion.config conversion.files conversion.__init__
     spec model_hooks megatron_hooks checkpoint_hooks checkpoint_check checkpoint flops forms arguments
     mtp stack requirements stack_requirements fsdp megatron_flags cuda_graphs precision cpu_requirements block
@@ -47,10 +46,12 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
 def test_kernels_know_nothing_above_them(path):
     roots = {name.split(".")[0] for name in imports(path)}
-    # only for_fla, which no other module imports, needs fla
-    fla = {"fla"} if path.stem == "for_fla" else set()
-    assert roots <= {"torch", "triton", "hgrn2_kernels"} | fla | set(sys.stdlib_module_names)
+    # fla is needed by for_fla alone, and transformers by hf alone; no other module imports these two
+    in_hf = path.parent.name == "hf"
+    extra = {"fla"} if path.stem == "for_fla" else {"transformers"} if in_hf else set()
+    assert roots <= {"torch", "triton", "hgrn2_kernels"} | extra | set(sys.stdlib_module_names)
     assert "hgrn2_kernels.for_fla" not in imports(path)
+    assert in_hf or not any(name.startswith("hgrn2_kernels.hf") for name in imports(path))
 
 
 def modules_among(names: set[str]) -> set[str]:

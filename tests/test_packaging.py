@@ -24,7 +24,8 @@ for name in ("hgrn2-kernels", "hgrn2-megatron"):
     print(importlib.metadata.version(name))
 print(hgrn2_megatron.__version__)
 """
-# The recurrence and the PyTorch form, in a process that finds torch and the kernels and no Megatron.
+# The recurrence, the PyTorch form, and a model for transformers that is saved, loaded and generates. The process finds
+# neither this project's Megatron side nor, until the model needs it, anything beside torch.
 ALONE = """
 import importlib.util, sys
 sys.path[:0] = sys.argv[1:]
@@ -32,7 +33,20 @@ import torch, hgrn2_kernels
 q, f, v = torch.randn(3, 2, 70, 2, 8, dtype=torch.float64)
 inputs = q, f, v, torch.full((2, 8), 0.5, dtype=torch.float64)
 torch.testing.assert_close(hgrn2_kernels.chunk_hgrn2(*inputs)[0], hgrn2_kernels.recurrent_hgrn2(*inputs)[0])
-print(hgrn2_kernels.__file__, importlib.util.find_spec("hgrn2_megatron"), "triton" in sys.modules)
+print(hgrn2_kernels.__file__, importlib.util.find_spec("hgrn2_megatron"))
+print([name for name in ("triton", "transformers") if name in sys.modules])
+
+from hgrn2_kernels import hf
+hf.register()
+sizes = dict(hidden_size=32, num_hidden_layers=2, expand_ratio=16, vocab_size=61, eos_token_id=None)
+made = hf.HGRN2ForCausalLM(hf.HGRN2Config(attn={"layers": [1], "num_heads": 2}, **sizes))
+made.save_pretrained("saved")
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("saved")
+prompt = torch.tensor([[3, 5, 7]])
+torch.testing.assert_close(model(prompt).logits, made(prompt).logits, rtol=0, atol=0)
+print(model.generate(prompt, max_new_tokens=2, pad_token_id=0).shape)
+print([name for name in ("megatron", "fla") if name in sys.modules])
 """
 RELEASES = [path.stem.removeprefix("megatron-") for path in sorted((ROOT / "patches").glob("*.patch"))]
 VERSION = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]["version"]
@@ -68,18 +82,20 @@ def test_each_wheel_holds_its_own_package_and_names_what_it_needs(wheels):
             metadata = email.message_from_bytes(file.read(f"{package}-{VERSION}.dist-info/METADATA"))
             assert "Apache License" in file.read(f"{package}-{VERSION}.dist-info/licenses/LICENSE").decode()
         assert {name.partition("/")[0] for name in names} == {package, f"{package}-{VERSION}.dist-info"}
-        assert {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line} == needs
+        requires = metadata.get_all("Requires-Dist")
+        assert {line for line in requires if "extra ==" not in line} == needs
+        assert ('transformers<6,>=5.24; extra == "hf"' in requires) == (package == "hgrn2_kernels")
         assert len(metadata.get_payload()) > 1000
 
 
-def test_the_kernels_run_from_their_wheel_and_torch_alone(wheels, tmp_path):
+def test_the_kernels_and_the_models_for_transformers_run_from_their_wheel_alone(wheels, tmp_path):
     # -S leaves out the editable installs of this project; torch's folder goes after the wheel
     others = Path(torch.__file__).parents[1]
     assert not (others / "hgrn2_kernels").exists()
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     options = {"cwd": tmp_path, "env": env}
-    found = run("-S", "-c", ALONE, wheels[0], others, **options).split()
-    assert found == [f"{wheels[0]}/hgrn2_kernels/__init__.py", "None", "False"]
+    found = run("-S", "-c", ALONE, wheels[0], others, **options).splitlines()
+    assert found == [f"{wheels[0]}/hgrn2_kernels/__init__.py None", "[]", "torch.Size([1, 5])", "[]"]
 
 
 def test_both_wheels_install_elsewhere_with_every_module_and_patch(wheels, tmp_path):

@@ -40,7 +40,7 @@ def main(folder: Path):
     import fla.models
     from transformers import AutoConfig
 
-    from hgrn2_megatron import hf
+    from hgrn2_kernels import hf
 
     assert type(AutoConfig.for_model("hgrn2")) is fla.models.HGRN2Config
     hf.register(exist_ok=True)

@@ -1,8 +1,6 @@
 """The model for transformers: logits beside Megatron's and a plain model's, padding, packing, generation, folders."""
 
 import json
-import subprocess
-import sys
 
 import harness
 import pytest
@@ -11,11 +9,11 @@ from hf_models import ATTENTION, PAD, SIZES, TIME, VOCAB, WINDOW, assert_close, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hgrn2_megatron import hf
+from hgrn2_kernels import hf
+from hgrn2_kernels.hf import versions
 from hgrn2_megatron.conversion.check import hf_logits
 from hgrn2_megatron.conversion.config import hf_config, megatron_args
 from hgrn2_megatron.conversion.weights import weights
-from hgrn2_megatron.hf import versions
 
 
 @pytest.mark.parametrize(("kind", "pattern"), [("pure", "M-M-M-"), ("hybrid", "M-*-M-")])
@@ -211,16 +209,3 @@ def test_other_releases_of_transformers_are_refused():
     for version in ("4.57.1", "5.23.0", "6.0.0", None):
         with pytest.raises(ImportError, match=r"transformers>=5.24,<6"):
             versions.check(version)
-
-
-WITHOUT_MEGATRON = """
-import sys, torch
-from hf_models import build
-build("hybrid").generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
-sys.exit(any(name in sys.modules for name in ("megatron", "fla")))
-"""
-
-
-def test_it_needs_neither_megatron_nor_fla():
-    env = {"PYTHONPATH": harness.PYTHONPATH, "PATH": ""}
-    assert subprocess.run([sys.executable, "-c", WITHOUT_MEGATRON], env=env).returncode == 0

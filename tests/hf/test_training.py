@@ -11,7 +11,7 @@ from hf_models import MODELS, PAD, TIME, VOCAB, assert_close, build, tokens
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from hgrn2_megatron import hf
+from hgrn2_kernels import hf
 from hgrn2_megatron.conversion.check import hf_logits
 from hgrn2_megatron.conversion.config import megatron_args
 

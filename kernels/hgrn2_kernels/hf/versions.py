@@ -1,4 +1,4 @@
-"""Check of the installed release of transformers, which runs when `hgrn2_megatron.hf` is imported."""
+"""Check of the installed release of transformers, which runs when `hgrn2_kernels.hf` is imported."""
 
 import importlib.metadata
 
@@ -15,7 +15,7 @@ def check(installed: str | None):
         ImportError: there is no transformers, or its release is not supported.
     """
     supported = f">={'.'.join(map(str, OLDEST))},<{BELOW[0]}"
-    advice = f"hgrn2_megatron.hf needs transformers{supported}: pip install 'transformers{supported}'"
+    advice = f"hgrn2_kernels.hf needs transformers{supported}: pip install 'transformers{supported}'"
     if installed is None:
         raise ImportError(f"transformers is not installed. {advice}")
     if not OLDEST <= tuple(map(int, installed.split(".")[:2])) < BELOW:

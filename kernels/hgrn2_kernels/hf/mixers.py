@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hgrn2_kernels import chunk_hgrn2, step_hgrn2
-from hgrn2_megatron.hf.configuration import HGRN2Config
+from hgrn2_kernels.hf.configuration import HGRN2Config
 
 # fla's models use this epsilon whatever `norm_eps` says
 MIXER_NORM_EPS = 1e-5

@@ -6,9 +6,9 @@ This package needs torch, transformers and hgrn2_kernels. It imports neither Meg
     register: makes AutoConfig, AutoModel and AutoModelForCausalLM build these classes.
 """
 
-import hgrn2_megatron.hf.versions  # noqa: F401  checks the release before the others need it
-from hgrn2_megatron.hf.configuration import HGRN2Config
-from hgrn2_megatron.hf.modeling import HGRN2ForCausalLM, HGRN2Model
-from hgrn2_megatron.hf.registration import register
+import hgrn2_kernels.hf.versions  # noqa: F401  checks the release before the others need it
+from hgrn2_kernels.hf.configuration import HGRN2Config
+from hgrn2_kernels.hf.modeling import HGRN2ForCausalLM, HGRN2Model
+from hgrn2_kernels.hf.registration import register
 
 __all__ = ["HGRN2Config", "HGRN2ForCausalLM", "HGRN2Model", "register"]

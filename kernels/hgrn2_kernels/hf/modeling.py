@@ -18,9 +18,9 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hgrn2_megatron.hf.configuration import HGRN2Config
-from hgrn2_megatron.hf.mixers import Attention, HGRN2Mixer
-from hgrn2_megatron.hf.packing import boundaries, positions_of
+from hgrn2_kernels.hf.configuration import HGRN2Config
+from hgrn2_kernels.hf.mixers import Attention, HGRN2Mixer
+from hgrn2_kernels.hf.packing import boundaries, positions_of
 
 HGRN2 = "linear_attention"
 

@@ -3,8 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hgrn2_megatron.hf.configuration import HGRN2Config
-from hgrn2_megatron.hf.modeling import HGRN2ForCausalLM, HGRN2Model
+from hgrn2_kernels.hf.configuration import HGRN2Config
+from hgrn2_kernels.hf.modeling import HGRN2ForCausalLM, HGRN2Model
 
 
 def register(exist_ok: bool = False):
@@ -24,8 +24,8 @@ def register(exist_ok: bool = False):
     if registered not in (None, HGRN2Config) and not exist_ok:
         raise ValueError(
             f"the Auto classes already build {registered.__module__}.{registered.__name__} for models of the type "
-            f"{name!r}: call register(exist_ok=True) to have them build the classes of hgrn2_megatron.hf instead, or "
-            "use hgrn2_megatron.hf.HGRN2ForCausalLM.from_pretrained without registering"
+            f"{name!r}: call register(exist_ok=True) to have them build the classes of hgrn2_kernels.hf instead, or "
+            "use hgrn2_kernels.hf.HGRN2ForCausalLM.from_pretrained without registering"
         )
     AutoConfig.register(name, HGRN2Config, exist_ok=True)
     AutoModel.register(HGRN2Config, HGRN2Model, exist_ok=True)
