@@ -1,27 +1,28 @@
-"""Small HGRN2 models of fla, on a GPU or, without one, on the CPU in Triton's interpreter."""
+"""Small HGRN2 models of fla, on a GPU or, without one, on the CPU in Triton's interpreter.
 
-import contextlib
-import types
+fla has no attention without flash-attn, which needs a GPU and 16 bits. A plain reference takes its place.
+"""
 
+import importlib.util
+import sys
+
+import harness
+import reference_flash_attention
 import torch
-import triton
-from fla.models import HGRN2Config, HGRN2ForCausalLM
+
+sys.path.append(str(harness.ROOT / "examples"))
+import evaluate_exported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 61
+if importlib.util.find_spec("fla") is None:
+    raise ModuleNotFoundError("the tests of fla need fla: pip install flash-linear-attention==0.6.0")
+# fla looks for flash-attn and decorates its kernels when it is imported
+reference_flash_attention.install()
+if DEVICE == "cpu":
+    evaluate_exported.interpret()
 
-
-@contextlib.contextmanager
-def untuned():
-    """Let Triton's tuner take the first form of each kernel where there is no GPU to time them on."""
-    if DEVICE == "cuda":
-        yield
-        return
-    before = triton.runtime.driver._active
-    same_time = types.SimpleNamespace(get_benchmarker=lambda: lambda call, quantiles: [0.0] * len(quantiles))
-    triton.runtime.driver.set_active(same_time)
-    yield
-    triton.runtime.driver._active = before
+from fla.models import HGRN2Config, HGRN2ForCausalLM  # noqa: E402
 
 
 def model(**settings) -> HGRN2ForCausalLM:

@@ -162,9 +162,12 @@ def forward(
     else:
         o, state = _chunk(q, f, v, bound, state, cu_seqlens, use_cache)
     fla_layer.update_layer_cache(self, past_key_values, recurrent_state=state, conv_state=conv_state, offset=tokens)
-    o = fla_layer.rms_norm_linear(
-        o.flatten(-2), self.g_norm.weight, self.g_norm.bias, self.o_proj.weight, self.o_proj.bias
-    )
+    o = o.flatten(-2)
+    if type(self.o_proj) is nn.Linear:
+        o = fla_layer.rms_norm_linear(o, self.g_norm.weight, self.g_norm.bias, self.o_proj.weight, self.o_proj.bias)
+    else:
+        # fla would read only the weight, and leave out an adapter such as LoRA
+        o = self.o_proj(self.g_norm(o))
     return fla_layer.repad_hidden_states(o, indices, batch, tokens), None, past_key_values
 
 

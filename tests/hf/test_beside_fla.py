@@ -1,17 +1,36 @@
-"""The models for transformers beside fla's, where fla is installed."""
+"""The models for transformers beside fla's, on a GPU or in Triton's interpreter, where fla is installed."""
 
-import re
-
-import harness
 import pytest
-from hf_models import MODELS
+import torch
+
+# it prepares the process for fla, so it comes before fla
+pytest.importorskip("fla_models")
+
+import fla_models
+from fla.models import HGRN2ForCausalLM
+from hf_models import MODELS, TIME, assert_close, build, tokens
+from transformers import AutoConfig
+
+from hgrn2_kernels import hf
 
 
-def test_folders_and_logits_are_flas(tmp_path):
-    pytest.importorskip("fla", reason="needs fla: pip install flash-linear-attention")
-    done = harness.python("tests/hf/beside_fla.py", str(tmp_path))
-    assert done.returncode == 0, done.stdout[-3000:]
-    errors = re.findall(r"^(.+): (\S+)$", done.stdout, re.M)
-    errors = [(kind, float(error)) for kind, error in errors if kind in MODELS]
-    assert {kind for kind, _ in errors} == set(MODELS)
-    assert max(error for _, error in errors) < 1e-4
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_folders_and_logits_are_flas(kind, tmp_path):
+    hf.register(exist_ok=True)
+    assert type(AutoConfig.for_model("hgrn2")) is hf.HGRN2Config
+    ours = build(kind)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs, found = HGRN2ForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_mode="fused_recurrent", output_loading_info=True
+    )
+    assert not any(found.values()), found
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = hf.HGRN2ForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
+    ours, theirs = (model.to(fla_models.DEVICE).eval() for model in (ours, theirs))
+    ids = tokens(2, TIME).to(fla_models.DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    logits, expected = (m(ids, attention_mask=mask, use_cache=False).logits[mask.bool()] for m in (ours, theirs))
+    assert_close(logits, expected, 1e-4)

@@ -10,7 +10,8 @@ import pickle
 import pytest
 import torch
 
-pytest.importorskip("fla", reason="needs fla: pip install flash-linear-attention==0.6.0")
+# it prepares the process for fla, so it comes before fla
+pytest.importorskip("fla_models")
 
 import fla
 import fla_models
@@ -25,13 +26,9 @@ from hgrn2_kernels import for_fla
 DEVICE = fla_models.DEVICE
 # Both sides round to fp32 at every token, in another order.
 FP32 = 1e-5
+# attention in the middle, so that gradients and states pass through it
+HYBRID = {"num_hidden_layers": 3, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}}
 LEFT_PADDED = torch.tensor([[0] * 5 + [1] * 7, [1] * 12], device=DEVICE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def untuned():
-    with fla_models.untuned():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +74,20 @@ def gradients(model, run) -> dict[str, torch.Tensor]:
     "run, settings",
     [
         (left_padded, {}),
-        (packed, {}),
-        (from_states, {}),
         (left_padded, {"use_short_conv": True, "num_hidden_layers": 1, "use_lower_bound": False}),
         (plain, {"use_lower_bound": False, "hidden_size": 36, "expand_ratio": 16}),
+        (left_padded, HYBRID),
+        (packed, HYBRID),
+        (from_states, HYBRID),
     ],
-    ids=["left-padded", "packed", "from-states", "convolutions", "no-bound-and-wider-values"],
+    ids=[
+        "left-padded",
+        "convolutions",
+        "no-bound-and-wider-values",
+        "hybrid-left-padded",
+        "hybrid-packed",
+        "hybrid-from-states",
+    ],
 )
 def test_logits_and_gradients_and_the_way_back(run, settings):
     model = fla_models.model(**settings)
@@ -139,13 +144,19 @@ def test_decoding_runs_the_step_and_leaves_shared_states_alone(monkeypatch):
     assert not any(torch.equal(x, kept[name]) for name, x in states(cache).items())
 
 
+@torch.no_grad()
 def generated(model):
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(tokens() * LEFT_PADDED, attention_mask=LEFT_PADDED, **options)
+    """Return greedy tokens after a left-padded batch. fla's `generate` loses its cache with transformers 5.24."""
+    cache, mask, found = Cache(), LEFT_PADDED, [tokens() * LEFT_PADDED]
+    for _ in range(8):
+        out = model(found[-1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        found.append(out.logits[:, -1:].argmax(-1))
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    return torch.cat(found, 1)
 
 
-def test_greedy_generation_with_the_class_replaced():
-    model = fla_models.model().eval()
+def test_greedy_generation_of_a_hybrid_with_the_class_replaced():
+    model = fla_models.model(**HYBRID).eval()
     expected = generated(model)
     assert len(set(expected[:, 12:].flatten().tolist())) > 3
     for_fla.replace(HGRN2Attention)
@@ -155,11 +166,35 @@ def test_greedy_generation_with_the_class_replaced():
         for_fla.restore(model)
         assert type(model.model.layers[0].attn) is HGRN2Attention
         assert torch.equal(generated(model), expected)
-        alone = model.generate(tokens()[:1, 5:], max_new_tokens=8, do_sample=False, eos_token_id=None)
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "use_cache": False}
+        alone = model.generate(tokens()[:1, 5:], **options)
         assert torch.equal(alone[0, 7:], expected[0, 12:])
     finally:
         for_fla.restore(HGRN2Attention)
     assert torch.equal(generated(model), expected)
+
+
+def test_compiled_it_has_the_same_results():
+    """Without a GPU, fla's own operator cannot be compiled, because PyTorch traces into Triton's interpreter."""
+    model = fla_models.model()
+    for_fla.replace(model)
+    expected = gradients(model, plain)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_all_close(gradients(model, lambda _: plain(compiled)), expected, FP32)
+
+
+def test_lora_on_every_projection_computes_what_the_merged_weights_give():
+    peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
+    model = fla_models.model(**HYBRID)
+    for_fla.replace(model)
+    names = ["q_proj", "f_proj", "i_proj", "o_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, r=4, init_lora_weights=False))
+    logits = adapted(input_ids=tokens()).logits
+    logits.square().mean().backward()
+    assert all(p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    merged = adapted.merge_and_unload()
+    for_fla.restore(merged)
+    assert relative_error(logits.detach(), plain(merged).detach()) < FP32
 
 
 def test_a_replaced_layer_copies_and_pickles():
