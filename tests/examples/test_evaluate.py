@@ -114,16 +114,20 @@ def samples_of(folder) -> dict[str, list]:
     ],
 )
 def test_the_scores_are_those_of_the_exported_model(processes, script, model, example, tmp_path):
-    """Train, make tokenizer and tasks, evaluate the checkpoint, and compare with what was exported from it."""
+    """Train with tensor parallelism or without, evaluate the checkpoint, and compare with what was exported from it.
+
+    Plain sums, Megatron's model and the model for transformers must give the same scores.
+    """
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm-eval[hf]'")
     # far from uniform probabilities
     saving = ("--init-method-std", 0.2, "--train-iters", 4, "--save", tmp_path / "saved", "--save-interval", 4)
-    train(*model, "--vocab-size", 257, *saving, script=f"examples/{script}")
+    layout = ("--tensor-model-parallel-size", processes)
+    train(*model, "--vocab-size", 257, *layout, *saving, script=f"examples/{script}", num_processes=processes)
     example("byte_tokenizer").write(tmp_path / "saved" / "tokenizer")
     lines = write_tasks(example, tmp_path)
     convert.main([str(tmp_path / "saved"), str(tmp_path / "hf"), "--no-check"])
 
-    load = ("--load", tmp_path / "saved", "--use-checkpoint-args", "--tensor-model-parallel-size", processes)
+    load = ("--load", tmp_path / "saved", "--use-checkpoint-args", *layout)
     tasks = ("--tasks", *lines, "--include_path", tmp_path / "tasks")
     out = ("--batch_size", 4, "--log_samples", "--output_path", tmp_path / "out")
     run = map(str, ("-m", "hgrn2_megatron", "examples/evaluate.py", *load, "--", *tasks, *out))

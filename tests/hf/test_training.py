@@ -5,6 +5,7 @@ import importlib
 import re
 
 import harness
+import peft
 import pytest
 import torch
 from hf_models import MODELS, PAD, TIME, VOCAB, assert_close, build, tokens
@@ -132,7 +133,6 @@ def test_the_vocabulary_can_grow(kind):
 
 @pytest.mark.parametrize("kind", ["pure", "hybrid"])
 def test_lora_trains_the_projections(kind, tmp_path):
-    peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
     names = ["q_proj", "f_proj", "i_proj", "o_proj", "down_proj"]
     model = build(kind)
     adapted = peft.get_peft_model(

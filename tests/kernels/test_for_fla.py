@@ -15,6 +15,7 @@ pytest.importorskip("fla_models")
 
 import fla
 import fla_models
+import peft
 from fla.layers import HGRN2Attention
 from fla.layers import hgrn2 as fla_layer
 from fla.models.utils import Cache
@@ -184,7 +185,6 @@ def test_compiled_it_has_the_same_results():
 
 
 def test_lora_on_every_projection_computes_what_the_merged_weights_give():
-    peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
     model = fla_models.model(**HYBRID)
     for_fla.replace(model)
     names = ["q_proj", "f_proj", "i_proj", "o_proj", "down_proj"]
