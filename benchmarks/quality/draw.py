@@ -3,16 +3,20 @@
     python benchmarks/quality/draw.py runs/full [--sweep runs/sweep] --json benchmarks/results/quality.json
         [--picture quality.png]
 
-The line of a run has the held-out bits per byte of its last evaluation. The picture shows each model at its best
-learning rate. Seconds count training iterations, without evaluations and checkpoints.
+A line of the table has the runs of a model that differ in the seed only: the means of their numbers, and the difference
+between the highest and the lowest held-out loss. The held-out bits per byte are those of the last evaluation. The
+picture shows each model at its best learning rate, as the mean over its seeds with a band from the lowest to the
+highest. Seconds count training iterations, without evaluations and checkpoints.
 """
 
 import argparse
 import json
 import math
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
-from train import POSITIONS, bits_per_byte, is_done, merged
+from train import MODELS, POSITIONS, bits_per_byte, is_done, merged
 
 # A training curve has at most this many points.
 POINTS = 100
@@ -61,7 +65,7 @@ def read(folder: Path) -> dict:
 
 
 def read_all(folder: Path) -> list[dict]:
-    """Return the runs in a folder, sorted by model, learning rate and seed.
+    """Return the runs in a folder, sorted by learning rate and seed, with the models in the order of train.py.
 
     Raises:
         ValueError: the folder has no run.
@@ -69,7 +73,7 @@ def read_all(folder: Path) -> list[dict]:
     runs = [read(about.parent) for about in folder.glob("*/run.json")]
     if not runs:
         raise ValueError(f"no run of train.py in {folder}: give the folder that was its --out")
-    return sorted(runs, key=lambda run: (run["model"], run["lr"], run["seed"]))
+    return sorted(runs, key=lambda run: (list(MODELS).index(run["model"]), run["lr"], run["seed"]))
 
 
 def last(run: dict) -> float:
@@ -77,75 +81,118 @@ def last(run: dict) -> float:
     return run["heldout"][-1][2] if run["heldout"] else float("inf")
 
 
-def best(runs: list[dict]) -> list[dict]:
-    """Return, for each model, the runs of the learning rate with the best held-out loss."""
-    chosen: dict[str, dict] = {}
+def grouped(runs: list[dict]) -> list[list[dict]]:
+    """Return the runs in groups that differ in the seed only."""
+    groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        if run["model"] not in chosen or last(run) < last(chosen[run["model"]]):
-            chosen[run["model"]] = run
-    return [run for run in runs if run["lr"] == chosen[run["model"]]["lr"]]
+        groups.setdefault(tuple(run[name] for name in ("model", "size", "lr", "tokens")), []).append(run)
+    return list(groups.values())
 
 
-def table(runs: list[dict]) -> str:
-    """Return all runs as lines of Markdown, with each model's best learning rate in bold."""
-    bold = {id(run) for run in best(runs)}
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def best(groups: list[list[dict]]) -> list[list[dict]]:
+    """Return, for each model and size, the group with the best mean of its last held-out losses."""
+    chosen: dict[tuple, list[dict]] = {}
+    for group in groups:
+        key = group[0]["model"], group[0]["size"]
+        if key not in chosen or mean(map(last, group)) < mean(map(last, chosen[key])):
+            chosen[key] = group
+    return list(chosen.values())
+
+
+def rows(runs: list[dict]) -> list[dict]:
+    """Return the lines of the table: column -> text. The best learning rate of each model is bold."""
+    groups = grouped(runs)
+    bold = {id(group) for group in best(groups)}
     lengths = sorted({one["length"] for run in runs for one in run["lengths"]})
-    columns = [
-        "model",
-        "parameters",
-        "learning rate",
-        "seed",
-        "tokens",
-        "seconds",
-        "tokens/s",
-        "held-out bits per byte",
-    ]
-    columns += [f"all held-out, {length:,} tokens" for length in lengths]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for run in runs:
-        found = f"{last(run):.4f}" if run["heldout"] else "none yet"
-        found = f"**{found}**" if id(run) in bold else found
-        speed, state = run["tokens_per_second"] or 0, "" if run["done"] else ", not done"
-        by_length = {one["length"]: f"{one['bits_per_byte']:.4f}" for one in run["lengths"]}
-        cells = [run["model"], f"{run['parameters']:,}", f"{run['lr']:g}", run["seed"], f"{run['tokens']:,}"]
-        cells += [f"{run['seconds']:,.0f}", f"{speed:,}", f"{found}{state}"]
-        cells += [by_length.get(length, "") for length in lengths]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    found = []
+    for group in groups:
+        run, values = group[0], [last(one) for one in group if one["heldout"]]
+        heldout = f"{mean(values):.4f}" if values else "none yet"
+        row = {
+            "model": run["model"],
+            "parameters": f"{run['parameters']:,}",
+            "learning rate": f"{run['lr']:g}",
+            "seeds": ", ".join(str(one["seed"]) for one in group),
+            "tokens": f"{run['tokens']:,}",
+            "seconds": f"{mean(one['seconds'] for one in group):,.0f}",
+            "tokens/s": f"{mean(one['tokens_per_second'] or 0 for one in group):,.0f}",
+            "held-out bits per byte": f"**{heldout}**" if id(group) in bold else heldout,
+            "between seeds": f"{max(values) - min(values):.4f}" if len(values) > 1 else "",
+        }
+        if not all(one["done"] for one in group):
+            row["held-out bits per byte"] += ", not done"
+        for length in lengths:
+            of_length = [x["bits_per_byte"] for one in group for x in one["lengths"] if x["length"] == length]
+            row[f"all held-out, {length:,} tokens"] = f"{mean(of_length):.4f}" if of_length else ""
+        found.append(row)
+    return found
+
+
+def table(lines: list[dict]) -> str:
+    """Return the lines of `rows` as Markdown."""
+    columns = list(lines[0])
+    text = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(text + ["| " + " | ".join(line.values()) + " |" for line in lines])
 
 
 def picture(runs: list[dict], path: Path):
-    """Draw the best runs: held-out bits per byte against tokens and against seconds, and the loss by position."""
+    """Draw the best groups: the held-out loss against tokens, against seconds, at the end, and by position."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 3 if any(run["lengths"] for run in runs) else 2
-    figure, sides = plt.subplots(1, columns, figsize=(5.5 * columns, 4.5), layout="constrained")
+    groups = [group for group in best(grouped(runs)) if all(run["heldout"] for run in group)]
+    colours = {id(group): plt.get_cmap("tab20")(number % 20) for number, group in enumerate(groups)}
+    columns = 4 if any(run["lengths"] for run in runs) else 3
+    figure, sides = plt.subplots(1, columns, figsize=(5 * columns, 4 + 0.12 * len(groups)), layout="constrained")
     for column, (axes, label) in enumerate(zip(sides[:2], ("million tokens", "seconds of training"), strict=True)):
-        for run in best(runs):
-            points = [point[column] / (1 if column else 1e6) for point in run["heldout"]]
-            values = [point[2] for point in run["heldout"]]
-            axes.plot(points, values, ".-", label=f"{run['model']}, {run['lr']:g}, seed {run['seed']}: {last(run):.4f}")
-        axes.set(xlabel=label, ylabel="held-out bits per byte")
+        for group in groups:
+            points = list(zip(*(run["heldout"] for run in group), strict=False))
+            x = [mean(point[column] for point in at) / (1 if column else 1e6) for at in points]
+            values = [[point[2] for point in at] for at in points]
+            colour = colours[id(group)]
+            axes.plot(x, list(map(mean, values)), ".-", color=colour, label=f"{name_of(group)}, {group[0]['lr']:g}")
+            axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.2)
+        # The first losses are so high that the last ones would lie on each other.
+        top = max((run["heldout"][len(run["heldout"]) // 3][2] for group in groups for run in group), default=1)
+        low = min((last(run) for group in groups for run in group), default=0)
+        axes.set(xlabel=label, ylabel="held-out bits per byte", ylim=(low - 0.05 * (top - low), top))
         axes.grid(alpha=0.3)
-    sides[0].legend()
-    if columns == 3:
-        draw_positions(sides[2], best(runs))
+    ranked = sorted(groups, key=lambda group: -mean(map(last, group)))
+    for place, group in enumerate(ranked):
+        values = [last(run) for run in group]
+        sides[2].plot(values, [place] * len(values), "o-", color=colours[id(group)])
+    sides[2].set_yticks(range(len(ranked)), [f"{name_of(group)}: {mean(map(last, group)):.4f}" for group in ranked])
+    sides[2].set(xlabel="held-out bits per byte at the end, one point for each seed")
+    sides[2].grid(alpha=0.3)
+    if columns == 4:
+        draw_positions(sides[3], groups, colours)
+    handles, labels = sides[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_positions(axes, runs: list[dict]):
-    """Draw the held-out loss of each run by position in its longest sequences."""
-    for run in runs:
-        if run["lengths"]:
-            longest = max(run["lengths"], key=lambda one: one["length"])
-            values = [loss / math.log(2) for loss in longest["by_position"]]
-            step = longest["length"] / len(values)
-            axes.plot([(number + 0.5) * step for number in range(len(values))], values, label=run["model"])
-    axes.axvline(runs[0]["seq_length"], color="gray", linestyle=":", label="length in training")
+def name_of(group: list[dict]) -> str:
+    """Return the name of a model, with the number of its seeds if there are several."""
+    return group[0]["model"] + (f", {len(group)} seeds" if len(group) > 1 else "")
+
+
+def draw_positions(axes, groups: list[list[dict]], colours: dict[int, tuple]):
+    """Draw the held-out loss by position in the longest sequences, as the mean over the seeds of each group."""
+    for group in groups:
+        longest = [max(run["lengths"], key=lambda one: one["length"]) for run in group if run["lengths"]]
+        if longest:
+            values = [mean(at) / math.log(2) for at in zip(*(one["by_position"] for one in longest), strict=True)]
+            step = longest[0]["length"] / len(values)
+            places = [(number + 0.5) * step for number in range(len(values))]
+            axes.plot(places, values, color=colours[id(group)])
+    axes.axvline(groups[0][0]["seq_length"], color="gray", linestyle=":", label="length in training")
     axes.set(xlabel="position", ylabel="held-out bits per token", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -164,10 +211,11 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"runs": runs, "sweep": swept}, indent=1) + "\n")
-    print(table(runs))
+    found = {"rows": rows(runs), "runs": runs, "sweep": swept}
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found["rows"]))
     if swept:
-        print("\n" + table(swept))
+        print("\n" + table(rows(swept)))
     if args.picture:
         picture(runs, args.picture)
 

@@ -1,19 +1,26 @@
-"""Train one of six models through Megatron's loop, with everything but the mixer equal.
+"""Train one model through Megatron's loop, with everything but the mixer equal.
 
     python benchmarks/quality/train.py MODEL --data data --out runs [--lr 1e-3] [--seed 1] [--minutes 9] [-- more flags]
 
-MODEL is attention, hgrn2, hybrid (HHH*), gdn (gated delta net), gdn-hybrid (three of four layers) or mamba2. All models
-share one list of flags for the block, the data and their order, and the schedule. The width of the GLU makes the
-models' numbers of parameters equal, and the log states them. tokens.py makes the data.
+MODEL is a name from the table MODELS below. All models share one list of flags for the block, the data and their order,
+and the schedule. tokens.py makes the data.
+
+All models have the same number of parameters, up to half a percent, and the log of each run states it. HGRN2 has as
+many as attention at every expand ratio: a smaller ratio only divides the same projections into more heads. Without
+lower bounds, HGRN2 lacks their table of one row per layer. Mixers with more parameters get a narrower GLU.
 
 With --minutes the program stops after that time and writes a checkpoint. Call it again, and it continues from its last
 checkpoint until it prints "done". Each call writes its log to runs/MODEL-lr-seed/, where draw.py reads it.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
+
+import torch
 
 POSITIONS = "positions.json"
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,19 +40,54 @@ GDN = (
     "--linear-key-head-dim {head} --linear-value-head-dim {head}"
 )
 MAMBA = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --mamba-num-groups 1"
-# The flags in which the models differ. HGRN2 layers have {heads} heads of {head} channels.
+HGRN2 = "--spec hgrn2 --hgrn2-expand-ratio {head}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The settings in which a model differs from the others.
+
+    Attributes:
+        flags: Megatron's flags of the mixers. Names in braces stand for values of the size.
+        more: a and b, if a layer's mixer has a * hidden^2 + b * hidden more parameters than attention.
+        runner: flags of megatron_run.py.
+    """
+
+    flags: str = ""
+    more: tuple[float, float] = (0, 0)
+    runner: tuple[str, ...] = ()
+
+
 MODELS = {
-    "attention": "",
-    "hgrn2": "--spec hgrn2 --hgrn2-expand-ratio {head}",
-    "hybrid": "--spec hgrn2 --hgrn2-expand-ratio {head} --hgrn2-layer-pattern HHH*",
-    "gdn": f"{GDN} --linear-attention-freq {{layers}}",
-    "gdn-hybrid": f"{GDN} --linear-attention-freq 4",
-    "mamba2": f"{MAMBA} --hybrid-layer-pattern {{mamba}}",
+    # The mixers. A plain name is the form that the ablations change.
+    "attention": Model(),
+    "hgrn2": Model(HGRN2),
+    "hybrid": Model(f"{HGRN2} --hgrn2-layer-pattern HHH*"),
+    "gdn": Model(f"{GDN} --linear-attention-freq {{layers}}", (1, 0)),
+    "gdn-hybrid": Model(f"{GDN} --linear-attention-freq 4", (0.75, 0)),
+    # Its mixer has 2 * hidden channels, a state of 128 and heads of 64 channels.
+    "mamba2": Model(f"{MAMBA} --hybrid-layer-pattern {{mamba}}", (2 + 1 / 32, 2 * 128), ("--hybrid-model",)),
+    # Forget gates without lower bounds.
+    "hgrn2-no-bounds": Model(f"{HGRN2} --hgrn2-lower-bounds none"),
+    # Smaller states. At the size 125m, hgrn2 has the expand ratio 128.
+    "hgrn2-expand-16": Model("--spec hgrn2 --hgrn2-expand-ratio 16"),
+    "hgrn2-expand-32": Model("--spec hgrn2 --hgrn2-expand-ratio 32"),
+    "hgrn2-expand-64": Model("--spec hgrn2 --hgrn2-expand-ratio 64"),
+    # HGRN2 layers for each attention layer. The model hybrid has 3.
+    "hybrid-1-1": Model(f"{HGRN2} --hgrn2-layer-pattern H*"),
+    "hybrid-5-1": Model(f"{HGRN2} --hgrn2-layer-pattern HHHHH*"),
+    "hybrid-7-1": Model(f"{HGRN2} --hgrn2-layer-pattern HHHHHHH*"),
+    # The model hgrn2 with the same first weights, computed by flash-linear-attention.
+    "hgrn2-fla": Model(HGRN2, runner=("--fla",)),
 }
 # layers, hidden size, attention heads, expand ratio, sequence, micro-batch, batch, iterations, vocabulary's multiple
 SIZES = {
     "125m": dict(layers=12, hidden=768, attention_heads=12, head=128, seq=2048, micro=16, batch=64, iterations=2400),
+    # 16 layers, because 12 layers cannot have 7 HGRN2 layers for each attention layer.
+    "100m": dict(layers=16, hidden=640, attention_heads=10, head=128, seq=2048, micro=16, batch=64, iterations=2400),
     "tiny": dict(layers=4, hidden=64, attention_heads=2, head=32, seq=64, micro=8, batch=8, iterations=60),
+    # Triton's interpreter takes half a second for an iteration of it.
+    "toy": dict(layers=2, hidden=32, attention_heads=2, head=16, seq=16, micro=2, batch=2, iterations=8),
 }
 TRAINING = "--lr-decay-style cosine --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0"
 
@@ -54,38 +96,56 @@ def glu_width(model: str, hidden: int) -> int:
     """Return the width of the GLU with which a model's layers have as many parameters as attention's.
 
     Attention and HGRN2 have 4 hidden^2 parameters a layer and a GLU of 8/3 of the hidden size. Gated delta net's mixer
-    has as many channels as the hidden size, and 5 hidden^2 parameters. Mamba2's mixer has twice as many channels, a
-    state of 128 and heads of 64, which makes 6 hidden^2 and about 280 hidden. This count leaves out convolutions. The
-    GLU has 3 hidden parameters per channel, and it gets narrower by the parameters that the mixer has more.
+    has as many channels as the hidden size, and 5 hidden^2 parameters. Mamba2's mixer has 6 hidden^2 and about 280
+    hidden. This count leaves out convolutions. The GLU has 3 hidden parameters per channel, and it gets narrower by the
+    parameters that the mixer has more.
 
     Raises:
         KeyError: the model is unknown.
     """
-    wide = hidden * 8 // 3
-    more = {
-        "attention": 0,
-        "hgrn2": 0,
-        "hybrid": 0,
-        "gdn": hidden**2,
-        "gdn-hybrid": hidden**2 * 3 // 4,
-        "mamba2": 2 * hidden**2 + hidden * (2 * 128 + hidden // 32),
-    }[model]
+    squares, singles = MODELS[model].more
     # Tensor cores work best with multiples of 16.
-    return round((wide - more / (3 * hidden)) / 16) * 16
+    return round((hidden * 8 // 3 - (squares * hidden + singles) / 3) / 16) * 16
+
+
+def mixer_flags(model: str, size: str) -> list[str]:
+    """Return Megatron's flags of a model's mixers.
+
+    Raises:
+        ValueError: this size cannot have such mixers.
+    """
+    s = SIZES[size]
+    layers, hidden = s["layers"], s["hidden"]
+    words = dict(heads=hidden // s["head"], head=s["head"], layers=f"[1]*{layers}", mamba="M-" * layers)
+    flags = MODELS[model].flags.format(**words).split()
+    given = dict(zip(flags, flags[1:], strict=False))
+    pattern, ratio = given.get("--hgrn2-layer-pattern", "H"), int(given.get("--hgrn2-expand-ratio", 1))
+    if layers % len(pattern):
+        fits = [name for name in SIZES if SIZES[name]["layers"] % len(pattern) == 0]
+        raise ValueError(
+            f"{model} repeats {len(pattern)} layers, and the size {size} has {layers}: give --size {' or '.join(fits)}"
+        )
+    if hidden % ratio:
+        raise ValueError(
+            f"{model} has heads of {ratio} channels, which do not divide the {hidden} channels of the size {size}: "
+            "give another model or another --size"
+        )
+    return flags
 
 
 def flags_of(
     model: str, size: str, data: Path, lr: float, seed: int, iterations: int | None, evaluations: int
 ) -> list[str]:
-    """Return Megatron's flags of a run, without the paths of its checkpoints and the time of its end."""
+    """Return Megatron's flags of a run, without the paths of its checkpoints and the time of its end.
+
+    Raises:
+        ValueError: this size cannot have such mixers.
+    """
     s = SIZES[size]
     iterations = iterations or s["iterations"]
     vocab = json.loads((data / "data.json").read_text())["vocab"]
-    pattern = "M-" * s["layers"]
-    difference = MODELS[model].format(
-        heads=s["hidden"] // s["head"], head=s["head"], layers=f"[1]*{s['layers']}", mamba=pattern
-    )
-    layers = "" if model == "mamba2" else f"--num-layers {s['layers']}"
+    difference = mixer_flags(model, size)
+    layers = "" if "--hybrid-layer-pattern" in difference else f"--num-layers {s['layers']}"
     shape = f"""
         {layers} --hidden-size {s["hidden"]} --ffn-hidden-size {glu_width(model, s["hidden"])}
         --num-attention-heads {s["attention_heads"]} --seq-length {s["seq"]} --max-position-embeddings {s["seq"]}
@@ -95,7 +155,7 @@ def flags_of(
         --make-vocab-size-divisible-by 64 --vocab-size {vocab} --tokenizer-type NullTokenizer
     """
     paths = ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "heldout-sample")]
-    return [*f"{difference} {BLOCK} {TRAINING} {shape}".split(), *paths]
+    return [*difference, *f"{BLOCK} {TRAINING} {shape}".split(), *paths]
 
 
 def run_folder(out: Path, model: str, lr: float, seed: int) -> Path:
@@ -131,7 +191,7 @@ def train(args: argparse.Namespace) -> bool:
     """Train a piece of a run, and return whether the run is done.
 
     Raises:
-        ValueError: the folder has a run with other flags.
+        ValueError: the folder has a run with other flags, or this size cannot have such mixers.
         SystemExit: Megatron failed.
     """
     folder = run_folder(args.out, args.model, args.lr, args.seed)
@@ -164,8 +224,10 @@ def train(args: argparse.Namespace) -> bool:
         flags += ["--measure", str(args.data / "heldout"), "--lengths", *lengths, "--report", str(folder / POSITIONS)]
     if args.turn:
         flags += ["--turn", str(args.turn)]
-    if args.model == "mamba2":
-        flags += ["--hybrid-model"]
+    flags += MODELS[args.model].runner
+    if "--fla" in flags and not torch.cuda.is_available():
+        # Megatron imports parts of fla before megatron_run.py starts, and they need a GPU or the interpreter.
+        os.environ["TRITON_INTERPRET"] = "1"
     script = Path(__file__).with_name("megatron_run.py")
     log = folder / f"piece.{len(logs(folder))}.log"
     piece = TrainingLog(seq_length=run["seq_length"])

@@ -1,6 +1,7 @@
 """Models trained alike on a small corpus, stopped and continued, and what is drawn of them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,30 +55,67 @@ def train(data, out, model, *more):
     return call("train.py", model, *common, *more)
 
 
-def test_models_train_alike_and_are_drawn(data, tmp_path):
-    for model in ("attention", "hgrn2", "hybrid"):
-        assert train(data, tmp_path / "runs", model).endswith("done\n")
+# attention is what the others are compared with, and each other model changes another flag
+TRAINED = ("attention", "hgrn2", "hgrn2-no-bounds", "hgrn2-expand-16", "hybrid-1-1")
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A folder with a run of each model, and a second seed of one."""
+    folder = tmp_path_factory.mktemp("runs")
+    for model in TRAINED:
+        more = ("--no-checkpoints", "--lengths", 64, 128) if model == "hgrn2" else ()
+        assert train(data, folder, model, "--evaluations", 2, *more).endswith("done\n")
+    first, second = (folder / f"hybrid-1-1-0.005-seed{seed}" for seed in (1, 2))
+    shutil.copytree(first, second, ignore=shutil.ignore_patterns("checkpoints", "index"))
+    (second / "run.json").write_text((first / "run.json").read_text().replace('"seed": 1', '"seed": 2'))
+    log = (first / "piece.0.log").read_text()
+    at = log.rindex("lm loss value: ") + len("lm loss value: ")
+    (second / "piece.0.log").write_text(f"{log[:at]}{float(log[at : at + 12]) + 0.2:.6E}{log[at + 12 :]}")
+    return folder
+
+
+def test_models_train_alike_and_are_drawn(runs, tmp_path):
     figures, image = tmp_path / "figures.json", tmp_path / "figures.png"
-    printed = call("draw.py", tmp_path / "runs", "--json", figures, "--picture", image)
-    runs = {run["model"]: run for run in json.loads(figures.read_text())["runs"]}
-    assert sorted(runs) == ["attention", "hgrn2", "hybrid"] and image.stat().st_size > 10_000
-    parameters = [run["parameters"] for run in runs.values()]
-    assert max(parameters) < 1.01 * min(parameters)
-    for run in runs.values():
+    printed = call("draw.py", runs, "--json", figures, "--picture", image)
+    drawn = json.loads(figures.read_text())
+    found = {run["model"]: run for run in drawn["runs"] if run["seed"] == 1}
+    assert tuple(found) == TRAINED and image.stat().st_size > 10_000
+    # The bounds of 4 layers of 64 channels are the whole difference.
+    parameters = {model: run["parameters"] for model, run in found.items()}
+    assert parameters["hgrn2"] - parameters["hgrn2-no-bounds"] == 4 * 64
+    assert parameters["hgrn2"] == parameters["hgrn2-expand-16"]
+    assert max(parameters.values()) < 1.01 * min(parameters.values())
+    for model, run in found.items():
         assert run["done"] and run["tokens"] == 16 * 8 * 64
-        tokens, _, found = run["heldout"][-1]
+        tokens, _, bits = run["heldout"][-1]
         # log2 of 512 tokens, of so many bytes each, is what a model that knows nothing needs
         counts = run["data"]["heldout-sample"]
-        assert tokens == run["tokens"] and found < 0.9 * 9 * counts["tokens"] / counts["bytes"]
-        assert f"**{found:.4f}**" in printed
+        assert tokens == run["tokens"] and bits < 0.9 * 9 * counts["tokens"] / counts["bytes"]
+        assert model == "hybrid-1-1" or f"**{bits:.4f}**" in printed
     # the first batch is the same, and no model knows anything of it
-    first = [run["training"][0][1] for run in runs.values()]
+    first = [run["training"][0][1] for run in found.values()]
     assert max(first) - min(first) < 0.1
+    # each model is another one
+    assert len({run["heldout"][-1][2] for run in found.values()}) == len(TRAINED)
 
 
-def test_the_held_out_loss_counts_every_token_once(data, tmp_path):
-    train(data, tmp_path, "hgrn2", "--evaluations", 2, "--no-checkpoints", "--lengths", 64, 128)
-    (folder,) = tmp_path.iterdir()
+def test_seeds_share_a_line_with_their_mean_and_difference(runs, tmp_path):
+    sys.path.append(str(FOLDER))
+    import draw
+
+    assert len(list(runs.iterdir())) == len(TRAINED) + 1
+    found = draw.read_all(runs)
+    lines = {line["model"]: line for line in draw.rows(found)}
+    one, two = (run["heldout"][-1][2] for run in found if run["model"] == "hybrid-1-1")
+    assert two > one and len(lines) == len(TRAINED)
+    seeds, mean = lines["hybrid-1-1"], f"**{(one + two) / 2:.4f}**"
+    assert (seeds["seeds"], seeds["between seeds"]) == ("1, 2", f"{two - one:.4f}")
+    assert seeds["held-out bits per byte"] == mean and not lines["hgrn2"]["between seeds"]
+
+
+def test_the_held_out_loss_counts_every_token_once(data, runs):
+    folder = runs / "hgrn2-0.005-seed1"
     log = (folder / "piece.0.log").read_text()
     found = [line.split("|")[:2] for line in log.splitlines() if "validation loss at" in line]
     assert [words[0].split()[-1] for words in found] == ["8", "16"] and "Evaluating" not in log
@@ -119,19 +157,19 @@ def test_a_held_out_loss_is_that_of_one_pass():
         megatron_run.losses_by_position(model, tokens[:1024], 1024)
 
 
-def test_a_run_goes_on_where_it_stopped(data, tmp_path):
-    whole = train(data, tmp_path / "whole", "hgrn2")
-    assert train(data, tmp_path / "pieces", "hgrn2", "--", "--exit-interval", 8).endswith("call it again\n")
-    assert train(data, tmp_path / "pieces", "hgrn2").endswith("done\n")
+def test_a_run_goes_on_where_it_stopped(data, runs, tmp_path):
+    pieces = ("hgrn2", "--evaluations", 2)
+    assert train(data, tmp_path, *pieces, "--", "--exit-interval", 8).endswith("call it again\n")
+    assert train(data, tmp_path, *pieces).endswith("done\n")
     sys.path.append(str(FOLDER))
     import draw
 
-    (one,), (two,) = draw.read_all(tmp_path / "whole"), draw.read_all(tmp_path / "pieces")
-    assert one["heldout"][-1][2] == two["heldout"][-1][2] and two["done"], whole
+    one, (two,) = draw.read(runs / "hgrn2-0.005-seed1"), draw.read_all(tmp_path)
+    assert one["heldout"][-1][2] == two["heldout"][-1][2] and two["done"]
     # a piece's second line is a mean of two, out of which its loss was taken
     assert [loss for _, loss in two["training"]] == pytest.approx([loss for _, loss in one["training"]], abs=1e-4)
     refused = harness.python(
-        str(FOLDER / "train.py"), "hgrn2", "--size", "tiny", "--data", str(data), "--out", str(tmp_path / "pieces"),
+        str(FOLDER / "train.py"), "hgrn2", "--size", "tiny", "--data", str(data), "--out", str(tmp_path),
         "--lr", "5e-3", "--iterations", "32",
     )  # fmt: skip
     assert refused.returncode and "other flags" in refused.stdout
@@ -152,12 +190,28 @@ def test_glus_make_up_for_larger_mixers():
         assert layer == pytest.approx(of_attention, rel=5e-3)
 
 
+def test_sizes_that_cannot_have_a_model_are_refused():
+    sys.path.append(str(FOLDER))
+    import train as quality
+
+    for model in quality.MODELS:
+        size = "100m" if model == "hybrid-7-1" else "125m"
+        assert isinstance(quality.mixer_flags(model, size), list)
+    with pytest.raises(ValueError, match="hybrid-7-1 repeats 8 layers, and the size 125m has 12: give --size 100m$"):
+        quality.mixer_flags("hybrid-7-1", "125m")
+    with pytest.raises(ValueError, match="heads of 64 channels, which do not divide the 32 channels of the size toy"):
+        quality.mixer_flags("hgrn2-expand-64", "toy")
+
+
 def test_full_runs_fit_into_the_time():
     sys.path.append(str(FOLDER))
     import side_by_side
 
-    # one model per GPU, and a third whose halves go to the ends of the others
+    # the longest run first, each on the GPU that has the least to do, and in the order of the seeds there
+    assert side_by_side.shared_out([1.0, 3.0, 1.5, 2.0], 2) == [[0, 1], [2, 3]]
     around = side_by_side.AROUND
+    # one run per GPU, three runs on two GPUs, and more GPUs than runs
     assert side_by_side.iterations_within(around + 32.5, [0.5, 1.0], 2) == 32
-    assert side_by_side.iterations_within(2 * around + 48.5, [1.0, 1.0, 1.0], 2) == 32
+    assert side_by_side.iterations_within(2 * around + 64.5, [1.0, 1.0, 1.0], 2) == 32
+    assert side_by_side.iterations_within(around + 32.5, [1.0], 3) == 32
     assert side_by_side.iterations_within(around - 1, [1.0], 1) == 0
