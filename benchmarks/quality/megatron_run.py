@@ -1,7 +1,7 @@
 """Run Megatron's pretraining of one model with a fast held-out loss, and measure the trained model at the end.
 
     torchrun --nproc_per_node 1 -m hgrn2_megatron benchmarks/quality/megatron_run.py --held-out DATA [--turn FILE]
-        [--measure DATA --lengths 2048 32768 --report FILE] [--hybrid-model] <Megatron's flags>
+        [--measure DATA --lengths 2048 32768 --report FILE] [--hybrid-model | --fla] <Megatron's flags>
 
 train.py starts this program. At each of Megatron's evaluations, it measures the loss on the whole dataset of
 --held-out once. Megatron's own --full-validation feeds one sequence per micro-batch, and its every step takes a batch
@@ -10,7 +10,8 @@ of them, so it would read the dataset as often as a batch has micro-batches. Tha
 
 With --turn, the run loads everything and then waits until no other run holds the lock on FILE. So the next run starts
 up while this one trains. With --measure, the run ends with the losses by position on the dataset DATA, which is cut
-into sequences of each length. A length beyond the trained one shows how the model extrapolates.
+into sequences of each length. A length beyond the trained one shows how the model extrapolates. With --fla, fla's model
+trains in the place of Megatron's (fla_twin.py).
 """
 
 import argparse
@@ -136,7 +137,9 @@ def main():
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[])
     parser.add_argument("--report", type=Path)
-    parser.add_argument("--hybrid-model", action="store_true")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--hybrid-model", action="store_true")
+    form.add_argument("--fla", action="store_true")
     args, flags = parser.parse_known_args()
     sys.argv[1:] = flags
     turn = Turn(args.turn) if args.turn else None
@@ -147,6 +150,11 @@ def main():
         from megatron.training.argument_utils import hybrid_config_from_args
 
         pretrain_gpt.main(hybrid_config_from_args)
+    elif args.fla:
+        from fla_twin import with_twin
+        from megatron.training.argument_utils import gpt_config_from_args
+
+        pretrain_gpt.main(lambda args: with_twin(gpt_config_from_args(args)))
     else:
         pretrain_gpt.main()
     if args.measure and kept:
