@@ -1,8 +1,10 @@
 """Models trained alike on a small corpus, stopped and continued, and what is drawn of them."""
 
+import argparse
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import harness
@@ -215,3 +217,31 @@ def test_full_runs_fit_into_the_time():
     assert side_by_side.iterations_within(2 * around + 64.5, [1.0, 1.0, 1.0], 2) == 32
     assert side_by_side.iterations_within(around + 32.5, [1.0], 3) == 32
     assert side_by_side.iterations_within(around - 1, [1.0], 1) == 0
+
+
+def test_the_choice_takes_the_best_rates_and_leaves_out_models_that_do_not_fit(tmp_path, monkeypatch):
+    sys.path.append(str(FOLDER))
+    import side_by_side
+
+    monkeypatch.setattr(side_by_side, "START", time.monotonic())
+
+    def swept(model, lr, bits):
+        speed = {"iterations": 10, "tokens": 10_000, "tokens_per_second": 1000.0}
+        data = {"train": {"tokens": 100_000}}
+        return {"model": model, "lr": lr, "heldout": [[0, 0, bits]], "data": data, "parameters": 5} | speed
+
+    found = [swept("hgrn2", 1e-3, 2.0), swept("hgrn2", 2e-3, 1.0), swept("attention", 1e-3, 1.0)]
+    args = argparse.Namespace(
+        models=["hgrn2", "attention"], rates=[1e-3, 2e-3], seeds=[1, 2], gpus=["0", "1"], out=tmp_path, seconds=1000,
+        iterations=None, least_tokens=0, most_tokens=None,
+    )  # fmt: skip
+    # An iteration takes a second. Two runs on each GPU fit into 95% of the time, with a minute for each run.
+    choice = side_by_side.choose(args, found)
+    assert choice["rates"] == {"hgrn2": 2e-3, "attention": 1e-3} and choice["models"] == ["hgrn2", "attention"]
+    assert choice["parameters"] == {"hgrn2": 5, "attention": 5} and choice["iterations"] == 400
+    args.least_tokens = 500_000
+    assert side_by_side.choose(args, found)["models"] == ["hgrn2"]
+    args.iterations = 1200
+    choice = side_by_side.choose(args, found)
+    assert choice["models"] == ["hgrn2", "attention"] and choice["iterations"] == 1200
+    assert json.loads((tmp_path / "choice.json").read_text()) == choice
