@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import report  # noqa: E402
 from draw import read  # noqa: E402
-from train import SIZES, is_done, merged, run_folder  # noqa: E402
+from train import SIZES, check_packages, is_done, merged, run_folder  # noqa: E402
 
 # fla may be this many times as far from ours as the run that differs in rounding only.
 TWICE = 2
@@ -130,6 +130,7 @@ def main():
     parser.add_argument("--every", type=int, default=50, help="iterations from one printed line to the next")
     args = parser.parse_args()
     try:
+        check_packages(RUNS["fla"])
         free = list(args.gpus)
         with ThreadPoolExecutor(len(free)) as pool:
 
@@ -140,7 +141,8 @@ def main():
                 finally:
                     free.append(gpu)
 
-            list(pool.map(start, RUNS))
+            # fla comes first, because its code is the one that may not run on a new machine.
+            list(pool.map(start, reversed(RUNS)))
         found = compare(args)
     except ValueError as error:
         parser.error(str(error))

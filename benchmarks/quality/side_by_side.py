@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 
 from draw import last, read, read_all
-from train import MODELS, SIZES, mixer_flags, run_folder
+from train import MODELS, SIZES, check_packages, mixer_flags, run_folder
 
 HERE = Path(__file__).resolve().parent
 # Seconds of a full run that are no iterations: its start, evaluations, the checkpoint, and the losses by position.
@@ -238,6 +238,7 @@ def main():
     try:
         for model in args.models:
             mixer_flags(model, args.size)
+            check_packages(model)
         full(args, choose(args, sweep(args)))
     except ValueError as error:
         parser.error(str(error))

@@ -15,6 +15,7 @@ checkpoint until it prints "done". Each call writes its log to runs/MODEL-lr-see
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -133,6 +134,19 @@ def mixer_flags(model: str, size: str) -> list[str]:
     return flags
 
 
+def check_packages(model: str):
+    """Check that the packages of a model are there, before anything starts.
+
+    Raises:
+        ValueError: the model is fla's, and fla is missing.
+    """
+    if "--fla" in MODELS[model].runner and importlib.util.find_spec("fla") is None:
+        raise ValueError(
+            f"{model} needs fla, which is missing: pip install flash-linear-attention==0.6.0, or put a folder with it "
+            "and fla-core 0.6.0 into PYTHONPATH"
+        )
+
+
 def flags_of(
     model: str, size: str, data: Path, lr: float, seed: int, iterations: int | None, evaluations: int
 ) -> list[str]:
@@ -191,9 +205,10 @@ def train(args: argparse.Namespace) -> bool:
     """Train a piece of a run, and return whether the run is done.
 
     Raises:
-        ValueError: the folder has a run with other flags, or this size cannot have such mixers.
+        ValueError: the folder has a run with other flags, this size cannot have such mixers, or fla is missing.
         SystemExit: Megatron failed.
     """
+    check_packages(args.model)
     folder = run_folder(args.out, args.model, args.lr, args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     settings = (args.model, args.size, args.data, args.lr, args.seed, args.iterations, args.evaluations)

@@ -69,3 +69,12 @@ def test_the_verdict_takes_the_mean_and_the_largest_distance():
     assert verdict(("noise", dict.fromkeys(ours, 0.0)), ("fla", dict.fromkeys(ours, 1e-6)))["within noise"]
     with pytest.raises(ValueError, match="different iterations, {'ours': 4, 'noise': 4, 'fla': 3}"):
         verdict(noise, ("fla", {1: 0.0, 2: 0.0, 3: 0.0}))
+
+
+def test_a_machine_without_fla_is_refused_before_any_run(monkeypatch):
+    beside = beside_fla()
+    monkeypatch.setitem(sys.modules, "fla", None)
+    for model in ("hgrn2", "attention"):
+        beside.check_packages(model)
+    with pytest.raises(ValueError, match="hgrn2-fla needs fla, which is missing"):
+        beside.check_packages("hgrn2-fla")
