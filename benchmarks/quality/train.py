@@ -87,7 +87,7 @@ SIZES = {
     # 16 layers, because 12 layers cannot have 7 HGRN2 layers for each attention layer.
     "100m": dict(layers=16, hidden=640, attention_heads=10, head=128, seq=2048, micro=16, batch=64, iterations=2400),
     "tiny": dict(layers=4, hidden=64, attention_heads=2, head=32, seq=64, micro=8, batch=8, iterations=60),
-    # Triton's interpreter takes half a second for an iteration of it.
+    # Small enough for Triton's interpreter, which takes about a second for an iteration.
     "toy": dict(layers=2, hidden=32, attention_heads=2, head=16, seq=16, micro=2, batch=2, iterations=8),
 }
 TRAINING = "--lr-decay-style cosine --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0"
