@@ -12,7 +12,8 @@ FLA := $(VENV)/fla
 FITS := tests/kernels/test_compile.py::test_kernels_compile_and_fit
 NEWER_TESTS := '$(FITS)[90-fp32-128]' '$(FITS)[90-bf16-128]' tests/kernels/test_launch.py tests/kernels/test_step.py \
 	tests/kernels/test_hopper.py::test_every_form_compiles_and_fits
-FLA_TESTS := tests/kernels/test_for_fla.py tests/hf/test_beside_fla.py tests/benchmarks/test_fla_model.py
+FLA_TESTS := tests/kernels/test_for_fla.py tests/hf/test_beside_fla.py tests/benchmarks/test_fla_model.py \
+	tests/benchmarks/test_quality_fla.py
 # one process runs all tests of a file, because they share fixtures; at most four such processes run at once
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
