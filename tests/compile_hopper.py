@@ -70,7 +70,7 @@ def main():
         compiled = launch(self, *args, **options)
         name = self.__name__
         given = dict(zip(self.arg_names, args, strict=True)) | options
-        form = {x: given[x] for x in (*FORM, "ROWS", "BOUNDED", "FULL") if x in given}
+        form = {x: given[x] for x in (*FORM, "ROWS", "BOUNDED", "FULL", "FORM") if x in given}
         if (name, *form.items()) not in seen:
             seen.add((name, *form.items()))
             print(json.dumps({"kernel": name, **form, **usage(compiled)}), flush=True)
@@ -89,7 +89,7 @@ def main():
         # kernels of chunk_triton.py.
         name = self.jitted.__name__
         given = dict(zip(reversed(self.jitted.arg_names), reversed(self.numbers), strict=False))
-        form = name, given.get("REVERSE")
+        form = name, given.get("REVERSE"), given.get("FORM")
         if name.startswith("hopper") or name.startswith("beyond") and form not in beyond:
             beyond.add(form)
             every(self, *tensors, **descriptors)

@@ -6,7 +6,8 @@ and makes dq and df from them. The two roles are in hopper_backward_roles.py.
 
 The gradient of the state is correct for all gates, like the state in hopper_forward.py. For a chunk beyond the fast
 limit, the gradient of the state is stored, the gradient of the bound gets nothing on the channels that are beyond, and
-the kernels of chunk_beyond.py compute dv, dq and df again.
+the kernels of chunk_beyond.py compute dv, dq and df again. Where all channels of a chunk are beyond the limit, only the
+gradient of the state is computed here.
 """
 
 from triton.experimental import gluon

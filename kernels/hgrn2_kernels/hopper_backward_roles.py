@@ -44,6 +44,13 @@ def fetch_state(states, o_row, x_s, full, BYTES: gl.constexpr, pred=True):
 
 
 @gluon.jit
+def load_counts(bands, i_c, i_h, H: gl.constexpr):
+    """Return the counts of bands of the two blocks of channels of chunk i_c."""
+    p_bands = bands + (i_c * H + i_h) * 2
+    return gl.load(p_bands), gl.load(p_bands + 1)
+
+
+@gluon.jit
 def make_operands(
     bound,
     q_s,
@@ -194,6 +201,9 @@ def walk(
         o_r = gl.arange(0, K, layout=by_row)
         o_v = gl.arange(0, V, layout=gl.SliceLayout(0, whole))
         state = load_initial(initial, initial_rows, i_s, i_h, o_r[:, None] * V + o_v[None, :], H, K * V, ROWS)
+    # The counts of bands of a chunk's two blocks of channels are loaded one chunk ahead. An empty segment may lie after
+    # all chunks.
+    lower, upper = load_counts(bands, gl.where(n_chunks > 0, i_first + n_chunks - 1, 0), i_h, H)
     for n in range(n_chunks):
         slot = n % 2
         phase = n & 1
@@ -207,99 +217,123 @@ def walk(
         state = state * half[:, None]
         stored = state.to(gl.bfloat16)
         mbarrier.wait(h_full, phase)
-        # the gradient of the total decay of the chunk, through the state that passes it
-        passing = gl.sum(here(h_s).load(whole).to(gl.float32) * stored.to(gl.float32), 1)
-        mbarrier.wait(do_full, phase)
-        mbarrier.wait(v_full, phase)
-        q_sum = warpgroup_mma(here(h_s), here(do_s).permute((1, 0)), tile_zero, use_acc=False, is_async=True)
-        dscores = warpgroup_mma(here(do_s), here(v_s).permute((1, 0)), square_zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma(here(kd_s).permute((1, 0)), here(qd_s), square_zero, use_acc=False, is_async=True)
-        q_sum, dscores, scores = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, dscores, scores])
-        # the stores of dq and df of the previous chunk have read their slots
-        tma.store_wait(0)
-        barrier()
-        # p_s is [reader, writer] and is for dv, d_s is [query, key]. Entries on the other side of the diagonal may be
-        # infinite, so they are replaced.
-        here(p_s).store(gl.where(o_i <= o_j, scores, 0.0).to(gl.bfloat16))
-        here(d_s).store(gl.where(o_i >= o_j, dscores, 0.0).to(gl.bfloat16))
-        # this overwrites the state of the forward, which all warps have read
-        here(h_s).store(stored)
-        fence_async_shared()
-        barrier()
-        p_bands = bands + (i_c * H + i_h) * (K // 64)
-        n_bands = gl.load(p_bands)
-        n_bands = gl.maximum(n_bands, gl.load(p_bands + 1))
-        if n_bands > 1:
+        if gl.minimum(lower, upper) > 1:
+            # the launches over the list compute all gradients of this chunk, which only steps the state
+            mbarrier.wait(do_full, phase)
+            mbarrier.wait(v_full, phase)
+            # the stores of dq and df of the previous chunk have read their slots
+            tma.store_wait(0)
+            barrier()
+            here(h_s).store(stored)
+            fence_async_shared()
+            barrier()
             tma.async_copy_shared_to_global(dstates, [(i_c * H + i_h) * K, 0], here(h_s))
-        again = (n > 0) & more
-        fetch(f, i_b, start - C, end, i_h, f_s.index(1 - slot), fq_full.index(1 - slot), 4 * C * K, PACKED, again)
-        fetch(q, i_b, start - C, end, i_h, q_s.index(1 - slot), fq_full.index(1 - slot), 0, PACKED, again)
-        # the decay beyond the limit, which the other warps stored together with `half`
-        state = state * here(half_s, 1).load(by_row)[:, None]
-        q_sum = warpgroup_mma(here(kd_s), here(d_s).permute((1, 0)), q_sum, is_async=True)
-        state = warpgroup_mma(here(qd_s), here(do_s), state, is_async=True)
-        out = gl.zeros([C, V], gl.float32, wide)
-        out = warpgroup_mma(here(kd_s).permute((1, 0)), here(h_s), out, use_acc=False, is_async=True)
-        out = warpgroup_mma(here(p_s), here(do_s), out, is_async=True)
-        q_sum, state, out = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, state, out])
-        # all warps have read do, whose slot receives dv
-        barrier()
-        here(do_s).store(out.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        store(dv, i_b, start, end, i_h, here(do_s), PACKED)
-        state = state * half[:, None]
-        balance = here(qd_s).load(tile).to(gl.float32) * q_sum
-        e = warpgroup_mma(here(units_s), here(sums_s), tile_zero, use_acc=False)
-        q_sum = q_sum * exp2(e)
-        x = warpgroup_mma(q_s.index(slot).permute((1, 0)), here(eye_s), tile_zero, use_acc=False)
-        s = reciprocal(inverse_scale + inverse_scale * exp2(-x * LOG2E))
-        b_dq = (q_sum * s * (1.0 + x * (1.0 - s * inverse_scale))).to(gl.bfloat16)
-        # all warps have read q, and the store of dv has read its slot, which receives the next do
-        tma.store_wait(0)
-        barrier()
-        fetch(do, i_b, start - C, end, i_h, here(do_s), do_full, 2 * C * V, PACKED, more)
-        q_s.index(slot).permute((1, 0)).store(b_dq)
-        fence_async_shared()
-        barrier()
-        store(dq, i_b, start, end, i_h, q_s.index(slot), PACKED)
-        k_sum = warpgroup_mma(here(h_s), here(v_s).permute((1, 0)), tile_zero, use_acc=False)
-        # The sum of all writes. The balance, summed from a gate on, subtracts the writes after that gate.
-        written = gl.sum(here(kd_s).load(tile).to(gl.float32) * k_sum, 1)
-        k_sum = warpgroup_mma(here(qd_s), here(d_s), k_sum)
-        k_dk = here(kd_s).load(tile).to(gl.float32) * k_sum
-        balance -= k_dk
-        # all warps have read the operands, v and the states
-        barrier()
-        mbarrier.arrive(op_empty, count=1)
-        fetch_state(states, ((i_c - 1) * H + i_h) * K, here(h_s), h_full, 2 * K * V, more)
-        fetch(v, i_b, start - C, end, i_h, here(v_s), v_full, 2 * C * V, PACKED, more)
-        # two numbers in bf16 are nearly as precise as one in fp32
-        hi = balance.to(gl.bfloat16)
-        lo = (balance - hi.to(gl.float32)).to(gl.bfloat16)
-        dg = warpgroup_mma(gl.convert_layout(hi, operand), here(from_s), tile_zero, use_acc=False)
-        dg = warpgroup_mma(gl.convert_layout(lo, operand), here(from_s), dg)
-        passed = gl.convert_layout(passing, by_row_c) + written
-        dg = dg + passed[:, None]
-        x = warpgroup_mma(f_s.index(slot).permute((1, 0)), here(eye_s), tile_zero, use_acc=False)
-        e = exp2(gl.minimum(gl.maximum(x * LOG2E, -125.0), 125.0))
-        r = reciprocal(1.0 + e)
-        share = reciprocal(b_bound[:, None] + e)
-        b_df = (1.0 - b_bound[:, None]) * r * (dg * (e * share)) - k_dk * (e * r)
-        if BOUNDED:
-            db = dg * share - k_dk * reciprocal(1.0 - b_bound)[:, None]
-            if not FULL:
-                o_t = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
-                db = gl.where((o_t < end - start)[None, :], db, 0.0)
-            # selected and not multiplied by 0, because beyond the limit they may be infinite
-            within = gl.load(p_bands + o_k // 64) <= 1
-            db_sum += gl.where(within, gl.sum(db, 1), 0.0)
-        # all warps have read f
-        barrier()
-        f_s.index(slot).permute((1, 0)).store(b_df.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        store(df, i_b, start, end, i_h, f_s.index(slot), PACKED)
+            again = (n > 0) & more
+            fetch(f, i_b, start - C, end, i_h, f_s.index(1 - slot), fq_full.index(1 - slot), 4 * C * K, PACKED, again)
+            fetch(q, i_b, start - C, end, i_h, q_s.index(1 - slot), fq_full.index(1 - slot), 0, PACKED, again)
+            state = state * here(half_s, 1).load(by_row)[:, None]
+            state = warpgroup_mma(here(qd_s), here(do_s), state, is_async=True)
+            state = warpgroup_mma_wait(num_outstanding=0, deps=[state])
+            state = state * half[:, None]
+            # all warps have read the operands and do, and the store of the gradient has read its slot
+            tma.store_wait(0)
+            barrier()
+            mbarrier.arrive(op_empty, count=1)
+            fetch(do, i_b, start - C, end, i_h, here(do_s), do_full, 2 * C * V, PACKED, more)
+            fetch_state(states, ((i_c - 1) * H + i_h) * K, here(h_s), h_full, 2 * K * V, more)
+            fetch(v, i_b, start - C, end, i_h, here(v_s), v_full, 2 * C * V, PACKED, more)
+        else:
+            # the gradient of the total decay of the chunk, through the state that passes it
+            passing = gl.sum(here(h_s).load(whole).to(gl.float32) * stored.to(gl.float32), 1)
+            mbarrier.wait(do_full, phase)
+            mbarrier.wait(v_full, phase)
+            q_sum = warpgroup_mma(here(h_s), here(do_s).permute((1, 0)), tile_zero, use_acc=False, is_async=True)
+            dscores = warpgroup_mma(here(do_s), here(v_s).permute((1, 0)), square_zero, use_acc=False, is_async=True)
+            scores = warpgroup_mma(here(kd_s).permute((1, 0)), here(qd_s), square_zero, use_acc=False, is_async=True)
+            q_sum, dscores, scores = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, dscores, scores])
+            # the stores of dq and df of the previous chunk have read their slots
+            tma.store_wait(0)
+            barrier()
+            # p_s is [reader, writer] and is for dv, d_s is [query, key]. Entries on the other side of the diagonal may
+            # be infinite, so they are replaced.
+            here(p_s).store(gl.where(o_i <= o_j, scores, 0.0).to(gl.bfloat16))
+            here(d_s).store(gl.where(o_i >= o_j, dscores, 0.0).to(gl.bfloat16))
+            # this overwrites the state of the forward, which all warps have read
+            here(h_s).store(stored)
+            fence_async_shared()
+            barrier()
+            if gl.maximum(lower, upper) > 1:
+                tma.async_copy_shared_to_global(dstates, [(i_c * H + i_h) * K, 0], here(h_s))
+            again = (n > 0) & more
+            fetch(f, i_b, start - C, end, i_h, f_s.index(1 - slot), fq_full.index(1 - slot), 4 * C * K, PACKED, again)
+            fetch(q, i_b, start - C, end, i_h, q_s.index(1 - slot), fq_full.index(1 - slot), 0, PACKED, again)
+            # the decay beyond the limit, which the other warps stored together with `half`
+            state = state * here(half_s, 1).load(by_row)[:, None]
+            q_sum = warpgroup_mma(here(kd_s), here(d_s).permute((1, 0)), q_sum, is_async=True)
+            state = warpgroup_mma(here(qd_s), here(do_s), state, is_async=True)
+            out = gl.zeros([C, V], gl.float32, wide)
+            out = warpgroup_mma(here(kd_s).permute((1, 0)), here(h_s), out, use_acc=False, is_async=True)
+            out = warpgroup_mma(here(p_s), here(do_s), out, is_async=True)
+            q_sum, state, out = warpgroup_mma_wait(num_outstanding=0, deps=[q_sum, state, out])
+            # all warps have read do, whose slot receives dv
+            barrier()
+            here(do_s).store(out.to(gl.bfloat16))
+            fence_async_shared()
+            barrier()
+            store(dv, i_b, start, end, i_h, here(do_s), PACKED)
+            state = state * half[:, None]
+            balance = here(qd_s).load(tile).to(gl.float32) * q_sum
+            e = warpgroup_mma(here(units_s), here(sums_s), tile_zero, use_acc=False)
+            q_sum = q_sum * exp2(e)
+            x = warpgroup_mma(q_s.index(slot).permute((1, 0)), here(eye_s), tile_zero, use_acc=False)
+            s = reciprocal(inverse_scale + inverse_scale * exp2(-x * LOG2E))
+            b_dq = (q_sum * s * (1.0 + x * (1.0 - s * inverse_scale))).to(gl.bfloat16)
+            # all warps have read q, and the store of dv has read its slot, which receives the next do
+            tma.store_wait(0)
+            barrier()
+            fetch(do, i_b, start - C, end, i_h, here(do_s), do_full, 2 * C * V, PACKED, more)
+            q_s.index(slot).permute((1, 0)).store(b_dq)
+            fence_async_shared()
+            barrier()
+            store(dq, i_b, start, end, i_h, q_s.index(slot), PACKED)
+            k_sum = warpgroup_mma(here(h_s), here(v_s).permute((1, 0)), tile_zero, use_acc=False)
+            # The sum of all writes. The balance, summed from a gate on, subtracts the writes after that gate.
+            written = gl.sum(here(kd_s).load(tile).to(gl.float32) * k_sum, 1)
+            k_sum = warpgroup_mma(here(qd_s), here(d_s), k_sum)
+            k_dk = here(kd_s).load(tile).to(gl.float32) * k_sum
+            balance -= k_dk
+            # all warps have read the operands, v and the states
+            barrier()
+            mbarrier.arrive(op_empty, count=1)
+            fetch_state(states, ((i_c - 1) * H + i_h) * K, here(h_s), h_full, 2 * K * V, more)
+            fetch(v, i_b, start - C, end, i_h, here(v_s), v_full, 2 * C * V, PACKED, more)
+            # two numbers in bf16 are nearly as precise as one in fp32
+            hi = balance.to(gl.bfloat16)
+            lo = (balance - hi.to(gl.float32)).to(gl.bfloat16)
+            dg = warpgroup_mma(gl.convert_layout(hi, operand), here(from_s), tile_zero, use_acc=False)
+            dg = warpgroup_mma(gl.convert_layout(lo, operand), here(from_s), dg)
+            passed = gl.convert_layout(passing, by_row_c) + written
+            dg = dg + passed[:, None]
+            x = warpgroup_mma(f_s.index(slot).permute((1, 0)), here(eye_s), tile_zero, use_acc=False)
+            e = exp2(gl.minimum(gl.maximum(x * LOG2E, -125.0), 125.0))
+            r = reciprocal(1.0 + e)
+            share = reciprocal(b_bound[:, None] + e)
+            b_df = (1.0 - b_bound[:, None]) * r * (dg * (e * share)) - k_dk * (e * r)
+            if BOUNDED:
+                db = dg * share - k_dk * reciprocal(1.0 - b_bound)[:, None]
+                if not FULL:
+                    o_t = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
+                    db = gl.where((o_t < end - start)[None, :], db, 0.0)
+                # selected and not multiplied by 0, because beyond the limit they may be infinite
+                within = gl.where(o_k < 64, lower, upper) <= 1
+                db_sum += gl.where(within, gl.sum(db, 1), 0.0)
+            # all warps have read f
+            barrier()
+            f_s.index(slot).permute((1, 0)).store(b_df.to(gl.bfloat16))
+            fence_async_shared()
+            barrier()
+            store(df, i_b, start, end, i_h, f_s.index(slot), PACKED)
+        lower, upper = load_counts(bands, gl.maximum(i_c - 1, 0), i_h, H)
     if BOUNDED:
         at = (i_h * K + o_k).to(gl.int64) * NC + parts + i_s
         gl.store(dbound + at, gl.where(b_bound > 0, db_sum, 0.0))

@@ -99,6 +99,18 @@ def test_any_length(T, gate):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("last", [None, slice(64), slice(128)])
+def test_chunks_within_and_beyond_the_limit_take_turns(last):
+    """The backward only steps the state over a chunk whose channels are all on the list, and no other chunk notices."""
+    q, f, v, b, h0 = inputs_of(2, 460, 3, "plain")
+    closed = {0: slice(128), 2: slice(64), 3: slice(128), 4: slice(128), 5: slice(64, 128), 7: last}
+    for chunk, channels in closed.items():
+        if channels is not None:
+            f[:, 64 * chunk : 64 * chunk + 64, :, channels] -= 8
+    check([q, f, v, b, h0])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["plain", "mixed", "times-16"])
 def test_packed_sequences(gate):
     borders = [0, 0, 5, 70, 71, 71, 300]
@@ -334,15 +346,15 @@ def test_every_form_compiles_and_fits():
     done = harness.python("tests/compile_hopper.py")
     assert done.returncode == 0, done.stdout[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kernels) == 18
+    assert len(kernels) == 19
     # Bytes of stack per thread, for spilled registers. With more of them, the products of the first two run one
-    # after the other. The kernels for chunks beyond the limit take about as much as those for all chunks.
+    # after the other, and the others wait for the caches.
     limits = {
         "hopper_forward_kernel": 32,
         "hopper_backward_kernel": 240 if TRITON_RELEASE < (3, 8) else 256,
         "beyond_list_kernel": 0,
         "beyond_output_kernel": 400,
-        "beyond_gradient_kernel": 1400,
+        "beyond_gradient_kernel": 400,
     }
     for kernel in kernels:
         assert kernel["shared"] <= 227 * 1024, kernel
