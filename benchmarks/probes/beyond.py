@@ -73,7 +73,7 @@ def measure(gate: str) -> list[dict]:
         first = first or (dq.clone(), df.clone())
         row["error"] = max(error(x, want) for x, want in zip((dq, df), first, strict=True))
         rows.append(row)
-        shown = (f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values())
+        shown = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
         print("| " + " | ".join(shown) + " |", flush=True)
     return rows
 
