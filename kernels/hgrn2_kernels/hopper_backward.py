@@ -81,6 +81,9 @@ def hopper_backward_kernel(
     p_s = gl.allocate_shared_memory(DT, [1, C, C], swizzled)
     d_s = gl.allocate_shared_memory(DT, [1, C, C], swizzled)
     half_s = gl.allocate_shared_memory(gl.float32, [2, K], plain)
+    # sums of each channel, which would occupy registers, see `walk`
+    passing_s = gl.allocate_shared_memory(gl.float32, [1, K], plain)
+    passed_s = gl.allocate_shared_memory(gl.float32, [1, K], plain)
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     o_i = gl.arange(0, C, layout=gl.SliceLayout(1, rows))
     o_j = gl.arange(0, C, layout=gl.SliceLayout(0, rows))
@@ -119,9 +122,10 @@ def hopper_backward_kernel(
         [
             (walk, (
                 q, f, v, do, states, dstates, dv, dq, df, bound, initial, initial_rows, final, bands, dbound,
-                q_s, f_s, v_s, do_s, h_s, qd_s, kd_s, units_s, p_s, d_s, half_s, eye_s, sums_s, from_s,
-                fq_full, v_full, do_full, h_full, op_full, op_empty, inverse_scale, i_s, i_h, i_b, t, end, i_first,
-                n_chunks, NC, parts, H, K, V, C, BOUNDED, HAS_INITIAL, ROWS, FINAL, PACKED, FULL,
+                q_s, f_s, v_s, do_s, h_s, qd_s, kd_s, units_s, p_s, d_s, half_s, passing_s, passed_s,
+                eye_s, sums_s, from_s, fq_full, v_full, do_full, h_full, op_full, op_empty,
+                inverse_scale, i_s, i_h, i_b, t, end, i_first, n_chunks, NC, parts,
+                H, K, V, C, BOUNDED, HAS_INITIAL, ROWS, FINAL, PACKED, FULL,
             )),
             (make_operands, (
                 bound, q_s, f_s, qd_s, kd_s, units_s, half_s, eye_s, sums_s, fq_full, op_full, op_empty,

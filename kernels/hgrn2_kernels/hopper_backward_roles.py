@@ -153,6 +153,8 @@ def walk(
     p_s,
     d_s,
     half_s,
+    passing_s,
+    passed_s,
     eye_s,
     sums_s,
     from_s,
@@ -245,6 +247,7 @@ def walk(
         else:
             # the gradient of the total decay of the chunk, through the state that passes it
             passing = gl.sum(here(h_s).load(whole).to(gl.float32) * stored.to(gl.float32), 1)
+            here(passing_s).store(gl.convert_layout(passing, by_row_c))
             mbarrier.wait(do_full, phase)
             mbarrier.wait(v_full, phase)
             q_sum = warpgroup_mma(here(h_s), here(do_s).permute((1, 0)), tile_zero, use_acc=False, is_async=True)
@@ -302,6 +305,9 @@ def walk(
             k_sum = warpgroup_mma(here(qd_s), here(d_s), k_sum)
             k_dk = here(kd_s).load(tile).to(gl.float32) * k_sum
             balance -= k_dk
+            # The sum is stored here because ptxas would otherwise add it up where it is used, and keep its 16 terms in
+            # registers until then.
+            here(passed_s).store(here(passing_s).load(by_row_c) + written)
             # all warps have read the operands, v and the states
             barrier()
             mbarrier.arrive(op_empty, count=1)
@@ -312,8 +318,7 @@ def walk(
             lo = (balance - hi.to(gl.float32)).to(gl.bfloat16)
             dg = warpgroup_mma(gl.convert_layout(hi, operand), here(from_s), tile_zero, use_acc=False)
             dg = warpgroup_mma(gl.convert_layout(lo, operand), here(from_s), dg)
-            passed = gl.convert_layout(passing, by_row_c) + written
-            dg = dg + passed[:, None]
+            dg = dg + here(passed_s).load(by_row_c)[:, None]
             x = warpgroup_mma(f_s.index(slot).permute((1, 0)), here(eye_s), tile_zero, use_acc=False)
             e = exp2(gl.minimum(gl.maximum(x * LOG2E, -125.0), 125.0))
             r = reciprocal(1.0 + e)
