@@ -106,7 +106,6 @@ def test_what_needs_cuda_is_refused_by_flag_without_it_alone(changes, flag, monk
 def test_a_coalesced_exchange_ends_with_its_block():
     done = harness.torchrun(2, "tests/launcher/coalesced.py")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("gathered [1.0, 2.0]") == 2, done.stdout[-3000:]
 
 
 def test_a_profile_of_the_cpu_is_pytorchs(monkeypatch):

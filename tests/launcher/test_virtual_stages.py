@@ -22,15 +22,15 @@ DISTRIBUTED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardab
 
 
 @pytest.mark.parametrize(
-    ("form", "layout", "flags"),
+    ("form", "layout", "flags", "moves"),
     [
-        ("gpt", "dp2", (*DISTRIBUTED, "--ckpt-fully-parallel-load")),
-        ("gpt", "cp2", ()),
-        ("stack", "dp2", (*ASYNC, "--ckpt-fully-parallel-load")),
-        ("stack", "cp2", DISTRIBUTED),
+        ("gpt", "dp2", (*DISTRIBUTED, "--ckpt-fully-parallel-load"), True),
+        ("gpt", "cp2", (), False),
+        ("stack", "dp2", (*ASYNC, "--ckpt-fully-parallel-load"), False),
+        ("stack", "cp2", DISTRIBUTED, True),
     ],
 )
-def test_checkpoints_of_virtual_stages(form, layout, flags, tmp_path):
+def test_checkpoints_of_virtual_stages(form, layout, flags, moves, tmp_path):
     script, one_process, stages = FORMS[form]
 
     def run(name, model, num_processes, *source):
@@ -49,6 +49,8 @@ def test_checkpoints_of_virtual_stages(form, layout, flags, tmp_path):
     assert_continues(resumed, losses)
     assert_equal(saved("resumed"), saved("stages"))
 
+    if not moves:
+        return
     alone = run("one", one_process, 1, "--load", tmp_path / "stages", "--ckpt-step", 4)
     assert_continues(alone, losses, tolerance=2e-6)
     back = run_stages("back", "--load", tmp_path / "one", "--ckpt-step", 6)
