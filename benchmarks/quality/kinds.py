@@ -1,5 +1,6 @@
 """The small models that mqar.py, needle.py and state_tracking.py compare, by mixer and size."""
 
+import argparse
 import dataclasses
 
 EXPANDS = (16, 32, 64, 128)
@@ -61,7 +62,7 @@ def kinds(
     return found
 
 
-def named_kinds(width: int, expand: int, layers: int) -> dict[str, Kind]:
+def _named_kinds(width: int, expand: int, layers: int) -> dict[str, Kind]:
     """Return the models of needle.py and state_tracking.py by the names that --models takes."""
     return {
         "attention": Kind("*", width, 0, layers),
@@ -69,3 +70,18 @@ def named_kinds(width: int, expand: int, layers: int) -> dict[str, Kind]:
         "hybrid": Kind("HHH*", width, expand, layers),
         "hybrid-without-positions": Kind("HHH*", width, expand, layers, positions=False),
     }
+
+
+def add_model_options(parser: argparse.ArgumentParser):
+    """Add the arguments by which needle.py and state_tracking.py choose their models."""
+    names = list(_named_kinds(64, 64, 4))
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--width", type=int, help="hidden size")
+    parser.add_argument("--expand-ratio", type=int, help="expand ratio of HGRN2")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers")
+
+
+def chosen_kinds(args: argparse.Namespace, width: int, expand: int) -> list[Kind]:
+    """Return the models that the command line names. Width and expand ratio are its own, or else the given ones."""
+    found = _named_kinds(args.width or width, args.expand_ratio or expand, args.layers)
+    return [found[name] for name in args.models]

@@ -19,6 +19,7 @@ import torch
 from batches import ON_GPU
 from kinds import Kind
 from results import Results, table
+from tasks import compile_kernels
 
 # Seconds from one line about the progress to the next.
 PROGRESS = 30
@@ -51,7 +52,7 @@ def run(
     train: Callable[[Kind, Any, bool], dict],
     rows: Callable[[dict], list[dict[str, str]]],
 ):
-    """Train the models that are not in --out yet, and print the table.
+    """Train the models that are not in --out yet, and print the table. With --compile, only compile their kernels.
 
     Args:
         args: the command line, which `add_options` has extended.
@@ -63,6 +64,9 @@ def run(
     Raises:
         SystemExit: models were not done, and the message names them.
     """
+    if args.compile:
+        compile_kernels(order, task)
+        return
     if args.one:
         found = train(Kind(**json.loads(args.one)), task, ON_GPU and not args.no_graphs)
         args.out.write_text(json.dumps(found))

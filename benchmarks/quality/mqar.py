@@ -21,7 +21,7 @@ from kinds import EXPANDS, PATTERNS, kinds
 from model_processes import add_options, given, run
 from mqar_results import rows
 from recall import Size, sequences
-from tasks import compile_kernels, train
+from tasks import train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +86,7 @@ def main():
         order = kinds(tuple(args.widths), tuple(args.expand_ratios), tuple(args.patterns))
     except ValueError as error:
         parser.error(str(error))
-    if args.compile:
-        compile_kernels(order, task)
-    else:
-        run(args, task, order, train, rows)
+    run(args, task, order, train, rows)
 
 
 if __name__ == "__main__":

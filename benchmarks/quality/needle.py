@@ -23,11 +23,11 @@ from pathlib import Path
 import needles
 import torch
 from batches import HELD_OUT, ON_GPU, Batch, Shape, generator
-from kinds import named_kinds
+from kinds import add_model_options, chosen_kinds
 from model_processes import add_options, given, run
 from needles import Layout
 from results import best, cell
-from tasks import compile_kernels, train
+from tasks import train
 from torch import Tensor
 
 # A run has learned the task if it finds at least this share of the needles at the length of the training.
@@ -160,12 +160,8 @@ TINY = dict(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = list(named_kinds(64, 64, 4))
     parser.add_argument("--text", default=sysconfig.get_path("stdlib"), help="a file, or a folder of Python files")
-    parser.add_argument("--models", nargs="+", choices=models, default=models)
-    parser.add_argument("--width", type=int, help="hidden size")
-    parser.add_argument("--expand-ratio", type=int, help="expand ratio of HGRN2")
-    parser.add_argument("--layers", type=int, default=4, help="number of layers")
+    add_model_options(parser)
     parser.add_argument("--length", type=int, help="bytes of a training sequence")
     parser.add_argument("--lengths", type=int, nargs="+", help="bytes of held-out sequences")
     parser.add_argument("--needles", type=int, help="needles in a sequence")
@@ -180,13 +176,8 @@ def main():
         check(task)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    width, expand = (32, 32) if args.tiny else (256, 128)
-    found = named_kinds(args.width or width, args.expand_ratio or expand, args.layers)
-    order = [found[name] for name in args.models]
-    if args.compile:
-        compile_kernels(order, task)
-    else:
-        run(args, task, order, train, rows)
+    order = chosen_kinds(args, *((32, 32) if args.tiny else (256, 128)))
+    run(args, task, order, train, rows)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import statistics
 
 import torch
 from batches import HELD_OUT, Batch, Shape, generator
-from kinds import Kind, named_kinds
+from kinds import Kind, add_model_options, chosen_kinds
 from model_processes import add_options, given, run
 from results import best, cell
-from tasks import compile_kernels, train
+from tasks import train
 from torch import Tensor
 
 PERMUTATIONS = list(itertools.permutations(range(3)))
@@ -144,12 +144,8 @@ TINY = dict(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = list(named_kinds(64, 64, 4))
     parser.add_argument("--machines", nargs="+", choices=MACHINES, help="the machines to follow")
-    parser.add_argument("--models", nargs="+", choices=models, default=models)
-    parser.add_argument("--width", type=int, help="hidden size")
-    parser.add_argument("--expand-ratio", type=int, help="expand ratio of HGRN2")
-    parser.add_argument("--layers", type=int, default=4, help="number of layers")
+    add_model_options(parser)
     parser.add_argument("--length", type=int, help="tokens of a training sequence")
     parser.add_argument("--lengths", type=int, nargs="+", help="positions between which accuracy is measured")
     parser.add_argument("--batch", type=int, help="sequences in a step")
@@ -157,13 +153,8 @@ def main():
     args = parser.parse_args()
     chosen = given(args, "machines", "length", "lengths", "batch")
     task = Tracking(**(TINY if args.tiny else {}) | chosen)
-    width, expand = (32, 32) if args.tiny else (128, 64)
-    found = named_kinds(args.width or width, args.expand_ratio or expand, args.layers)
-    order = [found[name] for name in args.models]
-    if args.compile:
-        compile_kernels(order, task)
-    else:
-        run(args, task, order, train_each, rows)
+    order = chosen_kinds(args, *((32, 32) if args.tiny else (128, 64)))
+    run(args, task, order, train_each, rows)
 
 
 if __name__ == "__main__":
