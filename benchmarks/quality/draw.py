@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from results import table
 from train import MODELS, POSITIONS, bits_per_byte, is_done, merged
 
 # A training curve has at most this many points.
@@ -130,13 +131,6 @@ def rows(runs: list[dict]) -> list[dict]:
             row[f"all held-out, {length:,} tokens"] = f"{mean(of_length):.4f}" if of_length else ""
         found.append(row)
     return found
-
-
-def table(lines: list[dict]) -> str:
-    """Return the lines of `rows` as Markdown."""
-    columns = list(lines[0])
-    text = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join(text + ["| " + " | ".join(line.values()) + " |" for line in lines])
 
 
 def picture(runs: list[dict], path: Path):
