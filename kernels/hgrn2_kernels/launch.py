@@ -9,10 +9,14 @@ The first call goes through Triton, which compiles the kernel. Later calls repea
 starts a compiled kernel. Where the installed Triton makes that call in another form, every launch goes through Triton:
 the results are the same, and each launch costs the host more time. Triton's launch hooks run only in launches through
 Triton.
+
+The object that starts a compiled kernel makes the driver's form of each descriptor at every call. Where the source of
+that object is the one that is known, a `Launch` calls the C function behind it, with forms that the descriptors keep.
 """
 
 import ast
 import functools
+import hashlib
 import inspect
 import operator
 import textwrap
@@ -26,6 +30,8 @@ PRIVATE_CALL = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
 )
+# hash of the source with which Triton 3.6 starts a compiled kernel, see source_hash
+KNOWN_LAUNCHER = "4d6f2fe45eb73e40a951bda912b0cb01fdb5f3234ea0db61aa7f0fa24e0adf30"
 
 
 class Launch:
@@ -60,6 +66,8 @@ class Launch:
         if self.run is None or functools.reduce(operator.or_, addresses) % 16:
             return self._launch_by_triton(tensors, descriptors)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if self.metadata:
+            descriptors = [x for i, tiles in enumerate(descriptors) for x in self._made(i, tiles)]
         # the arguments of PRIVATE_CALL, without metadata of the launch and without hooks
         self.run(*self.grid, stream, *self.compiled, None, None, None, *descriptors, *addresses, *self.numbers)
 
@@ -69,8 +77,29 @@ class Launch:
         is_compiled = isinstance(self.jitted, JITFunction)
         if is_compiled and makes_private_call(JITFunction.run) and not any(x.data_ptr() % 16 for x in tensors):
             self.device = tensors[0].device.index
-            self.compiled = compiled.function, compiled.packed_metadata
-            self.run = compiled.run
+            self._keep(compiled)
+
+    def _keep(self, compiled):
+        """Keep what later calls start: the launcher of a compiled kernel, or the C function that it calls."""
+        launcher = self.run = compiled.run
+        self.compiled, self.metadata = (compiled.function, compiled.packed_metadata), ()
+        if source_hash(type(launcher)) == KNOWN_LAUNCHER and not scratch(launcher):
+            flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+            self.compiled = compiled.function, *flags, None, None, compiled.packed_metadata
+            self.run = launcher.launch
+            if inspect.isfunction(self.run):
+                # a function in Python stands before the C function, and makes the driver's form of descriptors
+                outer = inspect.getclosurevars(self.run)
+                self.run, self.metadata = (outer.nonlocals[name] for name in ("launcher", "tensordesc_meta"))
+                self.make = outer.globals["make_tensordesc_arg"]
+                self.keys = [str(sorted(x.items())) for x in self.metadata]
+
+    def _made(self, i: int, descriptor) -> list:
+        """Return the driver's form of descriptor number i, which the descriptor keeps."""
+        made = descriptor.__dict__.setdefault("made", {})
+        if self.keys[i] not in made:
+            made[self.keys[i]] = self.make(descriptor, self.metadata[i])
+        return made[self.keys[i]]
 
 
 @functools.cache
@@ -84,3 +113,19 @@ def makes_private_call(run) -> bool:
     except (OSError, TypeError, SyntaxError):
         return False
     return any(isinstance(node, ast.Call) and ast.unparse(node) == PRIVATE_CALL for node in ast.walk(tree))
+
+
+@functools.cache
+def source_hash(launcher: type) -> str:
+    """Return the hash of what Triton's class `launcher` does at a launch, or an empty string if it cannot be read."""
+    module = inspect.getmodule(launcher)
+    try:
+        parts = launcher.__call__, module.wrap_handle_tensordesc, module.make_tensordesc_arg
+        return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
+    except (AttributeError, OSError, TypeError):
+        return ""
+
+
+def scratch(launcher) -> int:
+    """Return the bytes of memory that Triton gives to each program of a kernel. A `Launch` gives it none."""
+    return launcher.global_scratch_size + launcher.profile_scratch_size

@@ -4,12 +4,18 @@ No GPU is needed. Triton's own front end compiles and launches, and a stand-in f
 """
 
 import json
+import types
 
 import harness
 import pytest
+import torch
+import triton
+from operator_cases import TRITON_RELEASE
+from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
 from triton.runtime import JITFunction
 
-from hgrn2_kernels.launch import makes_private_call
+from hgrn2_kernels.hopper_tiles import descriptor
+from hgrn2_kernels.launch import Launch, makes_private_call
 
 # prints what the launcher of a compiled kernel was given, tensors by their addresses, and whether it got tensors
 PROGRAM = """
@@ -20,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from hgrn2_kernels import launch
+from operator_cases import TRITON_RELEASE
+
 from hgrn2_kernels.hopper_tiles import descriptor
 
 launches = []
@@ -106,3 +114,26 @@ def run_of_another_triton(self, *args, grid, warmup, kernel, launch_metadata, **
 @pytest.mark.parametrize("run", [run_of_another_triton, len], ids=["another call", "no source"])
 def test_a_launch_that_is_not_known_is_found(run):
     assert not makes_private_call(run)
+
+
+def test_descriptors_keep_the_drivers_form(monkeypatch):
+    """A Launch passes to Triton's C function what Triton would pass, and makes the form of a descriptor once."""
+    calls, made = [], []
+    utils = types.SimpleNamespace(fill_tma_descriptor=lambda *tile: made.append(tile) or tile)
+    monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(utils=utils))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    metadata = [dict(swizzle=3, elem_size=2, elem_type=10, block_size=[1, 64, 1, 128], fp4_padded=False)]
+    launcher = object.__new__(CudaLauncher)
+    vars(launcher).update(global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, num_ctas=1)
+    vars(launcher).update(profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False)
+    signature = {0: "tensordesc<bf16[1, 64, 1, 128]>", 1: "*fp32", 2: "i32"}
+    launcher.launch = wrap_handle_tensordesc(lambda *arguments: calls.append(arguments), signature, metadata)
+    scaled = Launch(types.SimpleNamespace(arg_names=["tiles", "x", "n"]), (3,), 4, n=5)
+    scaled.device = 0
+    scaled._keep(types.SimpleNamespace(run=launcher, function=7, packed_metadata="packed"))
+    x, tiles = torch.zeros(64), descriptor(torch.zeros(1, 192, 2, 128, dtype=torch.bfloat16), 64, False)
+    for _ in range(2):
+        scaled(x, descriptors=[tiles])
+    assert len(made) == (1 if TRITON_RELEASE == (3, 6) else 2)
+    launcher(3, 1, 1, 77, 7, "packed", None, None, None, tiles, x.data_ptr(), 5)
+    assert calls[0] == calls[1] == calls[2] and made[0] == made[-1]
