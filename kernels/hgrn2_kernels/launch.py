@@ -30,8 +30,9 @@ PRIVATE_CALL = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
 )
-# hash of the source with which Triton 3.6 starts a compiled kernel, see source_hash
-KNOWN_LAUNCHER = "4d6f2fe45eb73e40a951bda912b0cb01fdb5f3234ea0db61aa7f0fa24e0adf30"
+# hashes of the source with which these releases of Triton start a compiled kernel, see source_hash
+LAUNCHER_3_6 = "4d6f2fe45eb73e40a951bda912b0cb01fdb5f3234ea0db61aa7f0fa24e0adf30"
+LAUNCHER_3_8 = "fb59527d0cc4d54afb7c4703e8fa879c6c17e5ccc198a0410e3afc6e7506d696"
 
 
 class Launch:
@@ -68,8 +69,10 @@ class Launch:
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if self.metadata:
             descriptors = [x for i, tiles in enumerate(descriptors) for x in self._made(i, tiles)]
-        # the arguments of PRIVATE_CALL, without metadata of the launch and without hooks
-        self.run(*self.grid, stream, *self.compiled, None, None, None, *descriptors, *addresses, *self.numbers)
+        arguments = (*descriptors, *addresses, *self.numbers)
+        if self.in_one_tuple:
+            arguments = (arguments,)
+        self.run(*self.grid, stream, *self.compiled, *arguments)
 
     def _launch_by_triton(self, tensors, descriptors):
         compiled = self.jitted[self.grid](*descriptors, *tensors, *self.numbers, num_warps=self.num_warps)
@@ -82,17 +85,26 @@ class Launch:
     def _keep(self, compiled):
         """Keep what later calls start: the launcher of a compiled kernel, or the C function that it calls."""
         launcher = self.run = compiled.run
-        self.compiled, self.metadata = (compiled.function, compiled.packed_metadata), ()
-        if source_hash(type(launcher)) == KNOWN_LAUNCHER and not scratch(launcher):
-            flags = launcher.launch_cooperative_grid, launcher.launch_pdl
-            self.compiled = compiled.function, *flags, None, None, compiled.packed_metadata
-            self.run = launcher.launch
-            if inspect.isfunction(self.run):
-                # a function in Python stands before the C function, and makes the driver's form of descriptors
-                outer = inspect.getclosurevars(self.run)
-                self.run, self.metadata = (outer.nonlocals[name] for name in ("launcher", "tensordesc_meta"))
-                self.make = outer.globals["make_tensordesc_arg"]
-                self.keys = [str(sorted(x.items())) for x in self.metadata]
+        function, packed, nothing = compiled.function, compiled.packed_metadata, (None, None, None)
+        # the arguments of PRIVATE_CALL, without metadata of the launch and without hooks
+        self.compiled, self.metadata, self.in_one_tuple = (function, packed, *nothing), (), False
+        known = source_hash(type(launcher))
+        if known not in (LAUNCHER_3_6, LAUNCHER_3_8) or needs_more(launcher):
+            return
+        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+        if known == LAUNCHER_3_6:
+            self.compiled = function, *flags, None, None, packed, *nothing
+        else:
+            types = launcher.arg_annotations, launcher.kernel_signature
+            self.compiled, self.in_one_tuple = (function, *flags, packed, *nothing, None, None, *types), True
+        self.run = launcher.launch
+        if inspect.isfunction(self.run):
+            # a function in Python stands before the C function, and makes the driver's form of descriptors
+            outer = inspect.getclosurevars(self.run)
+            self.run, self.metadata = (outer.nonlocals[name] for name in ("launcher", "tensordesc_meta"))
+            make = inspect.getmodule(type(launcher)).make_tensordesc_arg
+            self.make = make if known == LAUNCHER_3_6 else functools.partial(make, _=None)
+            self.keys = [str(sorted(x.items())) for x in self.metadata]
 
     def _made(self, i: int, descriptor) -> list:
         """Return the driver's form of descriptor number i, which the descriptor keeps."""
@@ -120,12 +132,15 @@ def source_hash(launcher: type) -> str:
     """Return the hash of what Triton's class `launcher` does at a launch, or an empty string if it cannot be read."""
     module = inspect.getmodule(launcher)
     try:
-        parts = launcher.__call__, module.wrap_handle_tensordesc, module.make_tensordesc_arg
+        parts = [launcher.__call__, module.wrap_handle_tensordesc, module.make_tensordesc_arg]
+        # Triton 3.8 keeps a part in another module
+        parts += filter(None, [getattr(module, "wrap_handle_tensordesc_impl", None)])
         return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
     except (AttributeError, OSError, TypeError):
         return ""
 
 
-def scratch(launcher) -> int:
-    """Return the bytes of memory that Triton gives to each program of a kernel. A `Launch` gives it none."""
-    return launcher.global_scratch_size + launcher.profile_scratch_size
+def needs_more(launcher) -> bool:
+    """Return True if a kernel needs memory of its own or runs under a sanitizer. A `Launch` provides neither."""
+    sanitized = getattr(launcher, "gsan_enabled", False)
+    return bool(launcher.global_scratch_size or launcher.profile_scratch_size or sanitized)

@@ -26,8 +26,6 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from hgrn2_kernels import launch
-from operator_cases import TRITON_RELEASE
-
 from hgrn2_kernels.hopper_tiles import descriptor
 
 launches = []
@@ -116,24 +114,51 @@ def test_a_launch_that_is_not_known_is_found(run):
     assert not makes_private_call(run)
 
 
-def test_descriptors_keep_the_drivers_form(monkeypatch):
-    """A Launch passes to Triton's C function what Triton would pass, and makes the form of a descriptor once."""
+class AnotherLauncher(CudaLauncher):
+    def __call__(self, *arguments):
+        super().__call__(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "size", "times"),
+    [(CudaLauncher, 0, 1 if TRITON_RELEASE in ((3, 6), (3, 8)) else 2), (AnotherLauncher, 0, 2), (CudaLauncher, 8, 2)],
+    ids=["known", "another launcher", "a kernel with memory of its own"],
+)
+def test_descriptors_keep_the_drivers_form(launcher, size, times, monkeypatch):
+    """A Launch passes to Triton's C function what Triton would pass, and makes the form of a descriptor once.
+
+    Where it does not know the launcher, or where the kernel needs memory of its own, Triton makes the form every time.
+    """
     calls, made = [], []
-    utils = types.SimpleNamespace(fill_tma_descriptor=lambda *tile: made.append(tile) or tile)
+
+    def fill(*tile):
+        made.append(tile)
+        return tile
+
+    def launch(*arguments):
+        *arguments, last = arguments
+        # Triton 3.8 puts the arguments of the kernel into one sequence
+        calls.append([*arguments, *last] if isinstance(last, list | tuple) else [*arguments, last])
+
+    # Triton 3.6 and 3.8 have two names for the same function
+    utils = types.SimpleNamespace(fill_tma_descriptor=fill, fill_tma_descriptor_tiled=fill)
     monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(utils=utils))
+    monkeypatch.setattr(triton.runtime._allocation, "_allocator", types.SimpleNamespace(get=lambda: lambda *size: size))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     metadata = [dict(swizzle=3, elem_size=2, elem_type=10, block_size=[1, 64, 1, 128], fp4_padded=False)]
-    launcher = object.__new__(CudaLauncher)
-    vars(launcher).update(global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, num_ctas=1)
-    vars(launcher).update(profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False)
+    launcher = object.__new__(launcher)
+    vars(launcher).update(global_scratch_size=size, global_scratch_align=1, profile_scratch_size=0, num_ctas=1)
+    vars(launcher).update(profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=True)
+    # only Triton 3.8 reads these three
+    vars(launcher).update(gsan_enabled=False, arg_annotations="annotations", kernel_signature=b"signature")
     signature = {0: "tensordesc<bf16[1, 64, 1, 128]>", 1: "*fp32", 2: "i32"}
-    launcher.launch = wrap_handle_tensordesc(lambda *arguments: calls.append(arguments), signature, metadata)
+    launcher.launch = wrap_handle_tensordesc(launch, signature, metadata)
     scaled = Launch(types.SimpleNamespace(arg_names=["tiles", "x", "n"]), (3,), 4, n=5)
     scaled.device = 0
     scaled._keep(types.SimpleNamespace(run=launcher, function=7, packed_metadata="packed"))
     x, tiles = torch.zeros(64), descriptor(torch.zeros(1, 192, 2, 128, dtype=torch.bfloat16), 64, False)
     for _ in range(2):
         scaled(x, descriptors=[tiles])
-    assert len(made) == (1 if TRITON_RELEASE == (3, 6) else 2)
+    assert len(made) == times
     launcher(3, 1, 1, 77, 7, "packed", None, None, None, tiles, x.data_ptr(), 5)
     assert calls[0] == calls[1] == calls[2] and made[0] == made[-1]
