@@ -133,7 +133,7 @@ def measure(case: Case):
     if run.plan.segments.cut:
 
         def before(y, reverse):
-            return run._scan(*run._segment_totals(y, reverse), None, None, reverse)[0]
+            return run._enter(y, None, None, None, reverse, False)[0]
 
         first, dfirst = before(v, False), before(do, True)
         measured["before"] = milliseconds(lambda: before(v, False))

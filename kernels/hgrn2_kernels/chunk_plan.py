@@ -172,7 +172,6 @@ class Plan:
         blocks: blocks of channels of K that share a count of bands.
         state_programs: programs of chunk_state per segment.
         output_programs, gradient_programs: programs of chunk_output and chunk_gradient, in all.
-        state_stages, reverse_stages: stages of the pipelines of chunk_state, forward and in reverse.
         keeps_entering: whether the states that enter the segments are small enough to be kept for the backward.
         H, K, V: heads and their dimensions.
         bounded, packed: whether there is a bound, and whether sequences are packed.
@@ -186,8 +185,6 @@ class Plan:
     state_programs: int
     output_programs: int
     gradient_programs: int
-    state_stages: int
-    reverse_stages: int
     keeps_entering: bool
     H: int
     K: int
@@ -211,7 +208,6 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
     state_programs = H * blocks * triton.cdiv(V, config.state_BV)
     segments = Segments.of(chunks, config.C, state_programs, fill)
     entering = segments.count * K * V * 4
-    alone = segments.count * state_programs <= fill // 2
     numbers = dict(
         **strides("q", stride_q),
         **strides("f", stride_f),
@@ -237,8 +233,6 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
         state_programs=state_programs,
         output_programs=chunks.NC * H,
         gradient_programs=chunks.NC * H * triton.cdiv(K, config.gradient[0]),
-        state_stages=config.state_stages,
-        reverse_stages=config.alone_stages if alone else config.reverse_stages,
         keeps_entering=segments.cut and entering <= ENTERING_SHARE * B * T * (2 * K + V) * dtype.itemsize,
         H=H,
         K=K,

@@ -31,7 +31,7 @@ from hgrn2_kernels.triton_math import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "NT", "SEGMENTS", "LENGTH"])
+@triton.jit(do_not_specialize=["T", "NT", "SEGMENTS", "LEFT_OUT", "LENGTH"])
 def chunk_state_kernel(
     q,  # [B, T, H, K] raw, read where REVERSE
     f,  # [B, T, H, K] raw gate
@@ -62,6 +62,7 @@ def chunk_state_kernel(
     T,
     NT,
     SEGMENTS,  # segments per sequence, where not TABLED
+    LEFT_OUT,  # 1 if no program walks the last segment of a sequence (the first where REVERSE), else 0
     LENGTH,  # chunks per segment
     H: tl.constexpr,
     K: tl.constexpr,
@@ -94,8 +95,12 @@ def chunk_state_kernel(
         i_n = tl.load(segment_sequence + i_s).to(tl.int64)
         n_before = (i_s - tl.load(segment_first + i_n)).to(tl.int32) * LENGTH
     else:
-        i_n = i_s // SEGMENTS
-        n_before = (i_s % SEGMENTS).to(tl.int32) * LENGTH
+        walked = SEGMENTS - LEFT_OUT
+        i_n, i_in = i_s // walked, i_s % walked
+        if REVERSE:
+            i_in += LEFT_OUT
+        i_s = i_n * SEGMENTS + i_in
+        n_before = i_in.to(tl.int32) * LENGTH
     if PACKED:
         i_b = i_n * 0
         start = tl.load(cu_seqlens + i_n)
@@ -167,7 +172,7 @@ def chunk_state_kernel(
         tl.store(decays + (i_s * H + i_h) * K + o_k, passed, mask=o_k < K)
 
 
-@triton.jit(do_not_specialize=["SEGMENTS"])
+@triton.jit(do_not_specialize=["SEGMENTS", "LEFT_OUT"])
 def segment_scan_kernel(
     initial,  # [N, H, K, V] fp32: state before the first segment (after the last if REVERSE); read where HAS_INITIAL
     initial_rows,  # [N] int32, the row of initial that a sequence takes, -1 for zeros; read where ROWS
@@ -177,6 +182,7 @@ def segment_scan_kernel(
     total,  # [N, H, K] fp32, out: log2 decay of each sequence
     segment_first,  # [N + 1] int32, the first segment of each sequence; read where TABLED
     SEGMENTS,
+    LEFT_OUT,  # as in chunk_state_kernel; if it is 1, final and total do not count the segment left out
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -205,8 +211,9 @@ def segment_scan_kernel(
     passed = tl.zeros([BK], tl.float32)
     for i_step in range(i_end - i_first):
         i_sh = (i_end - 1 - i_step if REVERSE else i_first + i_step) * H + i_h
-        b_added = tl.load(states + i_sh * K * V + o_kv, mask=m_kv, other=0.0)
-        b_decay = tl.load(decays + i_sh * K + o_k, mask=o_k < K, other=0.0)
+        is_walked = i_step + LEFT_OUT < i_end - i_first
+        b_added = tl.load(states + i_sh * K * V + o_kv, mask=m_kv & is_walked, other=0.0)
+        b_decay = tl.load(decays + i_sh * K + o_k, mask=(o_k < K) & is_walked, other=0.0)
         tl.store(states + i_sh * K * V + o_kv, state, mask=m_kv)
         state = state * exp2(b_decay)[:, None] + b_added
         passed += b_decay

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hgrn2_kernels.chunk_gradient import chunk_gradient_kernel
 from hgrn2_kernels.chunk_output import chunk_output_kernel
-from hgrn2_kernels.chunk_plan import Plan, strides, table
+from hgrn2_kernels.chunk_plan import FILL, Plan, strides, table
 from hgrn2_kernels.chunk_state import chunk_state_kernel, segment_scan_kernel
 from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.launch import Launch
@@ -165,8 +165,7 @@ class Launches:
             self._walk(y, reverse, initial, rows, states=states, final=final)
         else:
             if entering is None:
-                added, decays = totals or self._segment_totals(y, reverse)
-                entering, final, _ = self._scan(added, decays, initial, rows, reverse)
+                entering, final = self._enter(y, initial, rows, totals, reverse, wants_final)
             self._walk(y, reverse, entering, None, states=states)
         return states, final, entering
 
@@ -187,31 +186,42 @@ class Launches:
     def _per_segment(self, like, *more):
         return like.new_empty((self.plan.segments.count, self.plan.H, self.plan.K, *more), dtype=torch.float32)
 
-    def _segment_totals(self, y, reverse):
-        """Return what each segment adds to a state that passes it, and the log2 decay of that state."""
+    def _enter(self, y, initial, rows, totals, reverse, wants_final):
+        """Return the states that enter the segments, and the final states, or None without wants_final."""
+        # no state enters a segment out of the last one
+        left_out = int(self.plan.segments.per_sequence > 1 and totals is None and not wants_final)
+        added, decays = totals or self._segment_totals(y, reverse, left_out)
+        entering, final, _ = self._scan(added, decays, initial, rows, reverse, left_out)
+        return entering, final if wants_final else None
+
+    def _segment_totals(self, y, reverse, left_out=0):
+        """Return what each segment adds to a state that passes it, and the log2 decay of that state.
+
+        With left_out=1, the entries of the last segment of each sequence (the first where reverse) are not written.
+        """
         added, decays = self._per_segment(y, self.plan.V), self._per_segment(y)
-        self._walk(y, reverse, None, None, final=added, decays=decays)
+        self._walk(y, reverse, None, None, final=added, decays=decays, left_out=left_out)
         return added, decays
 
-    def _scan(self, added, decays, initial, rows, reverse):
-        """Step the states over the segments.
+    def _scan(self, added, decays, initial, rows, reverse, left_out=0):
+        """Step the states over the segments, whose totals were computed with the same left_out.
 
         Returns the states that enter the segments, which overwrite added, and for each sequence the final state and the
-        log2 decay.
+        log2 decay. With left_out=1, the last two do not count the segment left out.
         """
         final, total = (x.new_empty((self.plan.chunks.N, *x.shape[1:])) for x in (added, decays))
-        launch = _segment_scan(self.plan, reverse, initial is not None, rows is not None)
+        launch = _segment_scan(self.plan, reverse, initial is not None, rows is not None, left_out)
         initial, rows = (self.none if x is None else x for x in (initial, rows))
         launch(initial, rows, added, decays, final, total, self.segment_first)
         return added, final, total
 
-    def _walk(self, y, reverse, initial, rows, states=None, final=None, decays=None):
-        """Launch chunk_state over all segments. It fills states, final and decays where they are given."""
+    def _walk(self, y, reverse, initial, rows, states=None, final=None, decays=None, left_out=0):
+        """Launch chunk_state over the segments. It fills states, final and decays where they are given."""
         given = [x is not None for x in (initial, rows, states, final, decays)]
         initial, rows, states, final, decays = (
             self.none if x is None else x for x in (initial, rows, states, final, decays)
         )
-        launch = _chunk_state(self.plan, y.stride(), reverse, *given)
+        launch = _chunk_state(self.plan, y.stride(), reverse, left_out, *given)
         launch(
             *(self.q, self.f, y, self.bound, initial, rows, states, self.bands, final, decays, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first),
@@ -242,15 +252,20 @@ class Launches:
 
 
 @functools.lru_cache(maxsize=CACHED_LAUNCHES)
-def _chunk_state(plan, stride_y, reverse, has_initial, rows, states, final, decays):
+def _chunk_state(plan, stride_y, reverse, left_out, has_initial, rows, states, final, decays):
     config, segments = plan.config, plan.segments
+    programs = (segments.count - left_out * plan.chunks.N) * plan.state_programs
+    stages = config.state_stages
+    if reverse:
+        stages = config.alone_stages if programs <= FILL // 2 else config.reverse_stages
     return Launch(
         chunk_state_kernel,
-        (segments.count * plan.state_programs,),
+        (programs,),
         config.state_warps,
         **plan.numbers,
         **strides("y", stride_y),
         SEGMENTS=segments.per_sequence,
+        LEFT_OUT=left_out,
         LENGTH=segments.length,
         TABLED=segments.tabled,
         BK=config.BK,
@@ -261,18 +276,19 @@ def _chunk_state(plan, stride_y, reverse, has_initial, rows, states, final, deca
         STATES=states,
         FINAL=final,
         DECAYS=decays,
-        STAGES=plan.reverse_stages if reverse else plan.state_stages,
+        STAGES=stages,
     )
 
 
 @functools.lru_cache(maxsize=CACHED_LAUNCHES)
-def _segment_scan(plan, reverse, has_initial, rows):
+def _segment_scan(plan, reverse, has_initial, rows, left_out):
     return Launch(
         segment_scan_kernel,
         (plan.chunks.N * plan.H, -(-plan.K // 16)),
         4,
         **plan.numbers,
         SEGMENTS=plan.segments.per_sequence,
+        LEFT_OUT=left_out,
         TABLED=plan.segments.tabled,
         BK=16,
         BV=plan.config.BV,

@@ -176,15 +176,14 @@ class HopperLaunches(BeyondLaunches):
 
         Returns:
             initial: [segments, H, K, V] fp32, or None.
-            final: [N, H, K, V] fp32, or None. Where sequences are whole, the kernel fills it.
+            final: [N, H, K, V] fp32, or None without wants_final. Where sequences are whole, the kernel fills it.
             entering: initial where sequences are cut, and else None.
             rows: the rows of initial, or None.
         """
         initial = None if initial is None else initial.contiguous()
         if not self.plan.segments.cut:
             return initial, self._per_segment(y, D) if wants_final else None, None, rows
-        added, decays = totals or self._segment_totals(y, reverse)
-        entering, final, _ = self._scan(added, decays, initial, rows, reverse)
+        entering, final = self._enter(y, initial, rows, totals, reverse, wants_final)
         return entering, final, entering, None
 
     def forward(self, v: Tensor, initial=None, o=None, final=None, rows=None) -> Tensor:

@@ -110,6 +110,29 @@ def test_a_long_sequence_is_cut_into_segments(T, monkeypatch):
     check(inputs)
 
 
+def test_a_segment_that_no_state_leaves_is_not_walked(monkeypatch):
+    """The same bits where no final state is wanted, with one segment of each sequence less in the pass over them."""
+    monkeypatch.setattr(chunk_plan, "FILL", 6)
+    programs = []
+    launch = chunk_triton.Launch.__call__
+
+    def record(self, *tensors):
+        if "LENGTH" in self.jitted.arg_names:
+            programs.append(self.grid[0])
+        launch(self, *tensors)
+
+    monkeypatch.setattr(chunk_triton.Launch, "__call__", record)
+    q, f, v, b, _ = on_device(make_inputs((2, 25 * 32 + 5, 1, 16, 16), "over-16", dtype=torch.float32))
+    do, results = torch.randn_like(v), []
+    for initial in (v.new_zeros(2, 1, 16, 16), None):
+        inputs = Inputs(q, f, v, b, initial, None, 1.0)
+        o, _, saved = chunk_triton.chunk_forward(inputs, initial is not None, save_states=True)
+        results.append((o, *chunk_triton.chunk_backward(do, None, inputs, saved)[:4]))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    # two sequences of three segments: the pass over the segments, the states, and both in reverse
+    assert programs == [6, 6, 6, 6, 4, 6, 4, 6]
+
+
 @pytest.mark.parametrize("borders", [[0, 0, 800, 803, 1100], [0, 1100]], ids=str)
 def test_long_packed_sequences_are_cut_into_segments(borders, monkeypatch):
     monkeypatch.setattr(chunk_plan, "FILL", 12)
