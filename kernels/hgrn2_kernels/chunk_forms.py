@@ -177,11 +177,6 @@ def exact_sums(
     C: tl.constexpr = g.shape[1]
     zero = tl.zeros([g.shape[0], C], tl.float32)
     square = tl.zeros([C, C], tl.float32)
-    earlier = sum_gates(g, load_matrix(sums, LEVELS + 1, C), True)
-    later = sum_gates(g, load_matrix(sums, LEVELS + 2, C), True)
-    whole = column(earlier, C - 1)[:, None]
-    # rounded as in chunk_state, which stored the states
-    framed = frame(sum_all_gates(g, ones, C), DT)
     # gradients of the scores of pairs, for either of the two tokens as the query
     dscores_t = tl.where(o_i < o_j, dot(b_v, tl.trans(b_do), square), 0.0)
     dpairs = tl.where(o_i > o_j, dscores.to(tl.float32), dscores_t).to(DT)
@@ -199,9 +194,15 @@ def exact_sums(
         raw *= factor
         dq_sum += tl.where(m_second, raw, 0.0)
         dk_sum += tl.where(m_second, 0.0, raw)
+    # these sums come after the loop, which needs the registers
+    earlier = sum_gates(g, load_matrix(sums, LEVELS + 1, C), True)
+    whole = column(earlier, C - 1)[:, None]
+    # rounded as in chunk_state, which stored the states
+    framed = frame(sum_all_gates(g, ones, C), DT)
     raw = exp2(earlier - framed) * dot(b_h.to(DT), tl.trans(b_do), zero)
     balance += a * raw
     dq_sum += raw
+    later = sum_gates(g, load_matrix(sums, LEVELS + 2, C), True)
     raw = exp2(later - framed) * dot(b_dh.to(DT), tl.trans(b_v), zero)
     written = k * raw
     k_dk = k * (dk_sum + raw)
