@@ -2,14 +2,18 @@
 
     python benchmarks/probes/beyond.py
 
-A row of the table is one variant. Each variant runs on gates of two strengths at 8 x 4096 x 16: "times 4", where nearly
-all chunks take the banded form, and "closed", where all take the exact form. The first variant is the one in use. The
-last column is the largest difference of dq and df to the first variant. The same figures go to $OUT/beyond.json if OUT
-is set.
+A row of the table is one variant. The variants run on gates of three kinds at 8 x 4096 x 16: "times 4", where nearly
+all chunks take the banded form, those of a trained model, where one in six does, and "closed", where all take the exact
+form. The first variant of each kind is the one in use. The last column is the largest difference of dq and df to the
+first variant. The same figures go to $OUT/beyond.json if OUT is set.
 """
 
+import importlib.util
 import json
 import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -19,18 +23,55 @@ from product import GATES
 from hgrn2_kernels import beyond_triton, hopper
 from hgrn2_kernels.launch import Launch
 
+BENCHMARKS = Path(__file__).parents[1]
 B, T, H = 8, 4096, 16
-# channels and warps of the exact gradients, programs of all three kernels, and the limit of registers per thread
-VARIANTS = (
-    ((16, 4), 264, None),
-    ((16, 4), 1056, None),
-    ((16, 4), 4224, None),
-    ((16, 4), 396, 168),
-    ((16, 8), 264, None),
-    ((32, 4), 264, None),
-    ((64, 4), 264, None),
-    ((64, 4), 16384, None),
+
+
+class Variant(NamedTuple):
+    """One way to run the launches.
+
+    Attributes:
+        exact, banded: (channels, warps) of the gradients in the exact and in the banded form.
+        output_warps: warps of a program that computes outputs.
+        programs: number of programs of all three kernels.
+        registers: limit of registers per thread, or None.
+    """
+
+    exact: tuple[int, int] = (16, 4)
+    banded: tuple[int, int] = (64, 4)
+    output_warps: int = 4
+    programs: int = 264
+    registers: int | None = None
+
+
+FIRST = Variant()
+# the variants that differ in the form that a gate takes
+BANDED = (
+    FIRST,
+    Variant(programs=528),
+    Variant(programs=1056),
+    Variant(programs=4224),
+    Variant(programs=396, registers=168),
+    Variant(programs=1056, registers=168),
+    Variant(banded=(32, 4)),
+    Variant(banded=(32, 4), programs=396, registers=168),
+    Variant(banded=(32, 4), programs=1056, registers=168),
+    Variant(banded=(32, 4), programs=528, registers=128),
+    Variant(banded=(16, 4), programs=1056, registers=168),
+    Variant(banded=(64, 8), output_warps=8, programs=264, registers=128),
+    Variant(banded=(64, 8), output_warps=8, programs=1056, registers=128),
 )
+EXACT = (
+    FIRST,
+    Variant(programs=1056),
+    Variant(programs=4224),
+    Variant(programs=396, registers=168),
+    Variant((16, 8)),
+    Variant((32, 4)),
+    Variant((64, 4)),
+    Variant((64, 4), programs=16384),
+)
+VARIANTS = {"times 4": BANDED, "trained model": BANDED, "closed": EXACT}
 
 
 def limited(registers):
@@ -43,7 +84,20 @@ def limited(registers):
     return Launch if registers is None else Limited
 
 
+def benchmark():
+    """Return benchmarks/operator.py as a module. It is loaded by its path, because Python has an operator.py too."""
+    # the programs that it imports lie beside it
+    sys.path.append(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("benchmark", BENCHMARKS / "operator.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def inputs(gate: str):
+    if gate == "trained model":
+        leaves, do = benchmark().make_inputs(B, T, H, gate)
+        return *(x.detach() for x in leaves), do
     torch.manual_seed(0)
     q, f, v = torch.randn(B, T, H, 3, D, device="cuda", dtype=torch.bfloat16).unbind(3)
     f.copy_(GATES[gate](f.float()))
@@ -61,12 +115,18 @@ def measure(gate: str) -> list[dict]:
     dstates = torch.zeros_like(states)
     run.backward(v, do, states, None, dstates, dq, df, dv)
     rows, first = [], None
-    for tile, programs, registers in VARIANTS:
-        patches = dict(EXACT_GRADIENT=tile, PROGRAMS=programs, Launch=limited(registers))
+    for variant in VARIANTS[gate]:
+        patches = dict(
+            EXACT_GRADIENT=variant.exact,
+            BANDED_GRADIENT=variant.banded,
+            OUTPUT_WARPS=variant.output_warps,
+            PROGRAMS=variant.programs,
+            Launch=limited(variant.registers),
+        )
         for cached in (beyond_triton._output, beyond_triton._gradient):
             cached.cache_clear()
         with patch.multiple(beyond_triton, **patches):
-            row = dict(gate=gate, tile=tile, programs=programs, registers=registers)
+            row = dict(gate=gate, **variant._asdict())
             row["o us"] = 1e3 * milliseconds(lambda: run.output(v, states, o))
             row["dv us"] = 1e3 * milliseconds(lambda: run.output(do, dstates, dv, reverse=True))
             row["dq, df us"] = 1e3 * milliseconds(lambda: run.gradients(v, do, states, dstates, dq, df))
@@ -79,8 +139,9 @@ def measure(gate: str) -> list[dict]:
 
 
 def main():
-    print("| gates | exact tile | programs | registers | o us | dv us | dq, df us | error |\n" + "|---" * 8 + "|")
-    rows = [row for gate in ("times 4", "closed") for row in measure(gate)]
+    heads = "gates", *Variant._fields, "o us", "dv us", "dq, df us", "error"
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
+    rows = [row for gate in VARIANTS for row in measure(gate)]
     if os.environ.get("OUT"):
         with open(os.path.join(os.environ["OUT"], "beyond.json"), "w") as file:
             json.dump(rows, file, indent=1)

@@ -18,6 +18,10 @@ PART = 2048
 # (channels, warps) of the gradients in the exact form, for 16-bit operands. With the tiles of chunk_gradient a thread
 # would spill 1 KB, and the caches would move more bytes of spilled numbers than of all tensors.
 EXACT_GRADIENT = (16, 4)
+# the same in the banded form
+BANDED_GRADIENT = (64, 4)
+# warps of a program that computes outputs
+OUTPUT_WARPS = 4
 
 
 class BeyondLaunches(Launches):
@@ -80,7 +84,7 @@ def _output(plan: Plan, stride_y, stride_o, reverse: bool) -> Launch:
     return Launch(
         beyond_output_kernel,
         (min(PROGRAMS, plan.output_programs),),
-        config.output_warps,
+        config.output_warps if config.dtype == torch.float32 else OUTPUT_WARPS,
         **plan.numbers,
         **strides("y", stride_y),
         **strides("o", stride_o),
@@ -94,8 +98,9 @@ def _output(plan: Plan, stride_y, stride_o, reverse: bool) -> Launch:
 @functools.lru_cache(maxsize=CACHED_LAUNCHES)
 def _gradient(plan: Plan, stride_v, stride_do, stride_dq, stride_df, form: int) -> Launch:
     config = plan.config
-    narrow = form == EXACT.value and config.dtype != torch.float32
-    BK, warps = EXACT_GRADIENT if narrow else config.gradient
+    BK, warps = EXACT_GRADIENT if form == EXACT.value else BANDED_GRADIENT
+    if config.dtype == torch.float32:
+        BK, warps = config.gradient
     return Launch(
         beyond_gradient_kernel,
         (min(PROGRAMS, plan.output_programs * plan.blocks * (config.BK // BK)),),
