@@ -70,7 +70,7 @@ def main():
         compiled = launch(self, *args, **options)
         name = self.__name__
         given = dict(zip(self.arg_names, args, strict=True)) | options
-        form = {x: given[x] for x in (*FORM, "ROWS", "BOUNDED", "FULL", "FORM") if x in given}
+        form = {x: given[x] for x in (*FORM, "ROWS", "BOUNDED", "FULL") if x in given}
         if (name, *form.items()) not in seen:
             seen.add((name, *form.items()))
             print(json.dumps({"kernel": name, **form, **usage(compiled)}), flush=True)

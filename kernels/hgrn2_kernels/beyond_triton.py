@@ -9,19 +9,11 @@ from hgrn2_kernels.chunk_beyond import beyond_gradient_kernel, beyond_list_kerne
 from hgrn2_kernels.chunk_plan import Plan, strides
 from hgrn2_kernels.chunk_triton import CACHED_LAUNCHES, Launches
 from hgrn2_kernels.launch import Launch
-from hgrn2_kernels.triton_math import BANDED, EXACT
 
 # programs of a kernel that goes through a list: two on each multiprocessor of an H100
 PROGRAMS = 264
 # items of a program that writes a list
 PART = 2048
-# (channels, warps) of the gradients in the exact form, for 16-bit operands. With the tiles of chunk_gradient a thread
-# would spill 1 KB, and the caches would move more bytes of spilled numbers than of all tensors.
-EXACT_GRADIENT = (16, 4)
-# the same in the banded form
-BANDED_GRADIENT = (64, 4)
-# warps of a program that computes outputs
-OUTPUT_WARPS = 4
 
 
 class BeyondLaunches(Launches):
@@ -33,11 +25,11 @@ class BeyondLaunches(Launches):
     def lists(self, gradients: bool) -> None:
         """List the items of `output`, and with `gradients` also those of `gradients`. The counts must be known."""
         plan = self.plan
-        n_blocks = plan.output_programs * plan.blocks
+        n_chunks, n_blocks = plan.output_programs, plan.gradient_programs
         new = functools.partial(self.bands.new_empty, dtype=torch.int32)
-        self.chunks = new(1 + plan.output_programs)
-        self.blocks = (new(1 + n_blocks), new(1 + n_blocks)) if gradients else (self.chunks, self.chunks)
-        _list(plan, gradients)(self.bands, self.chunks, *self.blocks)
+        self.chunks = new(1 + n_chunks)
+        self.blocks = new(1 + n_blocks) if gradients else self.chunks
+        _list(plan, gradients)(self.bands, self.chunks, self.blocks)
 
     def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
         """Fill out as `Launches.output` does."""
@@ -56,12 +48,11 @@ class BeyondLaunches(Launches):
         """
         plan = self.plan
         parts = self.bound_parts() if parts is None else parts
-        for form, blocks in zip((BANDED, EXACT), self.blocks, strict=True):
-            launch = _gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride(), form.value)
-            launch(
-                *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, parts, self.sums, self.ones),
-                *(self.cu_seqlens, self.chunk_sequence, self.chunk_first, blocks),
-            )
+        launch = _gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
+        launch(
+            *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, parts, self.sums, self.ones),
+            *(self.cu_seqlens, self.chunk_sequence, self.chunk_first, self.blocks),
+        )
         return parts.sum(-1) if plan.bounded else None
 
     def bound_parts(self) -> Tensor:
@@ -72,10 +63,17 @@ class BeyondLaunches(Launches):
 
 @functools.lru_cache(maxsize=CACHED_LAUNCHES)
 def _list(plan: Plan, gradients: bool) -> Launch:
-    items = plan.output_programs * (plan.blocks if gradients else 1)
-    grid = -(-items // PART), 3 if gradients else 1
-    numbers = dict(n_chunks=plan.output_programs, K=plan.K, BF=plan.config.BK, SIZE=PART)
-    return Launch(beyond_list_kernel, grid, 8, **numbers)
+    items = plan.gradient_programs if gradients else plan.output_programs
+    return Launch(
+        beyond_list_kernel,
+        (-(-items // PART), 1 + gradients),
+        8,
+        n_chunks=plan.output_programs,
+        K=plan.K,
+        BK=plan.config.gradient[0],
+        BF=plan.config.BK,
+        SIZE=PART,
+    )
 
 
 @functools.lru_cache(maxsize=CACHED_LAUNCHES)
@@ -84,7 +82,7 @@ def _output(plan: Plan, stride_y, stride_o, reverse: bool) -> Launch:
     return Launch(
         beyond_output_kernel,
         (min(PROGRAMS, plan.output_programs),),
-        config.output_warps if config.dtype == torch.float32 else OUTPUT_WARPS,
+        config.output_warps,
         **plan.numbers,
         **strides("y", stride_y),
         **strides("o", stride_o),
@@ -96,14 +94,11 @@ def _output(plan: Plan, stride_y, stride_o, reverse: bool) -> Launch:
 
 
 @functools.lru_cache(maxsize=CACHED_LAUNCHES)
-def _gradient(plan: Plan, stride_v, stride_do, stride_dq, stride_df, form: int) -> Launch:
-    config = plan.config
-    BK, warps = EXACT_GRADIENT if form == EXACT.value else BANDED_GRADIENT
-    if config.dtype == torch.float32:
-        BK, warps = config.gradient
+def _gradient(plan: Plan, stride_v, stride_do, stride_dq, stride_df) -> Launch:
+    BK, warps = plan.config.gradient
     return Launch(
         beyond_gradient_kernel,
-        (min(PROGRAMS, plan.output_programs * plan.blocks * (config.BK // BK)),),
+        (min(PROGRAMS, plan.gradient_programs),),
         warps,
         **plan.numbers,
         **strides("v", stride_v),
@@ -111,8 +106,7 @@ def _gradient(plan: Plan, stride_v, stride_do, stride_dq, stride_df, form: int) 
         **strides("dq", stride_dq),
         **strides("df", stride_df),
         BK=BK,
-        BF=config.BK,
-        BV=config.BV,
+        BF=plan.config.BK,
+        BV=plan.config.BV,
         AHEAD=0,
-        FORM=form,
     )

@@ -5,40 +5,43 @@ through a list in equal steps, so that all get the same number of chunks, and co
 chunk_gradient do. Which program computes a chunk does not change the result. So the results do not depend on the number
 of programs, and have the same bits every time.
 
-A list is an int32 tensor. Its first number is the count of its items, and the items follow. An item is on a list if its
-count of bands is above 1, and also if the count is 0: then it lies after the last packed sequence, and its results are
-zeros. There is one list of chunks for the outputs. For the gradients there are two lists of blocks of channels, because
-the exact form needs smaller tiles than the banded form.
+A list is an int32 tensor. Its first number is the count of its items, and the items follow. An item is on the list if
+its count of bands is above 1, and also if the count is 0: then it lies after the last packed sequence, and its results
+are zeros.
 """
 
 import triton
 import triton.language as tl
 
-from hgrn2_kernels.chunk_gradient import gradient_of, no_gradient
+from hgrn2_kernels.chunk_gradient import bands_of_item, gradient_of, no_gradient
 from hgrn2_kernels.chunk_output import bands_of_chunk, no_output, output_of
-from hgrn2_kernels.triton_math import BANDED, EXACT, form_of
-
-# the list of chunks and heads for the outputs; the lists of blocks of channels are called BANDED and EXACT
-OUTPUT = tl.constexpr(0)
+from hgrn2_kernels.triton_math import form_of
 
 
 @triton.jit
-def is_listed(bands, items, end, n_items, K: tl.constexpr, BF: tl.constexpr, LIST: tl.constexpr):
-    """Return 1 where items below `end` are on the list LIST, and 0 elsewhere."""
+def is_listed(bands, items, end, n_items, K: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return 1 where items below `end` are on the list, and 0 elsewhere. With BLOCKS, an item is BK channels."""
     m_items = items < end
     # the last item stands in for items that do not exist
     items = tl.minimum(items, n_items - 1)
-    if LIST == OUTPUT:
-        m_listed = bands_of_chunk(bands, items, (K + BF - 1) // BF).to(tl.int32) != 1
+    if BLOCKS:
+        n_bands = bands_of_item(bands, items, K, BK, BF)
     else:
-        n_bands = tl.load(bands + items).to(tl.int32)
-        m_exact = form_of(n_bands) == EXACT
-        m_listed = m_exact if LIST == EXACT else (n_bands != 1) & (m_exact == 0)
-    return (m_items & m_listed).to(tl.int32)
+        n_bands = bands_of_chunk(bands, items, (K + BF - 1) // BF).to(tl.int32)
+    return (m_items & (n_bands != 1)).to(tl.int32)
 
 
 @triton.jit
-def list_items(bands, listed, n_items, K: tl.constexpr, BF: tl.constexpr, SIZE: tl.constexpr, LIST: tl.constexpr):
+def list_items(
+    bands,
+    listed,
+    n_items,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BF: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """Write the items of this program's part to the list, and from the last part also the count of all items."""
     first = tl.program_id(0) * SIZE
     if first < n_items:
@@ -46,9 +49,9 @@ def list_items(bands, listed, n_items, K: tl.constexpr, BF: tl.constexpr, SIZE: 
         STEP: tl.constexpr = 4 * SIZE
         before = tl.zeros([STEP], tl.int32)
         for i in range(0, first, STEP):
-            before += is_listed(bands, i + tl.arange(0, STEP), first, n_items, K, BF, LIST)
+            before += is_listed(bands, i + tl.arange(0, STEP), first, n_items, K, BK, BF, BLOCKS)
         items = first + tl.arange(0, SIZE)
-        own = is_listed(bands, items, n_items, n_items, K, BF, LIST)
+        own = is_listed(bands, items, n_items, n_items, K, BK, BF, BLOCKS)
         place = tl.sum(before, 0) + tl.cumsum(own, 0)
         tl.store(listed + place, items, mask=own != 0)
         if first + SIZE >= n_items:
@@ -59,21 +62,18 @@ def list_items(bands, listed, n_items, K: tl.constexpr, BF: tl.constexpr, SIZE: 
 def beyond_list_kernel(
     bands,  # [chunks, H, K / BF], counts of bands
     chunks,  # int32, out: list of (chunk, head), with n_chunks items at most
-    banded,  # int32, out: list of (chunk, head, block of BF channels)
-    exact,  # the same
+    blocks,  # int32, out: list of (chunk, head, block of BK channels)
     n_chunks,  # number of chunks times the number of heads
     K: tl.constexpr,
+    BK: tl.constexpr,
     BF: tl.constexpr,
     SIZE: tl.constexpr,  # items of a program
 ):
-    """Write the list with number program_id(1): of outputs, of gradients in the banded form, or in the exact form."""
-    n_blocks = n_chunks * ((K + BF - 1) // BF)
-    if tl.program_id(1) == OUTPUT:
-        list_items(bands, chunks, n_chunks, K, BF, SIZE, OUTPUT)
-    if tl.program_id(1) == BANDED:
-        list_items(bands, banded, n_blocks, K, BF, SIZE, BANDED)
-    if tl.program_id(1) == EXACT:
-        list_items(bands, exact, n_blocks, K, BF, SIZE, EXACT)
+    """List the items of chunk_output (program_id(1) is 0) and of chunk_gradient (program_id(1) is 1)."""
+    if tl.program_id(1) == 0:
+        list_items(bands, chunks, n_chunks, K, BK, BF, SIZE, False)
+    else:
+        list_items(bands, blocks, n_chunks * ((K + BK - 1) // BK), K, BK, BF, SIZE, True)
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
@@ -200,34 +200,27 @@ def beyond_gradient_kernel(
     BOUNDED: tl.constexpr,
     PACKED: tl.constexpr,
     FULL: tl.constexpr,
-    FORM: tl.constexpr,  # BANDED or EXACT, the form of all items on the list
 ):
-    """Compute the listed blocks of channels as chunk_gradient_kernel does, whose arguments the others are.
-
-    BK may be smaller than the BF channels of a listed block, which then becomes several items.
-    """
-    PARTS: tl.constexpr = BF // BK
-    NK: tl.constexpr = (K + BK - 1) // BK
-    NF: tl.constexpr = (K + BF - 1) // BF
-    n_items = tl.load(listed) * PARTS
+    """Compute the listed items of chunk_gradient_kernel, whose arguments the others are."""
+    n_items = tl.load(listed)
     # computed before the loop, tiles of addresses would occupy registers through the whole loop
     for i in tl.range(tl.program_id(0), n_items, tl.num_programs(0), num_stages=1, disable_licm=True):
-        block = tl.load(listed + 1 + i // PARTS)
-        n_bands = tl.load(bands + block).to(tl.int32)
-        i_k = block % NF * PARTS + i % PARTS
-        item = block // NF * NK + i_k
-        if (n_bands > 0) & (i_k < NK):
-            # fmt: off
-            gradient_of(
-                item, n_bands, q, f, v, do, bound, states, dstates, bands, dq, df, dbound, sums, ones, cu_seqlens,
-                chunk_sequence, chunk_first, stride_qb, stride_qt, stride_qh, stride_fb, stride_ft, stride_fh,
-                stride_vb, stride_vt, stride_vh, stride_dob, stride_dot, stride_doh, stride_dqb, stride_dqt,
-                stride_dqh, stride_dfb, stride_dft, stride_dfh, inverse_scale, T, NT, NC, H, K, V, C, LEVELS, BK,
-                BF, BV, AHEAD, DT, BOUNDED, PACKED, FULL, FORM,
-            )
-            # fmt: on
-        if PACKED and FORM == BANDED:
-            if (n_bands == 0) & (i_k < NK):
+        item = tl.load(listed + 1 + i)
+        n_bands = bands_of_item(bands, item, K, BK, BF)
+        form = form_of(n_bands)
+        for FORM in tl.static_range(1, 3):
+            if form == FORM:
+                # fmt: off
+                gradient_of(
+                    item, n_bands, q, f, v, do, bound, states, dstates, bands, dq, df, dbound, sums, ones,
+                    cu_seqlens, chunk_sequence, chunk_first, stride_qb, stride_qt, stride_qh, stride_fb, stride_ft,
+                    stride_fh, stride_vb, stride_vt, stride_vh, stride_dob, stride_dot, stride_doh, stride_dqb,
+                    stride_dqt, stride_dqh, stride_dfb, stride_dft, stride_dfh, inverse_scale, T, NT, NC, H, K, V,
+                    C, LEVELS, BK, BF, BV, AHEAD, DT, BOUNDED, PACKED, FULL, FORM,
+                )
+                # fmt: on
+        if PACKED:
+            if form < 0:
                 # fmt: off
                 no_gradient(
                     item, dq, df, cu_seqlens, chunk_sequence, chunk_first,
