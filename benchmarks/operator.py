@@ -320,7 +320,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="shapes to time, as batch x length x heads")
     parser.add_argument("--fla", nargs="*", default=SHAPES[:2], help="shapes of --shapes on which fla is timed too")
-    parser.add_argument("--hopper", action="store_true", help="turn on the kernels for Hopper")
+    parser.add_argument("--any-gpu", action="store_true", help="run the kernels for every GPU, also on Hopper")
     parser.add_argument("--sweeps", action="store_true", help="also measure time against length and against heads")
     report.add_option(parser)
     parser.add_argument("--plot", nargs=2, metavar=("FILE.json", "PICTURE"), help="draw the sweeps of a results file")
@@ -331,7 +331,7 @@ def main():
         sys.exit(
             "benchmarks/operator.py times kernels and needs a GPU, and this machine has none. Only --plot runs without."
         )
-    dispatch.IN_USE = args.hopper
+    dispatch.IN_USE = not args.any_gpu
     run(args)
 
 

@@ -96,6 +96,7 @@ def _lines() -> Iterator[tuple[str, str, str | None]]:
     slow = ": correct but slow" if form == "pytorch" else ""
     yield "operator", f"op={form}{slow}", None
     if gpu:
+        yield "kernels", _kernels(torch.cuda.get_device_capability(0)), None
         widths = (f"{widest_head(dtype, torch.cuda.get_device_capability(0))} in {str(dtype)[6:]}" for dtype in ALLOWED)
         yield "widest heads", f"--hgrn2-expand-ratio up to {' and '.join(widths)}", None
     yield "norms", "from Transformer Engine, fused into the projections" if te else "from PyTorch", None
@@ -128,6 +129,15 @@ def _gpu() -> str:
     properties = torch.cuda.get_device_properties(0)
     memory = properties.total_memory / 2**30
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+
+
+def _kernels(capability: tuple[int, int]) -> str:
+    """Return which kernels of the operator run on a GPU of this compute capability."""
+    from hgrn2_kernels import dispatch
+
+    if dispatch.kernels((1, 1, 1, 128), 128, torch.bfloat16, capability) == "hopper":
+        return "those for Hopper in bf16 with heads of 128, and those for every GPU otherwise"
+    return "those for every GPU"
 
 
 def _megatron() -> tuple[str, str | None]:

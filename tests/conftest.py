@@ -12,6 +12,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--any-gpu", action="store_true", help="run the operator's kernels for every GPU, also on Hopper")
+
+
+def pytest_configure(config):
+    if config.getoption("--any-gpu"):
+        from hgrn2_kernels import dispatch
+
+        dispatch.IN_USE = False
+
+
 def pytest_report_header():
     return f"megatron-core {importlib.metadata.version('megatron-core')}"
 

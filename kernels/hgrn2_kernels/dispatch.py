@@ -7,9 +7,8 @@ from hgrn2_kernels import chunk_triton
 from hgrn2_kernels.checks import capability
 from hgrn2_kernels.inputs import Inputs
 
-# The kernels for Hopper are off until what docs/internals/hopper.md lists first is done. Tests and benchmarks turn them
-# on for their own process.
-IN_USE = False
+# whether the kernels for Hopper run where they can; tests and benchmarks turn them off to run those of chunk_triton.py
+IN_USE = True
 
 
 def kernels(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tuple[int, int]) -> str:

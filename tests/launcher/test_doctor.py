@@ -104,3 +104,8 @@ def test_pages_agree_with_the_releases_that_were_tried():
     for page in (harness.ROOT / "README.md", *harness.ROOT.glob("docs/**/*.md")):
         for name, *releases in re.findall(rf"({'|'.join(names)}) (\d+\.\d+) to (\d+\.\d+)", page.read_text()):
             assert tuple(releases) == doctor.TRIED[names[name]], page
+
+
+@pytest.mark.parametrize(("capability", "named"), [((9, 0), True), ((8, 0), False), ((10, 0), False)])
+def test_the_kernels_of_a_gpu_are_named(capability, named):
+    assert doctor._kernels(capability).startswith("those for Hopper") is named
