@@ -270,7 +270,8 @@ class HGRN2Mixer(MegatronModule):
 
 
 def _chunk_hgrn2_on_one_rank(qfv: Tensor, lower_bound: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
-    return chunk_hgrn2_fused(qfv, lower_bound, cu_seqlens=cu_seqlens)[0]
+    # The backward is faster with the states. A run that needs their memory recomputes (--recompute-granularity).
+    return chunk_hgrn2_fused(qfv, lower_bound, cu_seqlens=cu_seqlens, save_states=True)[0]
 
 
 def _packed_boundaries(packed_seq_params, batch: int) -> Tensor | None:

@@ -46,7 +46,7 @@ def test_selective_recompute_runs_the_mixers_own_part_again(flags, runs, monkeyp
     calls = []
 
     def count(*args, **options):
-        calls.append(args)
+        calls.append(options["save_states"])
         return chunk_hgrn2_fused(*args, **options)
 
     def checkpoint(function, distribute, *args):
@@ -56,4 +56,4 @@ def test_selective_recompute_runs_the_mixers_own_part_again(flags, runs, monkeyp
     monkeypatch.setattr(mixer, "chunk_hgrn2_fused", count)
     monkeypatch.setattr(mixer.tensor_parallel, "checkpoint", checkpoint)
     model(harness.batch()[0], None, None).sum().backward()
-    assert len(calls) == runs * LAYERS
+    assert calls == [True] * runs * LAYERS
