@@ -23,6 +23,7 @@ LAYOUT = ["run", "tokens/s per GPU", "% of one GPU", "TFLOP/s per GPU", "peak Gi
 SWEEP = ["run", "ms per step", "tokens/s per GPU", "% of CP1", "TFLOP/s per GPU", "peak GiB", "MiB sent per step"]
 EXCHANGE = ["tokens", "way", "ms", "% slower than alone", "tokens/s per GPU", "MiB sent per layer", "peak GiB"]
 OPERATOR = ["shape", "operator", "forward ms", "forward + backward ms", "in a row ms", "in a graph ms", "kept MiB"]
+KEPT = "HGRN2, states kept, kernels for Hopper"
 TIMES = ["forward", "both", "both eager", "recomputed"]
 TABLES = {
     "throughput": ("2026-11-27-throughput", ["run", "tokens/s", "relative to attention", "peak GiB"]),
@@ -106,6 +107,15 @@ TABLES = {
         "2026-11-28-hopper-h200-product",
         ["case", "predicted, us", *(f"{time}, {kernels}" for time in TIMES for kernels in ("Hopper", "in use"))],
     ),
+    "hopper-in-use": ("2026-11-29-hopper", ["shape", "gates", *OPERATOR[1:-1]]),
+    "hopper-in-use-product": (
+        "2026-11-29-hopper-product",
+        ["case", "predicted, us", *(f"{time}, {kernels}" for time in TIMES for kernels in ("Hopper", "any GPU"))],
+    ),
+    "hopper-in-use-training": (
+        "2026-11-29-hopper-training",
+        ["run", "tokens/s", "relative to attention", "relative to bf16", "peak GiB"],
+    ),
     "language-model": (
         "2026-11-28-language-model",
         ["tokens", "seconds", "tokens/s since the row above", "held-out bits per byte"],
@@ -113,6 +123,15 @@ TABLES = {
     "language-model-positions": (
         "2026-11-28-language-model-positions",
         ["tokens before", "sequences of 2,048", "sequences of 32,768"],
+    ),
+    "mixers": (
+        "2026-11-29-language-model",
+        ["mixer", "parameters", "tokens", "seconds", "tokens/s", "held-out bits per byte"]
+        + ["all held-out, 2,048 tokens", "all held-out, 32,768 tokens"],
+    ),
+    "mixers-positions": (
+        "2026-11-29-language-model-positions",
+        ["tokens before"] + [f"{mixer}, {n}" for n in ("2,048", "32,768") for mixer in ("attention", "HGRN2", "HHH*")],
     ),
 }
 # columns that do not show their numbers as they stand, with commas between thousands
@@ -157,27 +176,29 @@ def of_columns(file: str, columns: list[str]) -> str:
 
 def readme_performance() -> str:
     """Return README's one table: training compared with attention, and the operator compared with attention and fla."""
-    whole, long, operator = "2026-11-27-throughput", "2026-11-27-throughput-32768", "2026-11-24-operator"
-    training = {(file, row["run"]): row.get("tokens/s") for file in (whole, long) for row in rows_of(file)}
-    kernels = {(row["shape"], row["operator"]): row["forward + backward ms"] for row in rows_of(operator)}
+    old, long, new = "2026-11-27-throughput", "2026-11-27-throughput-32768", "2026-11-29-hopper-training"
+    training = {(file, row["run"]): row.get("tokens/s") for file in (old, long, new) for row in rows_of(file)}
     rows = []
-    for setting, words, file in (
-        ("4096", "training, sequences of 4096", whole),
-        ("16384", "training, 16384, no recompute", whole),
-        ("32768 full", "training, 32768, full recompute", long),
+    for setting, words, gpu, file in (
+        ("4096", "training, sequences of 4096", "H200", new),
+        ("16384 selective", "training, 16384, selective recompute", "H200", new),
+        ("32768 full", "training, 32768, full recompute", "H100", long),
     ):
         own, other = (training[file, f"{model}, {setting}"] for model in ("HGRN2", "attention"))
-        rows.append([words, f"{own:,} tokens/s", f"attention: {other:,}", f"{own / other:.2f}", file])
-    for shape, words, peer, name in (
-        ("8x4096x16", "operator, 8 sequences of 4096", "attention", "cuDNN attention"),
-        ("8x4096x16", "operator, 8 sequences of 4096", "fla", "fla"),
-        ("1x32768x16", "operator, 1 sequence of 32768", "attention", "cuDNN attention"),
+        rows.append([words, gpu, f"{own:,} tokens/s", f"attention: {other:,}", f"{own / other:.2f}", file])
+    before, now = "2026-11-24-operator", "2026-11-29-hopper"
+    ordinary = [(f, row) for f in (before, now) for row in rows_of(f) if row.get("gates", "ordinary") == "ordinary"]
+    kernels = {(f, row["shape"], row["operator"]): row["forward + backward ms"] for f, row in ordinary}
+    for shape, words, gpu, own, other, name, file in (
+        ("8x4096x16", "operator, 8 sequences of 4096", "H200", KEPT, "attention", "cuDNN attention", now),
+        ("1x32768x16", "operator, 1 sequence of 32768", "H200", KEPT, "attention", "cuDNN attention", now),
+        ("8x4096x16", "operator before its kernels for Hopper", "H100", "HGRN2", "fla", "fla", before),
     ):
-        own, other = kernels[shape, "HGRN2"], kernels[shape, peer]
-        rows.append([words, f"{own:.2f} ms", f"{name}: {other:.2f}", f"{other / own:.1f}", operator])
+        ours, peer = kernels[file, shape, own], kernels[file, shape, other]
+        rows.append([words, gpu, f"{ours:.2f} ms", f"{name}: {peer:.2f}", f"{peer / ours:.1f}", file])
     for row in rows:
-        row[-1] = f"[{row[-1][:10]}](docs/evidence/{row[-1].replace('-32768', '')}.md)"
-    return markdown(["one H100, bf16", "HGRN2", "compared with", "times as fast", "measured"], rows)
+        row[-1] = f"[{row[-1][:10]}](docs/evidence/{re.sub('-(32768|training)$', '', row[-1])}.md)"
+    return markdown(["one GPU, bf16", "GPU", "HGRN2", "compared with", "times as fast", "measured"], rows)
 
 
 def table(name: str) -> str:

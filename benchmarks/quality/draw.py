@@ -134,16 +134,19 @@ def rows(runs: list[dict]) -> list[dict]:
 
 
 def picture(runs: list[dict], path: Path):
-    """Draw the best groups: the held-out loss against tokens, against seconds, at the end, and by position."""
+    """Draw the best groups: the held-out loss against tokens, against seconds, and by position if it was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     groups = [group for group in best(grouped(runs)) if all(run["heldout"] for run in group)]
-    colours = {id(group): plt.get_cmap("tab20")(number % 20) for number, group in enumerate(groups)}
-    columns = 4 if any(run["lengths"] for run in runs) else 3
-    figure, sides = plt.subplots(1, columns, figsize=(5 * columns, 4 + 0.12 * len(groups)), layout="constrained")
+    colours = {
+        id(group): plt.get_cmap("tab20" if len(groups) > 10 else "tab10")(number % 20)
+        for number, group in enumerate(groups)
+    }
+    columns = 3 if any(run["lengths"] for run in runs) else 2
+    figure, sides = plt.subplots(1, columns, figsize=(4 * columns, 3.4 + 0.1 * len(groups)), layout="constrained")
     for column, (axes, label) in enumerate(zip(sides[:2], ("million tokens", "seconds of training"), strict=True)):
         for group in groups:
             points = list(zip(*(run["heldout"] for run in group), strict=False))
@@ -157,18 +160,11 @@ def picture(runs: list[dict], path: Path):
         low = min((last(run) for group in groups for run in group), default=0)
         axes.set(xlabel=label, ylabel="held-out bits per byte", ylim=(low - 0.05 * (top - low), top))
         axes.grid(alpha=0.3)
-    ranked = sorted(groups, key=lambda group: -mean(map(last, group)))
-    for place, group in enumerate(ranked):
-        values = [last(run) for run in group]
-        sides[2].plot(values, [place] * len(values), "o-", color=colours[id(group)])
-    sides[2].set_yticks(range(len(ranked)), [f"{name_of(group)}: {mean(map(last, group)):.4f}" for group in ranked])
-    sides[2].set(xlabel="held-out bits per byte at the end, one point for each seed")
-    sides[2].grid(alpha=0.3)
-    if columns == 4:
-        draw_positions(sides[3], groups, colours)
+    if columns == 3:
+        draw_positions(sides[2], groups, colours)
     handles, labels = sides[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
