@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from results import table
-from train import MODELS, POSITIONS, bits_per_byte, is_done, merged
+from train import GATES, MODELS, POSITIONS, bits_per_byte, is_done, merged
 
 # A training curve has at most this many points.
 POINTS = 100
@@ -31,7 +31,8 @@ def read(folder: Path) -> dict:
         "parameters", "tokens", "iterations" and "seconds" at the end of the run,
         "heldout": [[tokens, seconds, bits per byte], ..] on the sample of the held-out documents,
         "training": [[tokens, mean loss in nats per token], ..],
-        "lengths": the losses by position of megatron_run.py on all held-out documents, with "bits_per_byte".
+        "lengths": the losses by position of megatron_run.py on all held-out documents, with "bits_per_byte",
+        "gates": the strength of the gates of each HGRN2 layer, see gate_strength.py.
     """
     run = json.loads((folder / "run.json").read_text())
     log = merged(folder, run["seq_length"])
@@ -49,8 +50,7 @@ def read(folder: Path) -> dict:
     size = max(1, -(-len(iterations) // POINTS))
     pieces = [iterations[start : start + size] for start in range(0, len(iterations), size)]
     training = [[piece[-1] * of_one, round(sum(log.losses[i] for i in piece) / len(piece), 5)] for piece in pieces]
-    positions = folder / POSITIONS
-    lengths = json.loads(positions.read_text()) if positions.exists() else []
+    lengths, gates = (json.loads(x.read_text()) if x.exists() else [] for x in (folder / POSITIONS, folder / GATES))
     return {
         **{name: run[name] for name in ("model", "size", "lr", "seed", "seq_length", "data", "flags")},
         "parameters": log.parameters,
@@ -62,6 +62,7 @@ def read(folder: Path) -> dict:
         "heldout": heldout,
         "training": training,
         "lengths": [one | {"bits_per_byte": round(bits_per_byte(one["loss"], run, "heldout"), 5)} for one in lengths],
+        "gates": gates,
     }
 
 

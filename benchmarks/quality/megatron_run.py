@@ -10,8 +10,9 @@ of them, so it would read the dataset as often as a batch has micro-batches. Tha
 
 With --turn, the run loads everything and then waits until no other run holds the lock on FILE. So the next run starts
 up while this one trains. With --measure, the run ends with the losses by position on the dataset DATA, which is cut
-into sequences of each length. A length beyond the trained one shows how the model extrapolates. With --fla, fla's model
-trains in the place of Megatron's (fla_twin.py).
+into sequences of each length. A length beyond the trained one shows how the model extrapolates. The strength of the
+gates of HGRN2 layers then goes to gates.json beside FILE (gate_strength.py). With --fla, fla's model trains in the
+place of Megatron's (fla_twin.py).
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
+import gate_strength  # noqa: E402
 import pretrain_gpt  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 from megatron.training import get_args, training  # noqa: E402
@@ -163,6 +165,11 @@ def main():
             found.append(losses_by_position(kept[0], tokens, length))
             print(f"sequences of {length}: {found[-1]['loss']:.5f} nats per token", flush=True)
             args.report.write_text(json.dumps(found, indent=1) + "\n")
+        layers = gate_strength.of_layers(
+            lambda: losses_by_position(kept[0], tokens[: TOKENS + 1], get_args().seq_length)
+        )
+        if layers:
+            args.report.with_name("gates.json").write_text(json.dumps(layers, indent=1) + "\n")
     if turn:
         turn.give()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-POSITIONS = "positions.json"
+POSITIONS, GATES = "positions.json", "gates.json"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 

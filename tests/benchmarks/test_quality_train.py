@@ -95,6 +95,8 @@ def test_models_train_alike_and_are_drawn(runs, tmp_path):
         counts = run["data"]["heldout-sample"]
         assert tokens == run["tokens"] and bits < 0.9 * 9 * counts["tokens"] / counts["bytes"]
         assert model == "hybrid-1-1" or f"**{bits:.4f}**" in printed
+    # the gates were measured with the loss by position, in each of the 4 layers
+    assert [len(run["gates"]) for run in found.values()] == [4 * (model == "hgrn2") for model in TRAINED]
     # the first batch is the same, and no model knows anything of it
     first = [run["training"][0][1] for run in found.values()]
     assert max(first) - min(first) < 0.1
@@ -114,6 +116,29 @@ def test_seeds_share_a_line_with_their_mean_and_difference(runs, tmp_path):
     seeds, mean = lines["hybrid-1-1"], f"**{(one + two) / 2:.4f}**"
     assert (seeds["seeds"], seeds["between seeds"]) == ("1, 2", f"{two - one:.4f}")
     assert seeds["held-out bits per byte"] == mean and not lines["hgrn2"]["between seeds"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "bound", "bands"),
+    [
+        (0.0, None, [1, 0, 0, 0, 0]),
+        # 6.0 powers of two per token are 384 in a chunk, and 6 with a bound of 1/4 are 128
+        (-4.1431347, None, [0, 0, 1, 0, 0]),
+        (-4.1431347, 0.25, [1, 0, 0, 0, 0]),
+        (-30.0, None, [0, 0, 0, 0, 1]),
+    ],
+)
+def test_the_strength_of_gates_is_what_the_kernels_count(raw, bound, bands):
+    import torch
+
+    sys.path.append(str(FOLDER))
+    import gate_strength
+
+    f = torch.full((1, 130, 2, 128), 20.0)
+    # the strongest channel of a block counts
+    f[..., 5::64] = raw
+    lower_bound = None if bound is None else torch.full((2, 128), bound)
+    assert gate_strength.strength(f, lower_bound)["bands"] == bands
 
 
 def test_the_held_out_loss_counts_every_token_once(data, runs):
