@@ -53,8 +53,8 @@ for packing, positions in ("documents", "rope"), ("stream", "none"):
 MODELS["stack-packed"] = PACKED | {"hgrn2_packed_layout": "documents", "hybrid_layer_pattern": "M-M-"}
 DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
 FSDP = {"distributed_optimizer": True, "fsdp": "optim_grads_params"}
-# of no length that divides a rank's tokens
-CHUNKED = {"hgrn2_loss_chunk_size": 7}
+# A micro-batch has 80 or 160 tokens on a rank, so this makes several whole chunks and a shorter last one.
+CHUNKED = {"hgrn2_loss_chunk_size": 37}
 # the schedule that combines the forward of a micro-batch with the backward of another; it demands bf16 of the config
 COMBINED = {"overlap_moe_expert_parallel_comm": True, "moe_token_dispatcher_type": "alltoall", "bf16": True}
 DELAYED = {"delay_wgrad_compute": True, "recompute_granularity": "selective"}

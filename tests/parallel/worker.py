@@ -40,7 +40,7 @@ def data(step: int, dp_rank: int, dp_size: int, packing: str | None, heads: bool
 
     They are the rank's part of the sequences, or with `whole` the whole sequences.
     """
-    tokens, labels = harness.batch(seed=step, size=parity.GLOBAL_BATCH)
+    tokens, labels = harness.batch(seed=step, size=global_batch(packing))
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.7).float()
     if heads:
         mask[:] = 1
@@ -87,9 +87,24 @@ def own_ranks(document: dict):
     return own["tokens"], own["labels"], own["loss_mask"], params
 
 
+def global_batch(packing: str | None) -> int:
+    """Return the number of rows of a step."""
+    return 4 if packing else 8
+
+
 def micro_batch(packing: str | None) -> int:
-    """Rows of a micro-batch; packed sequences are one."""
-    return 1 if packing else 2
+    """Return the number of rows of a micro-batch.
+
+    A row of packed sequences is a micro-batch of its own. Otherwise, a rank has two micro-batches of a step, which is
+    enough to add up gradients. More would only take time, because each one makes the same collectives over gloo. A
+    pipeline without data parallelism has four, so that its stages also take forwards and backwards in turn.
+    """
+    from megatron.core import parallel_state
+
+    if packing:
+        return 1
+    alone = parallel_state.get_data_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size() == 1
+    return 4 if alone else 2
 
 
 def _own_tokens(rows, packing: str | None):
@@ -147,7 +162,7 @@ def backward(chunks, optimizer, step: int, packing: str | None) -> torch.Tensor 
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
-        num_microbatches=parity.GLOBAL_BATCH // (micro_batch(packing) * dp_group.size()),
+        num_microbatches=global_batch(packing) // (micro_batch(packing) * dp_group.size()),
         seq_length=harness.SEQ,
         micro_batch_size=micro_batch(packing),
     )
