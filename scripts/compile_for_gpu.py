@@ -120,7 +120,10 @@ def pretend(arch: int):
     JITFunction.run = run
     name = "NVIDIA H100" if arch == 90 else f"compute capability {arch / 10}"
     properties = types.SimpleNamespace(
-        name=name, shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=SHARED[arch]
+        name=name,
+        multi_processor_count=132,
+        shared_memory_per_block=48 * 1024,
+        shared_memory_per_block_optin=SHARED[arch],
     )
     answers = dict(
         is_available=True, current_device=0, device_count=1, get_device_name=name, synchronize=None,
