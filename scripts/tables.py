@@ -176,8 +176,8 @@ def of_columns(file: str, columns: list[str]) -> str:
 
 def readme_performance() -> str:
     """Return README's one table: training compared with attention, and the operator compared with attention and fla."""
-    old, long, new = "2026-11-27-throughput", "2026-11-27-throughput-32768", "2026-11-29-hopper-training"
-    training = {(file, row["run"]): row.get("tokens/s") for file in (old, long, new) for row in rows_of(file)}
+    long, new = "2026-11-27-throughput-32768", "2026-11-29-hopper-training"
+    training = {(file, row["run"]): row.get("tokens/s") for file in (long, new) for row in rows_of(file)}
     rows = []
     for setting, words, gpu, file in (
         ("4096", "training, sequences of 4096", "H200", new),

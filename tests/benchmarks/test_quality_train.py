@@ -122,7 +122,7 @@ def test_seeds_share_a_line_with_their_mean_and_difference(runs, tmp_path):
     ("raw", "bound", "bands"),
     [
         (0.0, None, [1, 0, 0, 0, 0]),
-        # 6.0 powers of two per token are 384 in a chunk, and 6 with a bound of 1/4 are 128
+        # 6 powers of two per token are 384 in a chunk; with a bound of 1/4 they are 124
         (-4.1431347, None, [0, 0, 1, 0, 0]),
         (-4.1431347, 0.25, [1, 0, 0, 0, 0]),
         (-30.0, None, [0, 0, 0, 0, 1]),

@@ -80,7 +80,10 @@ def test_the_same_numbers_beyond_the_limit_and_nothing_within_it(gate, T, border
     of_blocks = tokens_of(blocks.repeat_interleave(run.plan.config.BK, -1)[..., :K], run, cu_seqlens, T)
     for where, x, y in zip((of_chunks, of_chunks, of_blocks, of_blocks), got, want, strict=True):
         assert relative_error(x[where], y[where]) <= ERROR and x[~where].isnan().all()
-    assert run.chunks[1 : 1 + run.chunks[0]].tolist() == chunks.flatten().nonzero()[:, 0].tolist()
+    config = run.plan.config
+    of_gradient = blocks.repeat_interleave(config.BK // config.gradient[0], -1)[..., : -(-K // config.gradient[0])]
+    for listed, wanted in ((run.chunks, chunks), (run.blocks, of_gradient)):
+        assert listed[1 : 1 + listed[0]].tolist() == wanted.flatten().nonzero()[:, 0].tolist()
     if blocks.all():
         assert relative_error(dbound_beyond, dbound) <= ERROR
     if not blocks.any():
