@@ -60,16 +60,19 @@ class Case:
 
 
 CASES = [
-    Case(8, 4096, 16, 1145),
-    Case(8, 4096, 16, 2810, "times 4"),
-    Case(8, 4096, 16, 4800, "closed"),
-    Case(1, 32768, 16, 1470),
-    Case(8, 2048, 8, 426),
-    Case(1, 32768, 4, 440),
-    Case(8, 4095, 16, 1155),
-    Case(1, 32768, 16, 1335, documents=37),
-    Case(1, 32768, 16, 2060, documents=3),
-    Case(8, 4096, 16, 4650, "times 16"),
+    Case(8, 4096, 16, 1001),
+    Case(8, 4096, 16, 2700, "times 4"),
+    Case(8, 4096, 16, 5790, "closed"),
+    Case(1, 32768, 16, 1348),
+    Case(8, 2048, 8, 343),
+    Case(1, 32768, 4, 404),
+    Case(8, 4095, 16, 1100),
+    Case(1, 32768, 16, 1270, documents=37),
+    Case(1, 32768, 16, 1960, documents=3),
+    Case(8, 4096, 16, 5450, "times 16"),
+    # many short documents, of 32 tokens and of 256
+    Case(1, 32768, 16, 4000, documents=1024),
+    Case(1, 32768, 16, 1600, documents=128),
 ]
 
 
