@@ -18,12 +18,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import gate_strength
 import report
 import torch
 
 from hgrn2_kernels import op
-from hgrn2_kernels.chunk_triton import chunk_forward
-from hgrn2_kernels.inputs import Inputs
 from hgrn2_megatron import mixer
 from hgrn2_megatron.__main__ import main
 
@@ -39,25 +38,22 @@ def statistics(qfv: torch.Tensor, bound: torch.Tensor | None) -> list[str]:
         qfv: the projection [B, T, H, 3, K].
         bound: the lower bound [H, K] in fp32, or None where the model has none.
     """
-    q, f, v = (x.detach() for x in qfv.unbind(-2))
+    f = qfv.unbind(-2)[1].detach()
     x = f.float()
     b = torch.zeros_like(x[0, 0]) if bound is None else bound
     means, deviations = x.mean((0, 1)), x.std((0, 1))
     some = x.flatten()[:: max(1, x.numel() // 2**20)]
     low, high = some.quantile(torch.tensor([1e-3, 1 - 1e-3], device=x.device)).tolist()
-    forget = b + (1 - b) * torch.sigmoid(x)
-    chunk = forget.log2()[:, : x.shape[1] // 64 * 64].unflatten(1, (-1, 64)).sum(2).amin().item()
-    _, _, (_, bands) = chunk_forward(Inputs(q, f, v, bound, None, None, 1.0), save_states=True)
-    shares = " ".join(f"{(bands == n).float().mean():.1%}" for n in (2, 3, 4, 5))
+    strength = gate_strength.strength(f, bound)
     return [
         f"{x.mean():.2f} +- {x.std():.2f}",
         f"+- {means.std():.2f}",
         f"{deviations.mean():.2f}, at most {deviations.max():.2f}",
         f"{low:.1f}, {high:.1f}",
         f"{b.mean():.3f}, at most {b.max():.3f}",
-        f"{forget.mean():.3f}",
-        f"{-chunk:.0f}",
-        shares,
+        f"{strength['forget']:.3f}",
+        f"{strength['decay']}",
+        " ".join(f"{share:.1%}" for share in strength["bands"][1:]),
     ]
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.append(str(EXAMPLES))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import gate_strength  # noqa: E402
 import pretrain_gpt  # noqa: E402

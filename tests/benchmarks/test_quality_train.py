@@ -131,7 +131,7 @@ def test_seeds_share_a_line_with_their_mean_and_difference(runs, tmp_path):
 def test_the_strength_of_gates_is_what_the_kernels_count(raw, bound, bands):
     import torch
 
-    sys.path.append(str(FOLDER))
+    sys.path.append(str(FOLDER.parent))
     import gate_strength
 
     f = torch.full((1, 130, 2, 128), 20.0)
