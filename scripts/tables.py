@@ -153,6 +153,11 @@ def rows_of(name: str) -> list[dict]:
     return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
 
 
+def gpu_of(name: str) -> str:
+    """Return the kind of GPU of benchmarks/results/NAME.json, such as H100."""
+    return re.search(r"[HA]\d+", json.loads((RESULTS / f"{name}.json").read_text())["machine"])[0]
+
+
 def cell(column: str, value: str | float | None) -> str:
     """Return a value as a table shows it. None is an empty cell."""
     if value is None or isinstance(value, str):
@@ -179,23 +184,23 @@ def readme_performance() -> str:
     long, new = "2026-11-27-throughput-32768", "2026-11-29-hopper-training"
     training = {(file, row["run"]): row.get("tokens/s") for file in (long, new) for row in rows_of(file)}
     rows = []
-    for setting, words, gpu, file in (
-        ("4096", "training, sequences of 4096", "H200", new),
-        ("16384 selective", "training, 16384, selective recompute", "H200", new),
-        ("32768 full", "training, 32768, full recompute", "H100", long),
+    for setting, words, file in (
+        ("4096", "training, sequences of 4096", new),
+        ("16384 selective", "training, 16384, selective recompute", new),
+        ("32768 full", "training, 32768, full recompute", long),
     ):
         own, other = (training[file, f"{model}, {setting}"] for model in ("HGRN2", "attention"))
-        rows.append([words, gpu, f"{own:,} tokens/s", f"attention: {other:,}", f"{own / other:.2f}", file])
+        rows.append([words, gpu_of(file), f"{own:,} tokens/s", f"attention: {other:,}", f"{own / other:.2f}", file])
     before, now = "2026-11-24-operator", "2026-11-29-hopper"
     ordinary = [(f, row) for f in (before, now) for row in rows_of(f) if row.get("gates", "ordinary") == "ordinary"]
     kernels = {(f, row["shape"], row["operator"]): row["forward + backward ms"] for f, row in ordinary}
-    for shape, words, gpu, own, other, name, file in (
-        ("8x4096x16", "operator, 8 sequences of 4096", "H200", KEPT, "attention", "cuDNN attention", now),
-        ("1x32768x16", "operator, 1 sequence of 32768", "H200", KEPT, "attention", "cuDNN attention", now),
-        ("8x4096x16", "operator before its kernels for Hopper", "H100", "HGRN2", "fla", "fla", before),
+    for shape, words, own, other, name, file in (
+        ("8x4096x16", "operator, 8 sequences of 4096", KEPT, "attention", "cuDNN attention", now),
+        ("1x32768x16", "operator, 1 sequence of 32768", KEPT, "attention", "cuDNN attention", now),
+        ("8x4096x16", "operator before its kernels for Hopper", "HGRN2", "fla", "fla", before),
     ):
         ours, peer = kernels[file, shape, own], kernels[file, shape, other]
-        rows.append([words, gpu, f"{ours:.2f} ms", f"{name}: {peer:.2f}", f"{peer / ours:.1f}", file])
+        rows.append([words, gpu_of(file), f"{ours:.2f} ms", f"{name}: {peer:.2f}", f"{peer / ours:.1f}", file])
     for row in rows:
         row[-1] = f"[{row[-1][:10]}](docs/evidence/{re.sub('-(32768|training)$', '', row[-1])}.md)"
     return markdown(["one GPU, bf16", "GPU", "HGRN2", "compared with", "times as fast", "measured"], rows)

@@ -21,6 +21,8 @@ from hgrn2_kernels import chunk_triton, hopper
 from hgrn2_kernels.inputs import Inputs
 
 D = 128
+SHOWN = ("forward", "both", "both, eager", "both, recomputed")
+HEAD = f"| case | predicted us | {' | '.join(f'{x}, Hopper / any GPU' for x in SHOWN)} | kernels | errors |"
 # largest relative Frobenius error against chunk_triton; both results are in bf16
 CEILING = 5e-3
 GATES = {
@@ -174,10 +176,6 @@ def measure(case: Case) -> dict:
     return row
 
 
-SHOWN = ("forward", "both", "both, eager", "both, recomputed")
-HEAD = f"| case | predicted us | {' | '.join(f'{x}, Hopper / any GPU' for x in SHOWN)} | kernels | errors |"
-
-
 def line(row: dict) -> str:
     """Return the line of the table for a case."""
     us = {name: f"{1e3 * ms:.0f}" for name, ms in row["measured"].items()}
@@ -198,11 +196,8 @@ def main():
     chosen = [x for x in CASES if not args.only or any(word in x.name for word in args.only)]
     if args.list:
         return print(*chosen, sep="\n")
-    print(
-        f"{torch.cuda.get_device_name()}: a copy moves {copy_rate():.0f} GB/s\n\n{HEAD}\n"
-        + "|---" * (len(SHOWN) + 4)
-        + "|"
-    )
+    print(f"{torch.cuda.get_device_name()}: a copy moves {copy_rate():.0f} GB/s\n")
+    print(HEAD, "|---" * (len(SHOWN) + 4) + "|", sep="\n")
     rows = []
     for case in chosen:
         with torch.no_grad():

@@ -142,10 +142,8 @@ def picture(runs: list[dict], path: Path):
     import matplotlib.pyplot as plt
 
     groups = [group for group in best(grouped(runs)) if all(run["heldout"] for run in group)]
-    colours = {
-        id(group): plt.get_cmap("tab20" if len(groups) > 10 else "tab10")(number % 20)
-        for number, group in enumerate(groups)
-    }
+    palette = plt.get_cmap("tab20" if len(groups) > 10 else "tab10")
+    colours = {id(group): palette(number % 20) for number, group in enumerate(groups)}
     columns = 3 if any(run["lengths"] for run in runs) else 2
     figure, sides = plt.subplots(1, columns, figsize=(4 * columns, 3.4 + 0.1 * len(groups)), layout="constrained")
     for column, (axes, label) in enumerate(zip(sides[:2], ("million tokens", "seconds of training"), strict=True)):
