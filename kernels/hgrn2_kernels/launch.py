@@ -18,7 +18,7 @@ import ast
 import functools
 import hashlib
 import inspect
-import operator
+import math
 import textwrap
 
 import torch
@@ -63,16 +63,16 @@ class Launch:
                 every call. The caller keeps the memory that they describe alive until the call returns.
         """
         # Triton also takes addresses, and it checks less when it gets them
-        addresses = [x.data_ptr() for x in tensors]
-        if self.run is None or functools.reduce(operator.or_, addresses) % 16:
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        if self.run is None or math.gcd(16, *addresses) != 16:
             return self._launch_by_triton(tensors, descriptors)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if self.metadata:
-            descriptors = [x for i, tiles in enumerate(descriptors) for x in self._made(i, tiles)]
-        arguments = (*descriptors, *addresses, *self.numbers)
+            descriptors = self._made(descriptors)
         if self.in_one_tuple:
-            arguments = (arguments,)
-        self.run(*self.grid, stream, *self.compiled, *arguments)
+            self.run(*self.grid, stream, *self.compiled, (*descriptors, *addresses, *self.numbers))
+        else:
+            self.run(*self.grid, stream, *self.compiled, *descriptors, *addresses, *self.numbers)
 
     def _launch_by_triton(self, tensors, descriptors):
         compiled = self.jitted[self.grid](*descriptors, *tensors, *self.numbers, num_warps=self.num_warps)
@@ -106,12 +106,15 @@ class Launch:
             self.make = make if known == LAUNCHER_3_6 else functools.partial(make, _=None)
             self.keys = [str(sorted(x.items())) for x in self.metadata]
 
-    def _made(self, i: int, descriptor) -> list:
-        """Return the driver's form of descriptor number i, which the descriptor keeps."""
-        made = descriptor.__dict__.setdefault("made", {})
-        if self.keys[i] not in made:
-            made[self.keys[i]] = self.make(descriptor, self.metadata[i])
-        return made[self.keys[i]]
+    def _made(self, descriptors) -> list:
+        """Return the driver's form of the descriptors. Each descriptor keeps its own."""
+        forms = []
+        for descriptor, metadata, key in zip(descriptors, self.metadata, self.keys, strict=True):
+            made = descriptor.__dict__.setdefault("made", {})
+            if key not in made:
+                made[key] = self.make(descriptor, metadata)
+            forms += made[key]
+        return forms
 
 
 @functools.cache
