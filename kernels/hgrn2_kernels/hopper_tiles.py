@@ -6,6 +6,8 @@ keeps no tensor alive.
 """
 
 import functools
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -40,6 +42,12 @@ def descriptor(x: Tensor, C: int, packed: bool) -> TensorDescriptor:
     triton.tools.ragged_tma does the same.
     """
     return _descriptor(x.data_ptr(), x.shape, x.stride(), C, packed)
+
+
+def descriptors(tensors: Sequence[Tensor], C: int, packed: bool) -> Iterable[TensorDescriptor]:
+    """Return `descriptor` of each of these tensors, which share a shape. One call for all of them takes less time."""
+    addresses, strides = map(Tensor.data_ptr, tensors), map(Tensor.stride, tensors)
+    return map(_descriptor, addresses, repeat(tensors[0].shape), strides, repeat(C), repeat(packed))
 
 
 @functools.lru_cache(maxsize=KEPT)

@@ -20,7 +20,7 @@ def dense_like(x: Tensor) -> Tensor:
 
     Its dimensions have the same order in memory as those of x, if the kernels can take that order.
     """
-    if x.stride(-1) == 1:
+    if x.stride()[-1] == 1:
         like = torch.empty_like(x)
         if suits(like):
             return like
@@ -29,4 +29,5 @@ def dense_like(x: Tensor) -> Tensor:
 
 def suits(x: Tensor) -> bool:
     """Return whether the kernels can take the strides of x [B, T, ..]."""
-    return x.stride(-1) == 1 and x.stride(1) < REACH
+    strides = x.stride()
+    return strides[-1] == 1 and strides[1] < REACH
