@@ -58,7 +58,7 @@ class BeyondLaunches(Launches):
     def bound_parts(self) -> Tensor:
         """Return zeros [H, K, NC] fp32, or a tensor that stands for none where there is no bound."""
         plan = self.plan
-        return self.bound.new_zeros((plan.H, plan.K, plan.numbers["NC"])) if plan.bounded else self.none
+        return self.bound.new_zeros(plan.H, plan.K, plan.numbers["NC"]) if plan.bounded else self.none
 
 
 @functools.lru_cache(maxsize=CACHED_LAUNCHES)

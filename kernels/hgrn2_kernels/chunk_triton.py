@@ -7,6 +7,7 @@ chunk_state leaves a count of bands for each chunk in device memory, and the oth
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
             [chunks, H, blocks of K] int8. Without save_states it holds the states [segments, H, K, V] fp32 that enter
             the segments, or nothing.
     """
-    q, f, v = (unit_stride(x) for x in inputs[:3])
+    q, f, v = Launches.readable(*inputs[:3])
     with torch.cuda.device_of(q):
         run = Launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
         o = dense_like(v)
@@ -61,7 +62,7 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
         into: tensors to write the gradients of q, f and v to, with a contiguous last dimension. None means new ones.
     """
     dq, df, dv = (dense_like(x) for x in inputs[:3]) if into is None else into
-    q, f, v, do = (unit_stride(x) for x in (*inputs[:3], do))
+    q, f, v, do = Launches.readable(*inputs[:3], do)
     initial = inputs.initial_state
     states, bands = saved if len(saved) == 2 else (None, None)
     with torch.cuda.device_of(q):
@@ -76,19 +77,16 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
 class Launches:
     """The launches over one set of inputs. `bands` are the counts of an earlier pass, if there was one."""
 
-    # returns its argument [B, T, ..], or a copy that the kernels can read
-    readable = staticmethod(unit_stride)
+    @staticmethod
+    def readable(*tensors: Tensor) -> Sequence[Tensor]:
+        """Return the tensors [B, T, ..], where those that the kernels cannot read are replaced by copies."""
+        return [unit_stride(x) for x in tensors]
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
         packed = cu_seqlens is not None
         N = cu_seqlens.shape[0] - 1 if packed else None
-        self.plan = plan = Plan.of(q, f, v, lower_bound is not None, scale, N)
-        if bands is None:
-            # With packed sequences, the last chunks may belong to no sequence. chunk_state does not write their counts,
-            # and the other kernels write zeros where a count is 0.
-            empty = q.new_zeros if packed else q.new_empty
-            bands = empty((plan.chunks.NC, plan.H, plan.blocks), dtype=torch.int8)
-        self.bands = bands
+        self.plan = plan = self._plan(Plan.of(q, f, v, lower_bound is not None, scale, N))
+        self.bands = bands = self._new_bands(q) if bands is None else bands
         self.bound = bands if lower_bound is None else lower_bound.contiguous()
         self.q, self.f = q, f
         self.sums, self.ones = matrices(q.device, plan.config.C, plan.config.dtype)
@@ -101,6 +99,19 @@ class Launches:
             self.chunk_sequence, self.chunk_first = table(cu_seqlens, plan.config.C, plan.chunks.NC)
         if plan.segments.tabled:
             self._number_segments(cu_seqlens)
+
+    @staticmethod
+    def _plan(plan: Plan) -> Plan:
+        """Return the plan of the launches, made from the plan for these inputs."""
+        return plan
+
+    def _new_bands(self, like: Tensor) -> Tensor:
+        """Return a tensor for the counts of bands [NC, H, blocks]."""
+        plan = self.plan
+        # With packed sequences, the last chunks may belong to no sequence. chunk_state does not write their counts, and
+        # the other kernels write zeros where a count is 0.
+        empty = like.new_zeros if plan.packed else like.new_empty
+        return empty(plan.chunks.NC, plan.H, plan.blocks, dtype=torch.int8)
 
     def _number_segments(self, cu_seqlens: Tensor) -> None:
         """Find the sequence of each segment, for packed sequences."""
@@ -159,7 +170,7 @@ class Launches:
         plan = self.plan
         initial = None if initial is None else initial.contiguous()
         final = None
-        states = y.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V), dtype=plan.config.dtype)
+        states = y.new_empty(plan.chunks.NC, plan.H, plan.K, plan.V, dtype=plan.config.dtype)
         if not plan.segments.cut:
             final = self._per_segment(y, plan.V) if wants_final else None
             self._walk(y, reverse, initial, rows, states=states, final=final)
@@ -180,19 +191,26 @@ class Launches:
         added, decays = segments = self._segment_totals(y, reverse)
         if not self.plan.segments.cut:
             return added, decays * math.log(2), None
-        _, state, decay = self._scan(added.clone(), decays, None, None, reverse)
+        state, decay = self._per_sequence(y, self.plan.V), self._per_sequence(y)
+        self._scan(added.clone(), decays, None, None, reverse, state, decay)
         return state, decay * math.log(2), segments
 
     def _per_segment(self, like, *more):
-        return like.new_empty((self.plan.segments.count, self.plan.H, self.plan.K, *more), dtype=torch.float32)
+        return like.new_empty(self.plan.segments.count, self.plan.H, self.plan.K, *more, dtype=torch.float32)
+
+    def _per_sequence(self, like, *more):
+        return like.new_empty(self.plan.chunks.N, self.plan.H, self.plan.K, *more, dtype=torch.float32)
 
     def _enter(self, y, initial, rows, totals, reverse, wants_final):
         """Return the states that enter the segments, and the final states, or None without wants_final."""
         # no state enters a segment out of the last one
         left_out = int(self.plan.segments.per_sequence > 1 and totals is None and not wants_final)
         added, decays = totals or self._segment_totals(y, reverse, left_out)
-        entering, final, _ = self._scan(added, decays, initial, rows, reverse, left_out)
-        return entering, final if wants_final else None
+        final = self._per_sequence(y, self.plan.V)
+        # nothing reads the decays of whole sequences, nor the final states without wants_final
+        unread = self._per_sequence(y) if wants_final else final
+        self._scan(added, decays, initial, rows, reverse, final, unread, left_out)
+        return added, final if wants_final else None
 
     def _segment_totals(self, y, reverse, left_out=0):
         """Return what each segment adds to a state that passes it, and the log2 decay of that state.
@@ -203,27 +221,30 @@ class Launches:
         self._walk(y, reverse, None, None, final=added, decays=decays, left_out=left_out)
         return added, decays
 
-    def _scan(self, added, decays, initial, rows, reverse, left_out=0):
+    def _scan(self, added, decays, initial, rows, reverse, final, total, left_out=0):
         """Step the states over the segments, whose totals were computed with the same left_out.
 
-        Returns the states that enter the segments, which overwrite added, and for each sequence the final state and the
-        log2 decay. With left_out=1, the last two do not count the segment left out.
+        The states that enter the segments overwrite added. For each sequence, final gets the state after it, and total
+        the log2 decay. With left_out=1, these two do not count the segment left out.
         """
-        final, total = (x.new_empty((self.plan.chunks.N, *x.shape[1:])) for x in (added, decays))
         launch = _segment_scan(self.plan, reverse, initial is not None, rows is not None, left_out)
-        initial, rows = (self.none if x is None else x for x in (initial, rows))
-        launch(initial, rows, added, decays, final, total, self.segment_first)
-        return added, final, total
+        none = self.none
+        launch(
+            *(none if initial is None else initial, none if rows is None else rows),
+            *(added, decays, final, total, self.segment_first),
+        )
 
     def _walk(self, y, reverse, initial, rows, states=None, final=None, decays=None, left_out=0):
         """Launch chunk_state over the segments. It fills states, final and decays where they are given."""
-        given = [x is not None for x in (initial, rows, states, final, decays)]
-        initial, rows, states, final, decays = (
-            self.none if x is None else x for x in (initial, rows, states, final, decays)
+        launch = _chunk_state(
+            *(self.plan, y.stride(), reverse, left_out, initial is not None, rows is not None),
+            *(states is not None, final is not None, decays is not None),
         )
-        launch = _chunk_state(self.plan, y.stride(), reverse, left_out, *given)
+        none = self.none
         launch(
-            *(self.q, self.f, y, self.bound, initial, rows, states, self.bands, final, decays, self.sums, self.ones),
+            *(self.q, self.f, y, self.bound, none if initial is None else initial, none if rows is None else rows),
+            *(none if states is None else states, self.bands, none if final is None else final),
+            *(none if decays is None else decays, self.sums, self.ones),
             *(self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first),
         )
 
@@ -242,7 +263,7 @@ class Launches:
         if plan.bounded:
             # with packed sequences, the contributions of chunks that belong to no sequence stay 0
             parts = self.bound.new_zeros if plan.packed else self.bound.new_empty
-            dbound = parts((plan.H, plan.K, plan.chunks.NC))
+            dbound = parts(plan.H, plan.K, plan.chunks.NC)
         launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
         launch(
             *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, dbound, self.sums, self.ones),

@@ -11,18 +11,19 @@ between the two modules.
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hgrn2_kernels.beyond_triton import BeyondLaunches
 from hgrn2_kernels.chunk_plan import ENTERING_SHARE, Chunks, Plan, Segments
 from hgrn2_kernels.chunk_triton import CACHED_LAUNCHES
 from hgrn2_kernels.hopper_backward import hopper_backward_kernel
 from hgrn2_kernels.hopper_forward import hopper_forward_kernel
-from hgrn2_kernels.hopper_tiles import D, descriptor, state_descriptor
+from hgrn2_kernels.hopper_tiles import D, descriptors, state_descriptor
 from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.strides import REACH, dense_like
@@ -40,7 +41,7 @@ def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
 
     The saved counts of bands are int32.
     """
-    q, f, v = (by_tma(x) for x in inputs[:3])
+    q, f, v = readable(*inputs[:3])
     with torch.cuda.device_of(q):
         run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
         o = dense_like(inputs.v)
@@ -54,9 +55,12 @@ def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
 def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
     """Run the backward; see chunk_triton.chunk_backward."""
     wanted = [dense_like(x) for x in inputs[:3]] if into is None else into
-    # if TMA cannot write the layout of an output, the kernel writes a copy, which is copied back below
-    dq, df, dv = (x if movable(x) else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted)
-    q, f, v, do = (by_tma(x) for x in (*inputs[:3], do))
+    q, f, v, dq, df, dv, do = tensors = *inputs[:3], *wanted, do
+    if not movable(*tensors):
+        q, f, v, do = readable(q, f, v, do)
+        # if TMA cannot write the layout of an output, the kernel writes a copy, which is copied back below
+        contiguous = torch.contiguous_format
+        dq, df, dv = (x if movable(x) else torch.empty_like(x, memory_format=contiguous) for x in wanted)
     states, bands = saved if len(saved) == 2 else (None, None)
     wants_final = inputs.initial_state is not None
     with torch.cuda.device_of(q):
@@ -71,20 +75,31 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
     return dq, df, dv, dbound, dinitial if wants_final else None
 
 
-def movable(x: Tensor) -> bool:
-    """Return whether the kernels can read and write x [B, T, H, D].
+def movable(*tensors: Tensor) -> bool:
+    """Return whether the kernels can read and write all of these tensors [B, T, H, D], which share shape and dtype.
 
     TMA needs rows of D numbers, at addresses in steps of 16 bytes. The kernels of chunk_triton.py, which also run here,
     need the tokens of a chunk in reach.
     """
-    return x.data_ptr() % 16 == 0 and _movable(x.shape, x.stride(), x.element_size())
+    aligned = math.gcd(16, *map(Tensor.data_ptr, tensors)) == 16
+    x = tensors[0]
+    return aligned and _movable(x.shape, x.element_size(), *map(Tensor.stride, tensors))
 
 
 @functools.lru_cache(maxsize=1024)
-def _movable(shape, strides, itemsize):
+def _movable(shape, itemsize, *strides_of_all):
+    return all(_are_movable(shape, itemsize, strides) for strides in strides_of_all)
+
+
+def _are_movable(shape, itemsize, strides):
     steps = [stride for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1]
     aligned = all(step * itemsize % 16 == 0 for step in steps)
     return aligned and strides[-1] == 1 and strides[1] < REACH and min(steps, default=1) > 0
+
+
+def readable(*tensors: Tensor) -> Sequence[Tensor]:
+    """Return the tensors, where those that the kernels cannot read are replaced by contiguous copies."""
+    return tensors if movable(*tensors) else [by_tma(x) for x in tensors]
 
 
 def by_tma(x: Tensor) -> Tensor:
@@ -112,45 +127,41 @@ def cut(chunks: Chunks, C: int, H: int) -> Segments:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(plan: Plan, tokens: int) -> Plan:
-    """Return the plan of the kernels here, made from the plan of chunk_triton.py for `tokens` tokens."""
-    segments = cut(plan.chunks, plan.config.C, plan.H)
+def _plan(plan: Plan) -> Plan:
+    """Return the plan of the kernels here, made from the plan of chunk_triton.py."""
+    chunks = plan.chunks
+    segments = cut(chunks, plan.config.C, plan.H)
+    tokens = chunks.T if plan.packed else chunks.T * chunks.N
     entering = segments.count * plan.K * plan.V * 4
     return dataclasses.replace(
         plan,
         segments=segments,
         keeps_entering=segments.cut and entering <= ENTERING_SHARE * tokens * (2 * plan.K + plan.V) * 2,
         # the gradient of the bound has more parts here, see _backward
-        numbers=plan.numbers | {"NC": plan.chunks.NC + segments.count},
+        numbers=plan.numbers | {"NC": chunks.NC + segments.count},
     )
 
 
 class HopperLaunches(BeyondLaunches):
     """The launches over one set of inputs. It inherits the launches of chunk_state and those beyond the limit."""
 
-    readable = staticmethod(by_tma)
+    readable = staticmethod(readable)
+    _plan = staticmethod(_plan)
 
     def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
-        B, T, H, K = q.shape
-        N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        counts = bands is None
-        if counts:
-            bands = q.new_full((Chunks.of(B, T, N, 64).NC, H, K // 64), WITHIN, dtype=torch.int32)
         super().__init__(q, f, v, lower_bound, scale, cu_seqlens, bands)
-        if counts and N is not None:
+        if bands is None and self.plan.packed:
             # chunks after the last sequence have 0 bands, as in Launches
-            bands.masked_fill_((self.chunk_sequence == N)[:, None, None], 0)
-        whole, self.plan = self.plan.segments, _plan(self.plan, B * T)
-        if self.plan.segments.tabled and self.plan.segments != whole:
-            self._number_segments(cu_seqlens)
+            self.bands.masked_fill_((self.chunk_sequence == self.plan.chunks.N)[:, None, None], 0)
+
+    def _new_bands(self, like: Tensor) -> Tensor:
+        plan = self.plan
+        return like.new_full((plan.chunks.NC, plan.H, plan.blocks), WITHIN, dtype=torch.int32)
 
     def _tables(self) -> tuple:
         """Return the tensors that the two kernels here share."""
         tables = self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first
         return self.sums, self.ones, *tables
-
-    def _tiles(self, x: Tensor) -> TensorDescriptor:
-        return descriptor(x, self.plan.config.C, self.plan.packed)
 
     def run_forward(self, v, initial, o, wants_final=True, rows=None, totals=None):
         """Fill o, and return the states [NC, H, K, V], the final states and the entering ones, as `Launches` does."""
@@ -197,12 +208,14 @@ class HopperLaunches(BeyondLaunches):
             rows: [segments] int32, the row of initial that each segment takes, -1 for zeros. None means its own row.
         """
         plan = self.plan
-        states = v.new_empty((plan.chunks.NC, plan.H, plan.K, plan.V))
-        given = [x is not None for x in (initial, rows, final)]
-        _forward(plan, *given)(
-            *(self.bound, *(self.none if x is None else x for x in (initial, rows, final)), self.bands),
+        none = self.none
+        tiles = [*descriptors((self.q, self.f, v, o), plan.config.C, plan.packed)]
+        states = v.new_empty(plan.chunks.NC, plan.H, plan.K, plan.V)
+        _forward(plan, initial is not None, rows is not None, final is not None)(
+            *(self.bound, none if initial is None else initial, none if rows is None else rows),
+            *(none if final is None else final, self.bands),
             *self._tables(),
-            descriptors=(*(self._tiles(x) for x in (self.q, self.f, v)), state_descriptor(states), self._tiles(o)),
+            descriptors=(*tiles[:3], state_descriptor(states), tiles[3]),
         )
         return states
 
@@ -218,16 +231,14 @@ class HopperLaunches(BeyondLaunches):
             final: [segments, H, K, V] fp32, output: the gradients of the states before the segments, unless None.
             rows: [segments] int32, the row of initial that each segment takes, -1 for zeros. None means its own row.
         """
+        none = self.none
+        tiles = [*descriptors((self.q, self.f, v, do, dv, dq, df), self.plan.config.C, self.plan.packed)]
         parts = self.bound_parts()
-        given = [x is not None for x in (initial, rows, final)]
-        _backward(self.plan, *given)(
-            *(self.bound, *(self.none if x is None else x for x in (initial, rows, final)), self.bands, parts),
+        _backward(self.plan, initial is not None, rows is not None, final is not None)(
+            *(self.bound, none if initial is None else initial, none if rows is None else rows),
+            *(none if final is None else final, self.bands, parts),
             *self._tables(),
-            descriptors=(
-                *(self._tiles(x) for x in (self.q, self.f, v, do)),
-                *(state_descriptor(states), state_descriptor(dstates)),
-                *(self._tiles(x) for x in (dv, dq, df)),
-            ),
+            descriptors=(*tiles[:4], state_descriptor(states), state_descriptor(dstates), *tiles[4:]),
         )
         return parts
 

@@ -10,7 +10,7 @@ from hgrn2_kernels.strides import dense_like
 def forward(inputs, hand_on, pieces):
     """Return o and the states that enter the pieces. hand_on and pieces are as in `chunk_hgrn2_sharded`."""
     launches = dispatch.launches(inputs.q, inputs.v)
-    q, f, v = (launches.readable(x) for x in inputs[:3])
+    q, f, v = launches.readable(*inputs[:3])
     with torch.cuda.device_of(q):
         run = launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
         wait, totals = _hand_on(run, v, inputs, hand_on, pieces, reverse=False)
@@ -25,7 +25,7 @@ def backward(do, inputs, entering, hand_on, pieces, into):
     """Write the gradients of q, f and v to `into`, and return the gradient of the bound."""
     dq, df, dv = into
     launches = dispatch.launches(inputs.q, inputs.v)
-    q, f, v, do = (launches.readable(x) for x in (*inputs[:3], do))
+    q, f, v, do = launches.readable(*inputs[:3], do)
     with torch.cuda.device_of(q):
         run = launches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
         wait, totals = _hand_on(run, do, inputs, hand_on, pieces, reverse=True)
