@@ -23,7 +23,7 @@ from hgrn2_kernels.chunk_plan import ENTERING_SHARE, Chunks, Plan, Segments
 from hgrn2_kernels.chunk_triton import CACHED_LAUNCHES
 from hgrn2_kernels.hopper_backward import hopper_backward_kernel
 from hgrn2_kernels.hopper_forward import hopper_forward_kernel
-from hgrn2_kernels.hopper_tiles import D, descriptors, state_descriptor
+from hgrn2_kernels.hopper_tiles import D, descriptors
 from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.launch import Launch
 from hgrn2_kernels.strides import REACH, dense_like
@@ -209,13 +209,12 @@ class HopperLaunches(BeyondLaunches):
         """
         plan = self.plan
         none = self.none
-        tiles = [*descriptors((self.q, self.f, v, o), plan.config.C, plan.packed)]
         states = v.new_empty(plan.chunks.NC, plan.H, plan.K, plan.V)
         _forward(plan, initial is not None, rows is not None, final is not None)(
             *(self.bound, none if initial is None else initial, none if rows is None else rows),
             *(none if final is None else final, self.bands),
             *self._tables(),
-            descriptors=(*tiles[:3], state_descriptor(states), tiles[3]),
+            descriptors=descriptors((self.q, self.f, v), (states,), (o,), plan.config.C, plan.packed),
         )
         return states
 
@@ -232,13 +231,14 @@ class HopperLaunches(BeyondLaunches):
             rows: [segments] int32, the row of initial that each segment takes, -1 for zeros. None means its own row.
         """
         none = self.none
-        tiles = [*descriptors((self.q, self.f, v, do, dv, dq, df), self.plan.config.C, self.plan.packed)]
         parts = self.bound_parts()
         _backward(self.plan, initial is not None, rows is not None, final is not None)(
             *(self.bound, none if initial is None else initial, none if rows is None else rows),
             *(none if final is None else final, self.bands, parts),
             *self._tables(),
-            descriptors=(*tiles[:4], state_descriptor(states), state_descriptor(dstates), *tiles[4:]),
+            descriptors=descriptors(
+                *((self.q, self.f, v, do), (states, dstates), (dv, dq, df), self.plan.config.C, self.plan.packed)
+            ),
         )
         return parts
 

@@ -6,8 +6,7 @@ keeps no tensor alive.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,12 +43,6 @@ def descriptor(x: Tensor, C: int, packed: bool) -> TensorDescriptor:
     return _descriptor(x.data_ptr(), x.shape, x.stride(), C, packed)
 
 
-def descriptors(tensors: Sequence[Tensor], C: int, packed: bool) -> Iterable[TensorDescriptor]:
-    """Return `descriptor` of each of these tensors, which share a shape. One call for all of them takes less time."""
-    addresses, strides = map(Tensor.data_ptr, tensors), map(Tensor.stride, tensors)
-    return map(_descriptor, addresses, repeat(tensors[0].shape), strides, repeat(C), repeat(packed))
-
-
 @functools.lru_cache(maxsize=KEPT)
 def _descriptor(address, shape, strides, C, packed):
     B, T, H, _ = shape
@@ -71,3 +64,31 @@ def state_descriptor(states: Tensor) -> TensorDescriptor:
 @functools.lru_cache(maxsize=KEPT)
 def _state_descriptor(address, rows):
     return TensorDescriptor(Address(address, torch.bfloat16), [rows, D], [D, 1], [D, D], LAYOUTS[2])
+
+
+class Descriptors(tuple):
+    """The descriptors of one launch. They keep the driver's form of all of them, see launch.py."""
+
+    def __init__(self, descriptors):
+        self.made: dict = {}
+
+
+def descriptors(inputs: Sequence[Tensor], states: Sequence[Tensor], outputs: Sequence[Tensor], C: int, packed: bool):
+    """Return the Descriptors of the tensors of one launch, in this order.
+
+    Args:
+        inputs, outputs: tensors for `descriptor`, all of one shape.
+        states: tensors for `state_descriptor`, all of one shape.
+        C, packed: arguments of `descriptor`.
+    """
+    tiles = *inputs, *outputs
+    return _descriptors(
+        *(tuple(map(Tensor.data_ptr, tiles)), tuple(map(Tensor.stride, tiles)), inputs[0].shape, C, packed),
+        *(tuple(map(Tensor.data_ptr, states)), states[0].numel() // D, len(inputs)),
+    )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _descriptors(addresses, strides, shape, C, packed, states, rows, n_inputs):
+    tiles = [_descriptor(x, shape, y, C, packed) for x, y in zip(addresses, strides, strict=True)]
+    return Descriptors([*tiles[:n_inputs], *(_state_descriptor(x, rows) for x in states), *tiles[n_inputs:]])

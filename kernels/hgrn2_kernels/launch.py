@@ -105,16 +105,18 @@ class Launch:
             make = inspect.getmodule(type(launcher)).make_tensordesc_arg
             self.make = make if known == LAUNCHER_3_6 else functools.partial(make, _=None)
             self.keys = [str(sorted(x.items())) for x in self.metadata]
+            self.key = str(self.keys)
 
     def _made(self, descriptors) -> list:
-        """Return the driver's form of the descriptors. Each descriptor keeps its own."""
-        forms = []
-        for descriptor, metadata, key in zip(descriptors, self.metadata, self.keys, strict=True):
-            made = descriptor.__dict__.setdefault("made", {})
-            if key not in made:
-                made[key] = self.make(descriptor, metadata)
-            forms += made[key]
-        return forms
+        """Return the driver's form of the descriptors. They keep it, all together and each one alone."""
+        if self.key not in descriptors.made:
+            forms = descriptors.made[self.key] = []
+            for descriptor, metadata, key in zip(descriptors, self.metadata, self.keys, strict=True):
+                made = descriptor.__dict__.setdefault("made", {})
+                if key not in made:
+                    made[key] = self.make(descriptor, metadata)
+                forms += made[key]
+        return descriptors.made[self.key]
 
 
 @functools.cache

@@ -31,10 +31,10 @@ def once_differentiable(instead: str) -> Callable:
         def once(ctx, *gradients):
             # read once: activation checkpointing recomputes the tensors at the first read, and refuses a second one
             saved = ctx.saved_tensors
+            if not torch.is_grad_enabled():
+                return backward(ctx, saved, *gradients)
             with torch.no_grad():
                 results = backward(ctx, saved, *gradients)
-            if not torch.is_grad_enabled():
-                return results
             # The results must depend on every tensor with respect to which they may be differentiated. Otherwise
             # autograd would report such a tensor as unused.
             sources = [x for x in (*saved, *gradients) if x is not None]

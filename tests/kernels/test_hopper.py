@@ -299,6 +299,12 @@ def test_a_descriptor_is_kept_and_keeps_no_tensor():
     ]
     assert len({id(y) for y in (first, *others)}) == 5
     assert others[0].shape == [2, 69, 3, D] and others[1].strides[1] == 6 * D
+    # the descriptors of a launch, in the order of its tensors
+    states = x.flatten()[: D * D]
+    together = hopper_tiles.descriptors((x, x), (states,), (x,), 64, False)
+    assert hopper_tiles.descriptors((x, x), (states,), (x,), 64, False) is together
+    assert [id(y) for y in together] == [id(y) for y in (first, first, others[3], first)]
+    del states
     alive = weakref.ref(x)
     del x
     assert alive() is None

@@ -14,7 +14,7 @@ from operator_cases import TRITON_RELEASE
 from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
 from triton.runtime import JITFunction
 
-from hgrn2_kernels.hopper_tiles import descriptor
+from hgrn2_kernels.hopper_tiles import Descriptors, descriptor
 from hgrn2_kernels.launch import Launch, makes_private_call
 
 # prints what the launcher of a compiled kernel was given, tensors by their addresses, and whether it got tensors
@@ -157,8 +157,9 @@ def test_descriptors_keep_the_drivers_form(launcher, size, times, monkeypatch):
     scaled.device = 0
     scaled._keep(types.SimpleNamespace(run=launcher, function=7, packed_metadata="packed"))
     x, tiles = torch.zeros(64), descriptor(torch.zeros(1, 192, 2, 128, dtype=torch.bfloat16), 64, False)
-    for _ in range(2):
-        scaled(x, descriptors=[tiles])
+    # the second time, the descriptor comes with other company
+    for descriptors in (Descriptors([tiles]), Descriptors([tiles])):
+        scaled(x, descriptors=descriptors)
     assert len(made) == times
     launcher(3, 1, 1, 77, 7, "packed", None, None, None, tiles, x.data_ptr(), 5)
     assert calls[0] == calls[1] == calls[2] and made[0] == made[-1]
