@@ -136,12 +136,12 @@ class Segments:
         length = max(8, triton.cdiv(chunks.NC, chunks.N * wanted))
         return cls(Chunks.of(1, chunks.T, chunks.N, C * length).NC, length, 0)
 
-    @property
+    @functools.cached_property
     def cut(self) -> bool:
         """Return whether sequences may consist of several segments."""
         return self.per_sequence != 1
 
-    @property
+    @functools.cached_property
     def tabled(self) -> bool:
         """Return whether a table says which sequence a segment belongs to."""
         return self.per_sequence == 0
@@ -157,9 +157,10 @@ def table(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
     Both tensors are on the device of cu_seqlens.
     """
     counts = (cu_seqlens.diff() + size - 1) // size
-    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    first = cu_seqlens.new_zeros(len(cu_seqlens), dtype=torch.int32)
+    ends = torch.cumsum(counts, 0, dtype=torch.int32, out=first[1:])
     place = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
-    sequence = torch.searchsorted(first[1:], place, right=True, out_int32=True)
+    sequence = torch.searchsorted(ends, place, right=True, out_int32=True)
     return sequence, first
 
 

@@ -99,6 +99,10 @@ class Launches:
             self.chunk_sequence, self.chunk_first = table(cu_seqlens, plan.config.C, plan.chunks.NC)
         if plan.segments.tabled:
             self._number_segments(cu_seqlens)
+        # the last arguments of the kernels that walk segments, and of those whose programs have one chunk each
+        shared = self.sums, self.ones, self.cu_seqlens
+        self.of_segments = *shared, self.chunk_first, self.segment_sequence, self.segment_first
+        self.of_chunks = *shared, self.chunk_sequence, self.chunk_first
 
     @staticmethod
     def _plan(plan: Plan) -> Plan:
@@ -244,17 +248,13 @@ class Launches:
         launch(
             *(self.q, self.f, y, self.bound, none if initial is None else initial, none if rows is None else rows),
             *(none if states is None else states, self.bands, none if final is None else final),
-            *(none if decays is None else decays, self.sums, self.ones),
-            *(self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first),
+            *(none if decays is None else decays, *self.of_segments),
         )
 
     def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
         """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the leaving states' gradients."""
         launch = _chunk_output(self.plan, y.stride(), out.stride(), reverse)
-        launch(
-            *(self.q, self.f, y, self.bound, states, self.bands, out, self.sums, self.ones),
-            *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
-        )
+        launch(self.q, self.f, y, self.bound, states, self.bands, out, *self.of_chunks)
 
     def gradients(self, v: Tensor, do: Tensor, states: Tensor, dstates: Tensor, dq: Tensor, df: Tensor):
         """Fill dq and df [B, T, H, K], and return the gradient of the bound [H, K], or None without a bound."""
@@ -265,10 +265,7 @@ class Launches:
             parts = self.bound.new_zeros if plan.packed else self.bound.new_empty
             dbound = parts(plan.H, plan.K, plan.chunks.NC)
         launch = _chunk_gradient(plan, v.stride(), do.stride(), dq.stride(), df.stride())
-        launch(
-            *(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, dbound, self.sums, self.ones),
-            *(self.cu_seqlens, self.chunk_sequence, self.chunk_first),
-        )
+        launch(self.q, self.f, v, do, self.bound, states, dstates, self.bands, dq, df, dbound, *self.of_chunks)
         return dbound.sum(-1) if plan.bounded else None
 
 

@@ -158,11 +158,6 @@ class HopperLaunches(BeyondLaunches):
         plan = self.plan
         return like.new_full((plan.chunks.NC, plan.H, plan.blocks), WITHIN, dtype=torch.int32)
 
-    def _tables(self) -> tuple:
-        """Return the tensors that the two kernels here share."""
-        tables = self.cu_seqlens, self.chunk_first, self.segment_sequence, self.segment_first
-        return self.sums, self.ones, *tables
-
     def run_forward(self, v, initial, o, wants_final=True, rows=None, totals=None):
         """Fill o, and return the states [NC, H, K, V], the final states and the entering ones, as `Launches` does."""
         initial, final, entering, rows = self._ends(v, initial, wants_final, rows, totals, False)
@@ -212,8 +207,7 @@ class HopperLaunches(BeyondLaunches):
         states = v.new_empty(plan.chunks.NC, plan.H, plan.K, plan.V)
         _forward(plan, initial is not None, rows is not None, final is not None)(
             *(self.bound, none if initial is None else initial, none if rows is None else rows),
-            *(none if final is None else final, self.bands),
-            *self._tables(),
+            *(none if final is None else final, self.bands, *self.of_segments),
             descriptors=descriptors((self.q, self.f, v), (states,), (o,), plan.config.C, plan.packed),
         )
         return states
@@ -234,8 +228,7 @@ class HopperLaunches(BeyondLaunches):
         parts = self.bound_parts()
         _backward(self.plan, initial is not None, rows is not None, final is not None)(
             *(self.bound, none if initial is None else initial, none if rows is None else rows),
-            *(none if final is None else final, self.bands, parts),
-            *self._tables(),
+            *(none if final is None else final, self.bands, parts, *self.of_segments),
             descriptors=descriptors(
                 *((self.q, self.f, v, do), (states, dstates), (dv, dq, df), self.plan.config.C, self.plan.packed)
             ),
