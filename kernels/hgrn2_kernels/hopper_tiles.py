@@ -17,7 +17,7 @@ from hgrn2_kernels.hopper_math import BORDER
 
 # the only head dimension that these kernels support
 D = 128
-# descriptors that are kept: about 15 for each layer of a model, at 1 KB each
+# descriptors that are kept: about 15 for each layer of a model, at 1 KB each; a layer has two groups of them
 KEPT = 4096
 LAYOUTS = {rank: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank) for rank in (2, 4, 5)}
 

@@ -59,8 +59,8 @@ class Launch:
 
         Args:
             tensors: the tensors in the kernel's order. Their dtypes and device must be the same at every call.
-            descriptors: descriptors for TMA, in the kernel's order. Their dtypes, tiles and layouts must be the same at
-                every call. The caller keeps the memory that they describe alive until the call returns.
+            descriptors: `hopper_tiles.Descriptors`, in the kernel's order. Their dtypes, tiles and layouts must be the
+                same at every call. The caller keeps the memory that they describe alive until the call returns.
         """
         # Triton also takes addresses, and it checks less when it gets them
         addresses = [*map(Tensor.data_ptr, tensors)]
