@@ -39,16 +39,18 @@ FORWARD_REGS, BACKWARD_REGS = 104, 104
 def chunk_forward(inputs: Inputs, output_final_state=True, save_states=False):
     """Run the forward; see chunk_triton.chunk_forward.
 
-    The saved counts of bands are int32.
+    The saved counts of bands are int32. With save_states, the lists of chunks beyond the limit are saved too.
     """
     q, f, v = readable(*inputs[:3])
     with torch.cuda.device_of(q):
         run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens)
         o = dense_like(inputs.v)
-        states, final, entering = run.run_forward(v, inputs.initial_state, o, output_final_state)
+        states, final, entering = run.run_forward(
+            v, inputs.initial_state, o, output_final_state, save_lists=save_states
+        )
     final = final if output_final_state else None
     if save_states:
-        return o, final, (states, run.bands)
+        return o, final, (states, run.bands, run.chunks, run.blocks)
     return o, final, (entering,) if run.plan.keeps_entering else ()
 
 
@@ -61,10 +63,11 @@ def chunk_backward(do, dfinal_state, inputs: Inputs, saved=(), into=None):
         # if TMA cannot write the layout of an output, the kernel writes a copy, which is copied back below
         contiguous = torch.contiguous_format
         dq, df, dv = (x if movable(x) else torch.empty_like(x, memory_format=contiguous) for x in wanted)
-    states, bands = saved if len(saved) == 2 else (None, None)
+    # traced code saves no lists
+    states, bands, *listed = saved if len(saved) > 1 else (None, None)
     wants_final = inputs.initial_state is not None
     with torch.cuda.device_of(q):
-        run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens, bands)
+        run = HopperLaunches(q, f, v, inputs.lower_bound, inputs.scale, inputs.cu_seqlens, bands, listed)
         if states is None:
             entering = saved[0] if saved else None
             states, *_ = run.states(v, inputs.initial_state, wants_final=False, entering=entering)
@@ -148,7 +151,9 @@ class HopperLaunches(BeyondLaunches):
     readable = staticmethod(readable)
     _plan = staticmethod(_plan)
 
-    def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None):
+    def __init__(self, q, f, v, lower_bound, scale, cu_seqlens, bands=None, listed=()):
+        """Take the inputs, and from an earlier pass the counts of bands and the lists (chunks, blocks)."""
+        self.listed = listed
         super().__init__(q, f, v, lower_bound, scale, cu_seqlens, bands)
         if bands is None and self.plan.packed:
             # chunks after the last sequence have 0 bands, as in Launches
@@ -158,11 +163,11 @@ class HopperLaunches(BeyondLaunches):
         plan = self.plan
         return like.new_full((plan.chunks.NC, plan.H, plan.blocks), WITHIN, dtype=torch.int32)
 
-    def run_forward(self, v, initial, o, wants_final=True, rows=None, totals=None):
+    def run_forward(self, v, initial, o, wants_final=True, rows=None, totals=None, save_lists=False):
         """Fill o, and return the states [NC, H, K, V], the final states and the entering ones, as `Launches` does."""
         initial, final, entering, rows = self._ends(v, initial, wants_final, rows, totals, False)
         states = self.forward(v, initial, o, None if self.plan.segments.cut else final, rows)
-        self.lists(gradients=False)
+        self.lists(gradients=save_lists)
         self.output(v, states, o)
         return states, final, entering
 
@@ -173,7 +178,10 @@ class HopperLaunches(BeyondLaunches):
         dstates = torch.empty_like(states)
         last = None if self.plan.segments.cut else dinitial
         parts = self.backward(v, do, states, dfinal, dstates, dq, df, dv, last, rows)
-        self.lists(gradients=True)
+        if self.listed:
+            self.chunks, self.blocks = self.listed
+        else:
+            self.lists(gradients=True)
         self.output(do, dstates, dv, reverse=True)
         return self.gradients(v, do, states, dstates, dq, df, parts), dinitial
 

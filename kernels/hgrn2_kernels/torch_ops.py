@@ -69,7 +69,7 @@ def _chunk(q, f, v, lower_bound, initial_state, cu_seqlens, scale, save_states, 
     if not kernels:
         return *chunkwise.forward(inputs), *nothing
     o, final_state, saved = _kernels()[0].chunk_forward(inputs, save_states=save_states)
-    return o, final_state, *(saved if save_states else nothing)
+    return o, final_state, *(saved[:2] if save_states else nothing)
 
 
 def _chunk_backward(do, dfinal_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, bands, scale, kernels):
