@@ -1,26 +1,29 @@
-"""Measure fla's HGRN2ForCausalLM before and after `hgrn2_kernels.for_fla.replace`: training, prefill and decoding.
+"""Measure fla's HGRN2ForCausalLM before and after `hgrn2_kernels.for_fla.replace`, and beside `hgrn2_kernels.hf`.
 
     python benchmarks/fla_model.py [--out FILE.json] [--tiny]
 
-The model has 24 layers of 2048 channels, heads of 128 and random weights. It needs fla (flash-linear-attention 0.6.0)
-and one GPU, and runs in bf16. --tiny runs the whole script on a toy model in fp32, on a GPU or on a CPU. On a CPU,
-fla's kernels run in Triton's interpreter, so its times mean nothing there, and the lengths stay below those at which
-fla takes its chunk kernels, which the interpreter cannot run.
+The model has 24 layers of 2048 channels, heads of 128 and random weights. The script needs fla
+(flash-linear-attention 0.6.0), transformers 5.24 and one GPU, and runs in bf16. --tiny runs the whole script on a toy
+model in fp32, on a GPU or on a CPU. On a CPU, fla's kernels run in Triton's interpreter, so its times mean nothing
+there, and the lengths stay below those at which fla takes its chunk kernels, which the interpreter cannot run.
 
-Before it times anything, the script compares both sides on the same tokens. In bf16 each side is compared with fla's
-own model in fp32 and in its mode fused_recurrent, and the operator may be at most 1.5 times as far from it as fla is.
-In fp32 both sides must agree up to rounding. It compares the logits, the gradients of all parameters, and the states
-that a prefill leaves behind. After `restore`, fla's logits and states must have the bits that they had at first.
+Before it times anything, the script compares all models on the same tokens. In bf16 each model is compared with fla's
+own model in fp32 and in its mode fused_recurrent, and the others may be at most 1.5 times as far from it as fla is. In
+fp32 all models must agree up to rounding. The script compares the logits, the gradients of all parameters, and the
+states that a prefill leaves behind. After `restore`, fla's logits and states must have the bits that they had at first.
 
 A training step is a forward with the loss, a backward without recompute, and a step of AdamW. A prefill is a forward
 that fills the cache and returns the logits of the last token. Decoding feeds single tokens after a prefill, one argmax
 each, in plain PyTorch without a CUDA graph. Times are medians of several passes after passes that compile and tune.
-The rows "fla, restored" repeat fla at the end, so they show how much the times drift. Both sides share all other code:
-embedding, projections, norms, MLPs, the output layer and the loss. So the times compare whole models.
+The rows "fla, restored" repeat fla, so they show how much the times drift. With the operator, all other code is still
+fla's: embedding, projections, norms, MLPs, the output layer and the loss. `hgrn2_kernels.hf` has none of fla's fused
+parts. For a training step, "kernels ms" is the time of all kernels on the GPU, and "products ms" that of the matrix
+products outside the operator, both from torch's profiler.
 """
 
 import argparse
 import gc
+import re
 import statistics
 import sys
 import time
@@ -43,11 +46,14 @@ import report  # noqa: E402
 from fla.models import HGRN2Config, HGRN2ForCausalLM  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from hgrn2_kernels import for_fla  # noqa: E402
+from hgrn2_kernels import for_fla, hf  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 # how much farther than fla the operator may be from the exact results in bf16, and how far from fla in fp32
 FARTHER, FP32 = 1.5, 1e-4
+OPERATOR, OWN = "with the operator", "hgrn2_kernels.hf"
+# names of the kernels of matrix products in cuBLAS and CUTLASS
+PRODUCTS = re.compile("gemm|nvjet|cutlass|xmma", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -99,21 +105,34 @@ def build(sizes: Sizes, dtype: torch.dtype, mode: str = "chunk") -> HGRN2ForCaus
     return model.bfloat16().to(DEVICE, dtype)
 
 
+def own(model: HGRN2ForCausalLM) -> hf.HGRN2ForCausalLM:
+    """Return the model of this project with the settings and a copy of the weights of fla's model."""
+    made = hf.HGRN2ForCausalLM(hf.HGRN2Config(**model.config.to_diff_dict()))
+    made.load_state_dict(model.state_dict())
+    return made.to(DEVICE, model.dtype)
+
+
+def cache_of(output):
+    """Return the cache in a model's output. transformers 5.24 has renamed the field, and fla uses its old name."""
+    return output["past_key_values"] if "past_key_values" in output else output["cache"]
+
+
 def tokens(batch: int, length: int, vocab: int) -> Tensor:
     return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def results(model: HGRN2ForCausalLM, sizes: Sizes) -> dict[str, Tensor]:
-    """Return logits, states of a prefill and gradients, in fp32 on the host."""
+def results(model, sizes: Sizes) -> dict[str, Tensor]:
+    """Return logits, gradients and, for fla's model, the states of a prefill, in fp32 on the host."""
     model.train()
     batch = tokens(*sizes.check, sizes.vocab)
     logits = model(batch).logits
     model.zero_grad()
     logits.float().square().mean().backward()
     found = {"logits": logits} | {name: p.grad for name, p in model.named_parameters()}
-    with torch.inference_mode():
-        cache = model.eval()(batch, use_cache=True).past_key_values
-    found |= {f"state of layer {i}": cache[i]["recurrent_state"] for i in range(len(cache))}
+    if isinstance(model, HGRN2ForCausalLM):
+        with torch.inference_mode():
+            cache = cache_of(model.eval()(batch, use_cache=True))
+        found |= {f"state of layer {i}": cache[i]["recurrent_state"] for i in range(len(cache))}
     model.zero_grad()
     return {name: x.detach().float().cpu() for name, x in found.items()}
 
@@ -123,26 +142,31 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def check(sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
-    """Compare both sides, and return the largest error of each. A result that is wrong ends the script."""
+    """Compare all models, and return the largest error of each. A result that is wrong ends the script."""
     model = build(sizes, dtype)
-    theirs = results(model, sizes)
+    found = {"fla": results(model, sizes), OWN: results(own(model), sizes)}
     for_fla.replace(model)
-    ours = results(model, sizes)
+    found[OPERATOR] = results(model, sizes)
     for_fla.restore(model)
     again = results(model, sizes)
     # gradients are left out, because a GPU may sum them in another order each time
-    compared = [name for name in theirs if name == "logits" or name.startswith("state")]
-    changed = [name for name in compared if not torch.equal(theirs[name], again[name])]
+    compared = [name for name in again if name == "logits" or name.startswith("state")]
+    changed = [name for name in compared if not torch.equal(found["fla"][name], again[name])]
     del model
     release()
     exact = results(build(sizes, torch.float32, "fused_recurrent"), sizes)
-    errors = {name: (error(ours[name], want), error(theirs[name], want)) for name, want in exact.items()}
-    in_fp32 = dtype == torch.float32
-    wrong = {name: pair for name, pair in errors.items() if not pair[0] <= (FP32 if in_fp32 else FARTHER * pair[1])}
+    errors = {side: {name: error(x, exact[name]) for name, x in all_.items()} for side, all_ in found.items()}
+    allowed = {name: FP32 if dtype == torch.float32 else FARTHER * worst for name, worst in errors["fla"].items()}
+    wrong = {
+        (side, name): f"{far:.1e}, {allowed[name]:.1e} is allowed"
+        for side in (OPERATOR, OWN)
+        for name, far in errors[side].items()
+        if not far <= allowed[name]
+    }
     if wrong or changed:
-        sys.exit(f"wrong results, (with the operator, fla) from the exact ones: {wrong}; not restored: {changed}")
-    worst = {side: max(pair[i] for pair in errors.values()) for i, side in enumerate(("operator", "fla"))}
-    print(f"largest relative error: {worst['operator']:.1e} with the operator, {worst['fla']:.1e} with fla", flush=True)
+        sys.exit(f"errors that are too large: {wrong}; not restored: {changed}")
+    worst = {side: max(all_.values()) for side, all_ in errors.items()}
+    print("largest relative errors:", ", ".join(f"{side} {far:.1e}" for side, far in worst.items()), flush=True)
     return worst
 
 
@@ -165,8 +189,21 @@ def seconds(run: Callable[[], object], sizes: Sizes) -> float:
     return statistics.median(times[sizes.warmups :])
 
 
-def measure(model: HGRN2ForCausalLM, sizes: Sizes) -> Iterator[dict]:
-    """Yield a row per run: its name, milliseconds, tokens/s and peak memory."""
+def kernels(run: Callable[[], object]) -> dict[str, float | None]:
+    """Return the milliseconds of all kernels in a pass, and of its matrix products."""
+    if not ON_GPU:
+        return {"kernels ms": None, "products ms": None}
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1000 for event in profile.key_averages()}
+    products = sum(ms for name, ms in times.items() if PRODUCTS.search(name))
+    return {"kernels ms": round(sum(times.values()), 1), "products ms": round(products, 1)}
+
+
+def measure(model, sizes: Sizes) -> Iterator[dict]:
+    """Yield a row per run: its name, milliseconds, tokens/s, peak memory, and the kernels of a training step."""
     for batch, length in sizes.training:
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=ON_GPU)
@@ -177,7 +214,8 @@ def measure(model: HGRN2ForCausalLM, sizes: Sizes) -> Iterator[dict]:
             optimizer.step()
             optimizer.zero_grad()
 
-        yield timed(f"training step, {batch} x {length}", lambda: seconds(train, sizes), batch * length)
+        row = timed(f"training step, {batch} x {length}", lambda: seconds(train, sizes), batch * length)
+        yield row | kernels(train)
         del optimizer
     model.zero_grad()
     model.eval()
@@ -191,7 +229,7 @@ def measure(model: HGRN2ForCausalLM, sizes: Sizes) -> Iterator[dict]:
             yield timed(f"prefill, {batch} x {length}", lambda: seconds(prefill, sizes), batch * length)
         for batch in sizes.decoding:
             prompt = tokens(batch, sizes.prompt, sizes.vocab)
-            state = types.SimpleNamespace(cache=model(prompt, use_cache=True).past_key_values, token=prompt[:, -1:])
+            state = types.SimpleNamespace(cache=cache_of(model(prompt, use_cache=True)), token=prompt[:, -1:])
 
             def decode(state=state):
                 for _ in range(sizes.steps):
@@ -227,11 +265,12 @@ def main():
     model = build(sizes, dtype)
     rows = []
     for name, change in (
-        ("fla", lambda model: None),
-        ("with the operator", for_fla.replace),
-        ("fla, restored", for_fla.restore),
+        ("fla", lambda model: model),
+        (OPERATOR, lambda model: for_fla.replace(model) or model),
+        ("fla, restored", lambda model: for_fla.restore(model) or model),
+        (OWN, own),
     ):
-        change(model)
+        model = change(model)
         for found in measure(model, sizes):
             rows.append({"run": found.pop("run"), "model": name} | found)
             print(rows[-1], flush=True)
@@ -239,10 +278,10 @@ def main():
     rows.sort(key=lambda found: list(before).index(found["run"]))
     for found in rows:
         found |= {"times as fast": round(before[found["run"]] / found["ms"], 2), "ms": round(found["ms"], 3)}
-    print("| run | model | ms | tokens/s | times as fast | peak GiB |\n|---|---|---|---|---|---|")
+    columns = ["run", "model", "ms", "tokens/s", "times as fast", "peak GiB", "kernels ms", "products ms"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for found in rows:
-        cells = (found[column] for column in ("run", "model", "ms", "tokens/s", "times as fast", "peak GiB"))
-        print("|", " | ".join(map(str, cells)), "|")
+        print("|", " | ".join(str(found.get(column, "")) for column in columns), "|")
     report.write(options.out, rows, errors=errors)
 
 

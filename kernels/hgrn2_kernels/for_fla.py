@@ -202,6 +202,7 @@ def _chunk(q, f, v, bound, state, cu_seqlens, use_cache):
         initial_state=None if state is None else state.mT,
         output_final_state=bool(use_cache),
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.int(),
+        save_states=True,
     )
     return o, None if state is None else state.mT
 

@@ -75,7 +75,7 @@ class HGRN2Mixer(nn.Module):
     def _operator(self, q, f, v, lower_bound, cu_seqlens, cache: Cache | None) -> Tensor:
         """Run the operator from the state in the cache, and leave the new state there."""
         if cache is None:
-            return chunk_hgrn2(q, f, v, lower_bound, cu_seqlens=cu_seqlens)[0]
+            return chunk_hgrn2(q, f, v, lower_bound, cu_seqlens=cu_seqlens, save_states=True)[0]
         state = cache.get_recurrent_state(self.layer_idx)
         if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
             return step_hgrn2(q, f, v, lower_bound, state)
