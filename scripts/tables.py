@@ -116,6 +116,16 @@ TABLES = {
         "2026-11-29-hopper-training",
         ["run", "tokens/s", "relative to attention", "relative to bf16", "peak GiB"],
     ),
+    "training-hopper": (
+        "2026-11-29-throughput",
+        ["run", "tokens/s", "relative to attention", "relative to bf16", "peak GiB"],
+    ),
+    "hopper-host": (
+        "2026-11-29-hopper-host",
+        ["shape", "gates", "operator"]
+        + [f"{time}, {when}" for time in ("forward", "in a row", "in a graph") for when in ("before", "after")],
+    ),
+    "fla-model": ("2026-11-29-fla-model", ["run", "model", "ms", "tokens/s", "times as fast", "peak GiB"]),
     "language-model": (
         "2026-11-28-language-model",
         ["tokens", "seconds", "tokens/s since the row above", "held-out bits per byte"],
@@ -180,8 +190,8 @@ def of_columns(file: str, columns: list[str]) -> str:
 
 
 def readme_performance() -> str:
-    """Return README's one table: training compared with attention, and the operator compared with attention and fla."""
-    long, new = "2026-11-27-throughput-32768", "2026-11-29-hopper-training"
+    """Return README's one table: training and the operator compared with attention, and fla's model with its own."""
+    long, new = "2026-11-27-throughput-32768", "2026-11-29-throughput"
     training = {(file, row["run"]): row.get("tokens/s") for file in (long, new) for row in rows_of(file)}
     rows = []
     for setting, words, file in (
@@ -191,18 +201,21 @@ def readme_performance() -> str:
     ):
         own, other = (training[file, f"{model}, {setting}"] for model in ("HGRN2", "attention"))
         rows.append([words, gpu_of(file), f"{own:,} tokens/s", f"attention: {other:,}", f"{own / other:.2f}", file])
-    before, now = "2026-11-24-operator", "2026-11-29-hopper"
-    ordinary = [(f, row) for f in (before, now) for row in rows_of(f) if row.get("gates", "ordinary") == "ordinary"]
-    kernels = {(f, row["shape"], row["operator"]): row["forward + backward ms"] for f, row in ordinary}
-    for shape, words, own, other, name, file in (
-        ("8x4096x16", "operator, 8 sequences of 4096", KEPT, "attention", "cuDNN attention", now),
-        ("1x32768x16", "operator, 1 sequence of 32768", KEPT, "attention", "cuDNN attention", now),
-        ("8x4096x16", "operator before its kernels for Hopper", "HGRN2", "fla", "fla", before),
+    now, model = "2026-11-29-hopper", "2026-11-29-fla-model"
+    ordinary = [row for row in rows_of(now) if row["gates"] == "ordinary"]
+    kernels = {(row["shape"], row["operator"]): row["forward + backward ms"] for row in ordinary}
+    for shape, words in (
+        ("8x4096x16", "operator, 8 sequences of 4096"),
+        ("1x32768x16", "operator, 1 sequence of 32768"),
     ):
-        ours, peer = kernels[file, shape, own], kernels[file, shape, other]
-        rows.append([words, gpu_of(file), f"{ours:.2f} ms", f"{name}: {peer:.2f}", f"{peer / ours:.1f}", file])
+        own, other = kernels[shape, KEPT], kernels[shape, "attention"]
+        rows.append([words, gpu_of(now), f"{own:.2f} ms", f"cuDNN attention: {other:.2f}", f"{other / own:.1f}", now])
+    step = {row["model"]: row["tokens/s"] for row in rows_of(model) if row["run"] == "training step, 4 x 4096"}
+    own, other = step["with the operator"], step["fla"]
+    words = "training in fla's model, 4096"
+    rows.append([words, gpu_of(model), f"{own:,} tokens/s", f"fla: {other:,}", f"{own / other:.2f}", model])
     for row in rows:
-        row[-1] = f"[{row[-1][:10]}](docs/evidence/{re.sub('-(32768|training)$', '', row[-1])}.md)"
+        row[-1] = f"[{row[-1][:10]}](docs/evidence/{row[-1].removesuffix('-32768')}.md)"
     return markdown(["one GPU, bf16", "GPU", "HGRN2", "compared with", "times as fast", "measured"], rows)
 
 
