@@ -1,4 +1,4 @@
-"""Pictures of the runs of scaling.py, and of the sweeps of operator.py."""
+"""Pictures of the runs of scaling.py, and of the sweeps of operator_times.py."""
 
 import json
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def save(draw: Callable, figures: dict[str, Figures], rows: list[Row], path: Pat
 
 
 def of_operator(data: str, picture: str):
-    """Draw the sweeps in a file of results of operator.py into a picture."""
+    """Draw the sweeps in a file of results of operator_times.py into a picture."""
     import matplotlib
 
     matplotlib.use("Agg")

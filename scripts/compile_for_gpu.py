@@ -171,6 +171,8 @@ def main():
         if args.module:
             runpy.run_module(args.program, run_name="__main__", alter_sys=True)
         else:
+            # the first place where Python looks when it runs a program
+            sys.path.insert(0, os.path.dirname(os.path.abspath(args.program)))
             runpy.run_path(args.program, run_name="__main__")
 
 

@@ -1,26 +1,24 @@
 """Compare the kernels of hgrn2_kernels.hopper with the kernels of hgrn2_kernels.chunk_triton on one Hopper GPU.
 
-    python benchmarks/probes/product.py [--only WORD ...] [--list]
+    python benchmarks/kernel_sets.py [--only WORD ...] [--list] [--out FILE.json]
 
 A case is a shape and a strength of the gates. The script compares the results of both modules on the inputs that it
 times. tests/kernels/test_hopper.py compares them with the float64 recurrence. The table calls the kernels of
-chunk_triton "any GPU". "Beyond" stands for the work on chunks beyond the fast limit. The script prints a table, and
-writes the figures to $OUT/product.json if OUT is set.
+chunk_triton "any GPU". "Beyond" stands for the work on chunks beyond the fast limit. Times are in a CUDA graph, except
+for "eager" and the single kernels.
 """
 
 import argparse
 import dataclasses
-import json
-import os
 import time
 
+import report
 import torch
-import triton
+from operator_times import D, ceilings, milliseconds, time_in_graph
 
 from hgrn2_kernels import chunk_triton, hopper
 from hgrn2_kernels.inputs import Inputs
 
-D = 128
 SHOWN = ("forward", "both", "both, eager", "both, recomputed")
 HEAD = f"| case | predicted us | {' | '.join(f'{x}, Hopper / any GPU' for x in SHOWN)} | kernels | errors |"
 # largest relative Frobenius error against chunk_triton; both results are in bf16
@@ -84,27 +82,6 @@ def error(got, want) -> float:
     return (off / sum((y.double() ** 2).sum() for y in want)).sqrt().item()
 
 
-def milliseconds(function) -> float:
-    """Return the median time of a call on the GPU."""
-    return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
-
-
-def copy_rate() -> float:
-    """Return the rate of a copy in GB/s, with reads and writes counted."""
-    a = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) / 1e6
-
-
-def in_graph(function) -> float:
-    """Capture a call in a CUDA graph, and return the milliseconds of a replay."""
-    function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return milliseconds(graph.replay)
-
-
 def measure(case: Case) -> dict:
     """Return the times of a case in milliseconds, and its errors."""
     torch.manual_seed(0)
@@ -146,10 +123,10 @@ def measure(case: Case) -> dict:
 
     measured = row["measured"] = {}
     for name, (forward, backward) in {"Hopper": new, "any GPU": old}.items():
-        measured[f"{name}: forward"] = in_graph(lambda forward=forward: forward(inputs, False, True))
-        measured[f"{name}: both"] = in_graph(lambda pair=(forward, backward): both(*pair))
+        measured[f"{name}: forward"] = time_in_graph(lambda forward=forward: forward(inputs, False, True))
+        measured[f"{name}: both"] = time_in_graph(lambda pair=(forward, backward): both(*pair))
         measured[f"{name}: both, eager"] = milliseconds(lambda pair=(forward, backward): both(*pair))
-        measured[f"{name}: both, recomputed"] = in_graph(lambda pair=(forward, backward): both(*pair, False))
+        measured[f"{name}: both, recomputed"] = time_in_graph(lambda pair=(forward, backward): both(*pair, False))
     # each kernel by itself
     run = hopper.HopperLaunches(q, f, v, bound, D**-0.5, cu_seqlens)
     o, dq, df, dv = (torch.empty_like(do) for _ in range(4))
@@ -192,20 +169,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], help="run only cases whose name has one of these words")
     parser.add_argument("--list", action="store_true", help="print the cases and exit")
+    report.add_option(parser)
     args = parser.parse_args()
     chosen = [x for x in CASES if not args.only or any(word in x.name for word in args.only)]
     if args.list:
         return print(*chosen, sep="\n")
-    print(f"{torch.cuda.get_device_name()}: a copy moves {copy_rate():.0f} GB/s\n")
+    print(f"{torch.cuda.get_device_name()}: a copy moves {ceilings()[0]:.2f} TB/s\n")
     print(HEAD, "|---" * (len(SHOWN) + 4) + "|", sep="\n")
     rows = []
     for case in chosen:
         with torch.no_grad():
             rows.append(measure(case))
         print(line(rows[-1]), flush=True)
-        if os.environ.get("OUT"):
-            with open(os.path.join(os.environ["OUT"], "product.json"), "w") as file:
-                json.dump(rows, file, indent=1)
+        # written after each case, so that a run that is stopped leaves what it has measured
+        report.write(args.out, rows)
 
 
 if __name__ == "__main__":

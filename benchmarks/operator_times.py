@@ -1,7 +1,7 @@
 """Measure time and memory of chunk_hgrn2 on one GPU, and compare it with fla's HGRN2 path and with cuDNN attention.
 
-    python benchmarks/operator.py [--shapes 8x4096x16 ...] [--fla 8x4096x16 ...] [--sweeps] [--out FILE.json]
-    python benchmarks/operator.py --plot FILE.json PICTURE        draws the sweeps; needs no GPU
+    python benchmarks/operator_times.py [--shapes 8x4096x16 ...] [--fla 8x4096x16 ...] [--sweeps] [--out FILE.json]
+    python benchmarks/operator_times.py --plot FILE.json PICTURE        draws the sweeps; needs no GPU
 
 Shapes are batch x length x heads, with heads of 128 channels, in bf16. Inputs are strided views of one fused
 projection, and bounds lie in [0.04, 0.94]. A shape is timed only if its output and every gradient agree with the
@@ -65,7 +65,7 @@ TRAINED = [
 ]
 
 
-def time(function) -> float:
+def milliseconds(function) -> float:
     """Return the median time of a call in ms."""
     from triton.testing import do_bench
 
@@ -82,7 +82,7 @@ def time_in_graph(function) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return time(graph.replay)
+    return milliseconds(graph.replay)
 
 
 def make_inputs(B: int, T: int, H: int, gate: str = "ordinary") -> tuple[list[Tensor], Tensor]:
@@ -174,8 +174,8 @@ def times(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float, fl
         o.backward(do)
 
     with torch.no_grad():
-        forward = time(lambda: op(*leaves))
-    return forward, time(both), time(lambda: both(ROW)) / ROW, time_in_graph(both)
+        forward = milliseconds(lambda: op(*leaves))
+    return forward, milliseconds(both), milliseconds(lambda: both(ROW)) / ROW, time_in_graph(both)
 
 
 def memory(op, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
@@ -195,9 +195,9 @@ def ceilings() -> tuple[float, float]:
     """Measure this GPU: return the rate of a copy in TB/s, and of bf16 matrix products in TFLOP/s."""
     a = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
     b = torch.empty_like(a)
-    copy = 2 * a.nbytes / time(lambda: b.copy_(a)) / 1e9
+    copy = 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) / 1e9
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return copy, 2 * 8192**3 / time(lambda: x @ y) / 1e9
+    return copy, 2 * 8192**3 / milliseconds(lambda: x @ y) / 1e9
 
 
 def least(B: int, T: int, H: int) -> tuple[float, float]:
@@ -268,7 +268,7 @@ def decode(N: int, H: int) -> tuple[float, float, float]:
         step_hgrn2(q, f, v, bound, state)
 
     in_graph = time_in_graph(step)
-    return time(step), in_graph, 2 * state.nbytes / in_graph / 1e9
+    return milliseconds(step), in_graph, 2 * state.nbytes / in_graph / 1e9
 
 
 def flat(rows: list[dict]) -> list[dict]:
@@ -329,7 +329,8 @@ def main():
         return pictures.of_operator(*args.plot)
     if not torch.cuda.is_available():
         sys.exit(
-            "benchmarks/operator.py times kernels and needs a GPU, and this machine has none. Only --plot runs without."
+            "benchmarks/operator_times.py times kernels and needs a GPU, and this machine has none. Only --plot runs "
+            "without."
         )
     dispatch.IN_USE = not args.any_gpu
     run(args)
