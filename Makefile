@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # the oldest supported megatron-core and the newest Triton that was tried, in folders of their own;
 # PYTHONPATH puts them before the installed releases
 OLDER := $(VENV)/megatron-core-0.18.2
-NEWER := $(VENV)/triton-3.8.0
+NEWER := $(VENV)/triton-3.9.0
 # fla in a folder of its own, because Megatron imports parts of fla wherever it finds it
 FLA := $(VENV)/fla
 # the kernel tests that also run with the newest Triton, in at most three minutes on two cores
@@ -46,7 +46,7 @@ $(OLDER): $(VENV)/.installed
 	touch $@
 
 $(NEWER): $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $@ triton==3.8.0
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $@ triton==3.9.0
 	touch $@
 
 $(FLA): $(VENV)/.installed

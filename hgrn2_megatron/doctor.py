@@ -16,8 +16,8 @@ from hgrn2_megatron.gpu_requirements import too_old
 
 # oldest and newest release of each package that was tried; setup.py and kernels/pyproject.toml allow no older ones
 TRIED = {
-    "torch": ("2.11", "2.14"),
-    "triton": ("3.6", "3.8"),
+    "torch": ("2.11", "2.15"),
+    "triton": ("3.6", "3.9"),
     "megatron-core": ("0.18", "0.19"),
     "transformer-engine": ("2.20", "2.20"),
 }
@@ -137,7 +137,9 @@ def _kernels(capability: tuple[int, int]) -> str:
 
     if dispatch.kernels((1, 1, 1, 128), 128, torch.bfloat16, capability) == "hopper":
         return "those for Hopper in bf16 with heads of 128, and those for every GPU otherwise"
-    return "those for every GPU"
+    oldest, newest = (".".join(map(str, release)) for release in dispatch.GLUON)
+    hopper = f": those for Hopper need Triton {oldest} to {newest}" if capability == (9, 0) else ""
+    return f"those for every GPU{hopper}"
 
 
 def _megatron() -> tuple[str, str | None]:

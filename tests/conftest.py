@@ -10,6 +10,19 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides when a kernel is decorated whether to interpret it, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from triton.runtime import interpreter
+
+    binary = interpreter.InterpreterBuilder.binary_op
+
+    def binary_op(self, *operands_and_op):
+        """Compute as Triton does, and give comparisons the type int1.
+
+        In Triton's interpreter they have the type of their operands, and since 3.9 it refuses such a mask.
+        """
+        result = binary(self, *operands_and_op)
+        return interpreter.TensorHandle(result.data, interpreter.tl.int1) if result.data.dtype == bool else result
+
+    interpreter.InterpreterBuilder.binary_op = binary_op
 
 
 def pytest_addoption(parser):

@@ -2,11 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-import triton
 
-from hgrn2_kernels import combine_states
+from hgrn2_kernels import combine_states, dispatch
 
-TRITON_RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+TRITON_RELEASE = dispatch.RELEASE
 CEILING = {torch.float64: 1e-11, torch.float32: 1e-5}
 NAMES = ("o", "final_state", "dq", "df", "dv", "dlower_bound", "dinitial_state")
 

@@ -1,6 +1,9 @@
 """Choose between the kernels for Hopper and the kernels of chunk_triton.py, which run on every supported GPU."""
 
+import re
+
 import torch
+import triton
 from torch import Tensor
 
 from hgrn2_kernels import chunk_triton
@@ -9,9 +12,19 @@ from hgrn2_kernels.inputs import Inputs
 
 # whether the kernels for Hopper run where they can; tests and benchmarks turn them off to run those of chunk_triton.py
 IN_USE = True
+# The oldest and newest release of Triton with which the kernels for Hopper were tried. They are written in Gluon, which
+# is experimental and changes with each release. The kernels of chunk_triton.py run with newer releases too.
+GLUON = (3, 6), (3, 8)
+RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 
 
-def kernels(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tuple[int, int]) -> str:
+def kernels(
+    shape: tuple[int, ...],
+    V: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    release: tuple[int, ...] = RELEASE,
+) -> str:
     """Return "hopper" or "triton": the kernels for inputs of this shape and dtype on a device of this capability.
 
     Args:
@@ -19,8 +32,10 @@ def kernels(shape: tuple[int, ...], V: int, dtype: torch.dtype, capability: tupl
         V: head dimension of v.
         dtype: dtype of q, f and v.
         capability: compute capability of the device.
+        release: major and minor number of Triton's release.
     """
     hopper = capability == (9, 0) and dtype == torch.bfloat16 and shape[3] == V == 128
+    hopper = hopper and GLUON[0] <= release <= GLUON[1]
     return "hopper" if hopper else "triton"
 
 

@@ -17,6 +17,8 @@ from hgrn2_kernels.hopper_math import (
     LIMIT,
     LOG2E,
     UNIT,
+    async_load,
+    async_store,
     barrier,
     exp2,
     fetch,
@@ -24,6 +26,7 @@ from hgrn2_kernels.hopper_math import (
     load_bound,
     load_initial,
     reciprocal,
+    reinterpret,
     silu,
     store,
 )
@@ -40,7 +43,7 @@ def here(x_s, n: gl.constexpr = 0):
 def fetch_state(states, o_row, x_s, full, BYTES: gl.constexpr, pred=True):
     """Fetch the state that starts at row o_row into x_s."""
     mbarrier.expect(full, BYTES, pred=pred)
-    tma.async_copy_global_to_shared(states, [o_row, 0], full, x_s, pred=pred)
+    async_load(states, [o_row, 0], full, x_s, pred=pred)
 
 
 @gluon.jit
@@ -86,12 +89,12 @@ def make_operands(
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     blocks: gl.constexpr = K // B
-    q_s = q_s._reinterpret(gl.bfloat16, [2 * blocks, C, B], swizzled)
-    f_s = f_s._reinterpret(gl.bfloat16, [2 * blocks, C, B], swizzled)
-    qd_s = qd_s._reinterpret(gl.bfloat16, [blocks, B, C], swizzled)
-    kd_s = kd_s._reinterpret(gl.bfloat16, [blocks, B, C], swizzled)
-    units_s = units_s._reinterpret(gl.float16, [blocks, B, C], swizzled)
-    half_s = half_s._reinterpret(gl.float32, [2 * blocks, B], plain)
+    q_s = reinterpret(q_s, gl.bfloat16, [2 * blocks, C, B], swizzled)
+    f_s = reinterpret(f_s, gl.bfloat16, [2 * blocks, C, B], swizzled)
+    qd_s = reinterpret(qd_s, gl.bfloat16, [blocks, B, C], swizzled)
+    kd_s = reinterpret(kd_s, gl.bfloat16, [blocks, B, C], swizzled)
+    units_s = reinterpret(units_s, gl.float16, [blocks, B, C], swizzled)
+    half_s = reinterpret(half_s, gl.float32, [2 * blocks, B], plain)
     o_k = gl.arange(0, B, layout=by_row)
     o_t = gl.arange(0, C, layout=gl.SliceLayout(0, tile))
     m_last = (o_t == C - 1)[None, :]
@@ -229,7 +232,7 @@ def walk(
             here(h_s).store(stored)
             fence_async_shared()
             barrier()
-            tma.async_copy_shared_to_global(dstates, [(i_c * H + i_h) * K, 0], here(h_s))
+            async_store(dstates, [(i_c * H + i_h) * K, 0], here(h_s))
             again = (n > 0) & more
             fetch(f, i_b, start - C, end, i_h, f_s.index(1 - slot), fq_full.index(1 - slot), 4 * C * K, PACKED, again)
             fetch(q, i_b, start - C, end, i_h, q_s.index(1 - slot), fq_full.index(1 - slot), 0, PACKED, again)
@@ -266,7 +269,7 @@ def walk(
             fence_async_shared()
             barrier()
             if gl.maximum(lower, upper) > 1:
-                tma.async_copy_shared_to_global(dstates, [(i_c * H + i_h) * K, 0], here(h_s))
+                async_store(dstates, [(i_c * H + i_h) * K, 0], here(h_s))
             again = (n > 0) & more
             fetch(f, i_b, start - C, end, i_h, f_s.index(1 - slot), fq_full.index(1 - slot), 4 * C * K, PACKED, again)
             fetch(q, i_b, start - C, end, i_h, q_s.index(1 - slot), fq_full.index(1 - slot), 0, PACKED, again)

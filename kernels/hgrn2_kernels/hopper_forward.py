@@ -24,6 +24,7 @@ from hgrn2_kernels.hopper_math import (
     BANDS,
     LIMIT,
     UNIT,
+    async_store,
     barrier,
     exp2,
     fetch,
@@ -171,7 +172,7 @@ def walk(
         h_s.store(state.to(gl.bfloat16))
         fence_async_shared()
         barrier()
-        tma.async_copy_shared_to_global(states, [((i_first + n) * H + i_h) * K, 0], h_s)
+        async_store(states, [((i_first + n) * H + i_h) * K, 0], h_s)
         out = warpgroup_mma(qd.permute((1, 0)), h_s, out_zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
         # entries on the other side of the diagonal may be infinite; they are replaced, and never multiplied by 0

@@ -19,6 +19,11 @@ UNIT = gl.constexpr(triton_math.UNIT.value)
 BORDER = gl.constexpr(2**30)
 # the barrier of all threads in a group of warps, which Triton renamed between 3.6 and 3.7.1
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# functions that Triton 3.9 has under these names alone: copies of a tile by TMA, and a tile seen with another layout
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
 
 
 @gluon.jit
@@ -123,15 +128,15 @@ def fetch(x, i_b, t, end, i_h, x_s, full, BYTES: gl.constexpr, PACKED: gl.conste
     if BYTES > 0:
         mbarrier.expect(full, BYTES, pred=pred)
     if PACKED:
-        tma.async_copy_global_to_shared(x, [BORDER, end, BORDER - end + t, i_h, 0], full, x_s, pred=pred)
+        async_load(x, [BORDER, end, BORDER - end + t, i_h, 0], full, x_s, pred=pred)
     else:
-        tma.async_copy_global_to_shared(x, [i_b, t, i_h, 0], full, x_s, pred=pred)
+        async_load(x, [i_b, t, i_h, 0], full, x_s, pred=pred)
 
 
 @gluon.jit
 def store(x, i_b, t, end, i_h, x_s, PACKED: gl.constexpr):
     """Store the tile x_s of head i_h from token t on, and nothing from token `end` on."""
     if PACKED:
-        tma.async_copy_shared_to_global(x, [BORDER, end, BORDER - end + t, i_h, 0], x_s)
+        async_store(x, [BORDER, end, BORDER - end + t, i_h, 0], x_s)
     else:
-        tma.async_copy_shared_to_global(x, [i_b, t, i_h, 0], x_s)
+        async_store(x, [i_b, t, i_h, 0], x_s)

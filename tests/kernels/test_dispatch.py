@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from hgrn2_kernels import dispatch
 
@@ -23,4 +24,15 @@ H100 = (9, 0)
     ids=str,
 )
 def test_which_kernels_run(shape, V, dtype, capability, expected):
-    assert dispatch.kernels(shape, V, dtype, capability) == expected
+    assert dispatch.kernels(shape, V, dtype, capability, (3, 6)) == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"), [((3, 5), "triton"), ((3, 6), "hopper"), ((3, 8), "hopper"), ((3, 9), "triton")], ids=str
+)
+def test_releases_of_triton_that_were_not_tried_run_the_kernels_for_every_gpu(release, expected):
+    assert dispatch.kernels((8, 4096, 16, 128), 128, torch.bfloat16, H100, release) == expected
+
+
+def test_the_release_is_that_of_triton():
+    assert triton.__version__.startswith(".".join(map(str, dispatch.RELEASE)))

@@ -5,6 +5,7 @@ import re
 import harness
 import pytest
 
+from hgrn2_kernels import dispatch
 from hgrn2_megatron import doctor
 
 BROKEN = """
@@ -106,6 +107,15 @@ def test_pages_agree_with_the_releases_that_were_tried():
             assert tuple(releases) == doctor.TRIED[names[name]], page
 
 
-@pytest.mark.parametrize(("capability", "named"), [((9, 0), True), ((8, 0), False), ((10, 0), False)])
-def test_the_kernels_of_a_gpu_are_named(capability, named):
-    assert doctor._kernels(capability).startswith("those for Hopper") is named
+@pytest.mark.parametrize(
+    ("capability", "gluon", "line"),
+    [
+        ((9, 0), ((3, 0), (99, 0)), "those for Hopper in bf16 with heads of 128, and those for every GPU otherwise"),
+        ((9, 0), ((99, 1), (99, 2)), "those for every GPU: those for Hopper need Triton 99.1 to 99.2"),
+        ((8, 0), ((3, 0), (99, 0)), "those for every GPU"),
+        ((10, 0), ((3, 0), (99, 0)), "those for every GPU"),
+    ],
+)
+def test_the_kernels_of_a_gpu_are_named(capability, gluon, line, monkeypatch):
+    monkeypatch.setattr(dispatch, "GLUON", gluon)
+    assert doctor._kernels(capability) == line
