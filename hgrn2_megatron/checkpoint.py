@@ -14,7 +14,7 @@ import torch
 from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 
 from hgrn2_megatron.arguments import is_hgrn2_spec
 from hgrn2_megatron.config import HGRN2, MIXERS, STACK_MIXERS, HGRN2Config
@@ -44,7 +44,8 @@ def adapt(
     fresh_heads = bool(here.heads) and (from_attention or not here.same_heads(saved))
     if not from_attention and same_modules and here.stack == saved.stack and not fresh_heads:
         return args
-    stored = load_sharded_metadata(checkpoint)
+    # by name; load_sharded_metadata of megatron-core 0.19 fails with torch 2.15
+    stored = _get_filesystem_reader(checkpoint).read_metadata().state_dict_metadata
     fresh = [HEADS] if fresh_heads else []
     if fresh_heads and torch.distributed.get_rank() == 0:
         print(f"HGRN2: the heads for multi-token prediction, {here.heads}, start fresh", flush=True)
