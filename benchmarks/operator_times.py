@@ -11,7 +11,7 @@ PyTorch form, which computes from the same inputs in fp32. Times are medians of 
   one as v, like the layers of a model. Autograd starts its thread only once for all eight.
 - in a graph: forward and backward, replayed from a CUDA graph without the host.
 
-"HGRN2" computes the states between chunks again in the backward, as the mixer does. "HGRN2, states kept" keeps them.
+"HGRN2" computes the states between chunks again in the backward. "HGRN2, states kept" keeps them, as the mixer does.
 fla (fla-core) is timed if it can be imported, and only on the shapes of --fla, because its autotuning takes minutes.
 --sweeps adds time against length and against heads.
 """
@@ -106,7 +106,7 @@ def make_inputs(B: int, T: int, H: int, gate: str = "ordinary") -> tuple[list[Te
 
 
 def hgrn2(q: Tensor, f: Tensor, v: Tensor, bound: Tensor, save_states: bool = False) -> Tensor:
-    """Return o of the operator. By default its backward computes the states again, as it does for the mixer."""
+    """Return o of the operator. By default its backward computes the states again."""
     return chunk_hgrn2(q, f, v, bound, save_states=save_states)[0]
 
 

@@ -123,7 +123,7 @@ TABLES = {
     "hopper-host": (
         "2026-11-29-hopper-host",
         ["shape", "gates", "operator"]
-        + [f"{time}, {when}" for time in ("forward", "in a row", "in a graph") for when in ("before", "after")],
+        + [f"{way}, {when}" for way in ("forward", "alone", "in a row", "in a graph") for when in ("before", "after")],
     ),
     "fla-model": ("2026-11-29-fla-model", ["run", "model", "ms", "tokens/s", "times as fast", "peak GiB"]),
     "language-model": (
