@@ -112,11 +112,6 @@ def own(model: HGRN2ForCausalLM) -> hf.HGRN2ForCausalLM:
     return made.to(DEVICE, model.dtype)
 
 
-def cache_of(output):
-    """Return the cache in a model's output. transformers 5.24 has renamed the field, and fla uses its old name."""
-    return output["past_key_values"] if "past_key_values" in output else output["cache"]
-
-
 def tokens(batch: int, length: int, vocab: int) -> Tensor:
     return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
@@ -131,7 +126,7 @@ def results(model, sizes: Sizes) -> dict[str, Tensor]:
     found = {"logits": logits} | {name: p.grad for name, p in model.named_parameters()}
     if isinstance(model, HGRN2ForCausalLM):
         with torch.inference_mode():
-            cache = cache_of(model.eval()(batch, use_cache=True))
+            cache = model.eval()(batch, use_cache=True).cache
         found |= {f"state of layer {i}": cache[i]["recurrent_state"] for i in range(len(cache))}
     model.zero_grad()
     return {name: x.detach().float().cpu() for name, x in found.items()}
@@ -155,8 +150,8 @@ def check(sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
     del model
     release()
     exact = results(build(sizes, torch.float32, "fused_recurrent"), sizes)
-    errors = {side: {name: error(x, exact[name]) for name, x in all_.items()} for side, all_ in found.items()}
-    allowed = {name: FP32 if dtype == torch.float32 else FARTHER * worst for name, worst in errors["fla"].items()}
+    errors = {side: {name: error(x, exact[name]) for name, x in parts.items()} for side, parts in found.items()}
+    allowed = {name: FP32 if dtype == torch.float32 else FARTHER * far for name, far in errors["fla"].items()}
     wrong = {
         (side, name): f"{far:.1e}, {allowed[name]:.1e} is allowed"
         for side in (OPERATOR, OWN)
@@ -165,7 +160,7 @@ def check(sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
     }
     if wrong or changed:
         sys.exit(f"errors that are too large: {wrong}; not restored: {changed}")
-    worst = {side: max(all_.values()) for side, all_ in errors.items()}
+    worst = {side: max(parts.values()) for side, parts in errors.items()}
     print("largest relative errors:", ", ".join(f"{side} {far:.1e}" for side, far in worst.items()), flush=True)
     return worst
 
@@ -193,7 +188,6 @@ def kernels(run: Callable[[], object]) -> dict[str, float | None]:
     """Return the milliseconds of all kernels in a pass, and of its matrix products."""
     if not ON_GPU:
         return {"kernels ms": None, "products ms": None}
-    run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -229,7 +223,7 @@ def measure(model, sizes: Sizes) -> Iterator[dict]:
             yield timed(f"prefill, {batch} x {length}", lambda: seconds(prefill, sizes), batch * length)
         for batch in sizes.decoding:
             prompt = tokens(batch, sizes.prompt, sizes.vocab)
-            state = types.SimpleNamespace(cache=cache_of(model(prompt, use_cache=True)), token=prompt[:, -1:])
+            state = types.SimpleNamespace(cache=model(prompt, use_cache=True).cache, token=prompt[:, -1:])
 
             def decode(state=state):
                 for _ in range(sizes.steps):
@@ -265,12 +259,13 @@ def main():
     model = build(sizes, dtype)
     rows = []
     for name, change in (
-        ("fla", lambda model: model),
-        (OPERATOR, lambda model: for_fla.replace(model) or model),
-        ("fla, restored", lambda model: for_fla.restore(model) or model),
+        ("fla", lambda model: None),
+        (OPERATOR, for_fla.replace),
+        ("fla, restored", for_fla.restore),
         (OWN, own),
     ):
-        model = change(model)
+        # `own` returns another model, and the others change this one
+        model = change(model) or model
         for found in measure(model, sizes):
             rows.append({"run": found.pop("run"), "model": name} | found)
             print(rows[-1], flush=True)

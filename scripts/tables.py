@@ -158,14 +158,19 @@ FORMATS |= {
 FORMATS |= {name: ".3f" for name in ["relative to HGRN2", *OPERATOR] if name.endswith((" ms", " HGRN2"))}
 
 
+def results_of(name: str) -> dict:
+    """Return what benchmarks/results/NAME.json holds."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def rows_of(name: str) -> list[dict]:
     """Return the rows of benchmarks/results/NAME.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return results_of(name)["rows"]
 
 
 def gpu_of(name: str) -> str:
     """Return the kind of GPU of benchmarks/results/NAME.json, such as H100."""
-    return re.search(r"[HA]\d+", json.loads((RESULTS / f"{name}.json").read_text())["machine"])[0]
+    return re.search(r"[HA]\d+", results_of(name)["machine"])[0]
 
 
 def cell(column: str, value: str | float | None) -> str:

@@ -1,4 +1,4 @@
-"""GPU tests skip where there is no GPU; tests against a Megatron-LM checkout where none is named."""
+"""Tests skip without the GPU or the Megatron-LM checkout that they need. Without a GPU, Triton's interpreter runs."""
 
 import importlib.metadata
 import os

@@ -199,6 +199,10 @@ class Launches:
         self._scan(added.clone(), decays, None, None, reverse, state, decay)
         return state, decay * math.log(2), segments
 
+    def _filled(self, *tensors):
+        """Return the tensors, and a tensor that stands for none in the place of each None."""
+        return [self.none if x is None else x for x in tensors]
+
     def _per_segment(self, like, *more):
         return like.new_empty(self.plan.segments.count, self.plan.H, self.plan.K, *more, dtype=torch.float32)
 
@@ -232,11 +236,7 @@ class Launches:
         the log2 decay. With left_out=1, these two do not count the segment left out.
         """
         launch = _segment_scan(self.plan, reverse, initial is not None, rows is not None, left_out)
-        none = self.none
-        launch(
-            *(none if initial is None else initial, none if rows is None else rows),
-            *(added, decays, final, total, self.segment_first),
-        )
+        launch(*self._filled(initial, rows), added, decays, final, total, self.segment_first)
 
     def _walk(self, y, reverse, initial, rows, states=None, final=None, decays=None, left_out=0):
         """Launch chunk_state over the segments. It fills states, final and decays where they are given."""
@@ -244,12 +244,8 @@ class Launches:
             *(self.plan, y.stride(), reverse, left_out, initial is not None, rows is not None),
             *(states is not None, final is not None, decays is not None),
         )
-        none = self.none
-        launch(
-            *(self.q, self.f, y, self.bound, none if initial is None else initial, none if rows is None else rows),
-            *(none if states is None else states, self.bands, none if final is None else final),
-            *(none if decays is None else decays, *self.of_segments),
-        )
+        initial, rows, states, final, decays = self._filled(initial, rows, states, final, decays)
+        launch(self.q, self.f, y, self.bound, initial, rows, states, self.bands, final, decays, *self.of_segments)
 
     def output(self, y: Tensor, states: Tensor, out: Tensor, reverse: bool = False):
         """Fill out [B, T, H, V]: o from v and the entering states, or dv from do and the leaving states' gradients."""

@@ -35,9 +35,8 @@ def kernels(
         capability: compute capability of the device.
         release: major and minor number of Triton's release.
     """
-    hopper = capability == (9, 0) and dtype == torch.bfloat16 and shape[3] == V == 128
-    hopper = hopper and GLUON[0] <= release <= GLUON[1]
-    return "hopper" if hopper else "triton"
+    fits = dtype == torch.bfloat16 and shape[3] == V == 128
+    return "hopper" if capability == (9, 0) and fits and GLUON[0] <= release <= GLUON[1] else "triton"
 
 
 def by_hopper(q: Tensor, v: Tensor) -> bool:

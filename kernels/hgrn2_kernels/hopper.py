@@ -211,11 +211,9 @@ class HopperLaunches(BeyondLaunches):
             rows: [segments] int32, the row of initial that each segment takes, -1 for zeros. None means its own row.
         """
         plan = self.plan
-        none = self.none
         states = v.new_empty(plan.chunks.NC, plan.H, plan.K, plan.V)
         _forward(plan, initial is not None, rows is not None, final is not None)(
-            *(self.bound, none if initial is None else initial, none if rows is None else rows),
-            *(none if final is None else final, self.bands, *self.of_segments),
+            *(self.bound, *self._filled(initial, rows, final), self.bands, *self.of_segments),
             descriptors=descriptors((self.q, self.f, v), (states,), (o,), plan.config.C, plan.packed),
         )
         return states
@@ -232,11 +230,9 @@ class HopperLaunches(BeyondLaunches):
             final: [segments, H, K, V] fp32, output: the gradients of the states before the segments, unless None.
             rows: [segments] int32, the row of initial that each segment takes, -1 for zeros. None means its own row.
         """
-        none = self.none
         parts = self.bound_parts()
         _backward(self.plan, initial is not None, rows is not None, final is not None)(
-            *(self.bound, none if initial is None else initial, none if rows is None else rows),
-            *(none if final is None else final, self.bands, parts, *self.of_segments),
+            *(self.bound, *self._filled(initial, rows, final), self.bands, parts, *self.of_segments),
             descriptors=descriptors(
                 *((self.q, self.f, v, do), (states, dstates), (dv, dq, df), self.plan.config.C, self.plan.packed)
             ),

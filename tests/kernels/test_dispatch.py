@@ -1,4 +1,4 @@
-"""Which kernels take which inputs. No GPU is needed."""
+"""The choice between the two sets of kernels, by inputs, GPU and release of Triton. No test here needs a GPU."""
 
 import pytest
 import torch
