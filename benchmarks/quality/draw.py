@@ -1,12 +1,15 @@
 """Draw tables and pictures of the runs of train.py, and write their numbers as JSON.
 
     python benchmarks/quality/draw.py runs/full [--sweep runs/sweep] --json benchmarks/results/quality.json
-        [--picture quality.png]
+        [--earlier benchmarks/results/first.json ...] [--picture quality.png]
 
 A line of the table has the runs of a model that differ in the seed only: the means of their numbers, and the difference
 between the highest and the lowest held-out loss. The held-out bits per byte are those of the last evaluation. The
 picture shows each model at its best learning rate, as the mean over its seeds with a band from the lowest to the
 highest. Seconds count training iterations, without evaluations and checkpoints.
+
+--earlier adds the runs of JSON files that this program wrote before. Runs on another build of the corpus get lines of
+their own, because their samples of held-out documents differ.
 """
 
 import argparse
@@ -67,7 +70,7 @@ def read(folder: Path) -> dict:
 
 
 def read_all(folder: Path) -> list[dict]:
-    """Return the runs in a folder, sorted by learning rate and seed, with the models in the order of train.py.
+    """Return the runs in a folder, in their order.
 
     Raises:
         ValueError: the folder has no run.
@@ -75,6 +78,11 @@ def read_all(folder: Path) -> list[dict]:
     runs = [read(about.parent) for about in folder.glob("*/run.json")]
     if not runs:
         raise ValueError(f"no run of train.py in {folder}: give the folder that was its --out")
+    return in_order(runs)
+
+
+def in_order(runs: list[dict]) -> list[dict]:
+    """Return runs sorted by learning rate and seed, with the models in the order of train.py."""
     return sorted(runs, key=lambda run: (list(MODELS).index(run["model"]), run["lr"], run["seed"]))
 
 
@@ -87,7 +95,7 @@ def grouped(runs: list[dict]) -> list[list[dict]]:
     """Return the runs in groups that differ in the seed only."""
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        groups.setdefault(tuple(run[name] for name in ("model", "size", "lr", "tokens")), []).append(run)
+        groups.setdefault(tuple(str(run[name]) for name in ("model", "size", "lr", "tokens", "data")), []).append(run)
     return list(groups.values())
 
 
@@ -191,11 +199,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the folder that was --out of train.py")
     parser.add_argument("--sweep", type=Path, help="the folder of the sweep, for a second table")
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="JSON files with more runs")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     try:
-        runs = read_all(args.runs)
+        earlier = [run for path in args.earlier for run in json.loads(path.read_text())["runs"]]
+        runs = in_order([*earlier, *read_all(args.runs)])
         swept = read_all(args.sweep) if args.sweep else []
     except ValueError as error:
         parser.error(str(error))

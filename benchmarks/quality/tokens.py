@@ -4,11 +4,15 @@
 
 The program writes the datasets data/train, data/heldout and data/heldout-sample, each as .bin and .idx, and the
 vocabulary data/tokenizer.json. data/data.json has the bytes and tokens of each dataset, with which a loss is converted
-to bits per byte. The sample is every fourth held-out document, and runs are evaluated on it while they train. The last
-token of the vocabulary ends a document.
+to bits per byte. The last token of the vocabulary ends a document.
+
+The sample has about a fourth of the held-out documents, and runs are evaluated on it while they train. A hash of a
+document's text decides whether the sample has it. So the sample stays almost the same when a newer package changes a
+few documents of the corpus.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing.pool
@@ -25,11 +29,11 @@ sys.path.append(str(EXAMPLES))
 
 from prepare_bytes import IndexedDatasetBuilder, get_bin_path, get_idx_path  # noqa: E402
 
-# The vocabulary is learned from one document in 12. The sample has one held-out document in 4.
+# The vocabulary is learned from about one document in 12. The sample has about one held-out document in 4.
 SAMPLE, HELDOUT_SAMPLE = 12, 4
 # A process encodes this many documents at a time.
 BATCH = 100
-# For each dataset: the side of the corpus, and a number n where it takes one document in n.
+# For each dataset: the side of the corpus, and a number n where it takes about one document in n.
 DATASETS = {"train": ("train", 1), "heldout": ("heldout", 1), "heldout-sample": ("heldout", HELDOUT_SAMPLE)}
 
 
@@ -43,6 +47,13 @@ def documents(path: Path) -> Iterator[str]:
                 yield document.decode()
 
 
+def sample(path: Path, every: int) -> Iterator[str]:
+    """Yield the first document of a side of the corpus, and about one in `every` of the others, by a hash."""
+    for number, text in enumerate(documents(path)):
+        if every == 1 or number == 0 or int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % every == 0:
+            yield text
+
+
 def learn(corpus: Path, vocab: int) -> Tokenizer:
     """Learn a byte-level BPE of vocab - 1 tokens."""
     tokenizer = Tokenizer(models.BPE())
@@ -51,8 +62,7 @@ def learn(corpus: Path, vocab: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    sample = (text for number, text in enumerate(documents(corpus / "train.txt")) if number % SAMPLE == 0)
-    tokenizer.train_from_iterator(sample, trainer)
+    tokenizer.train_from_iterator(sample(corpus / "train.txt", SAMPLE), trainer)
     return tokenizer
 
 
@@ -77,11 +87,10 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def write(pool: multiprocessing.pool.Pool, source: Path, prefix: Path, every: int = 1) -> dict[str, int]:
-    """Write one document in `every` as a dataset, and return counts that include the tokens that end documents."""
+    """Write a sample of the documents as a dataset, and return counts that include the tokens that end documents."""
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.uint16)
     counts = {"documents": 0, "bytes": 0, "tokens": 0}
-    texts = itertools.islice(documents(source), 0, None, every)
-    for size, encoded in pool.imap(encode, batches(texts)):
+    for size, encoded in pool.imap(encode, batches(sample(source, every))):
         for ids in encoded:
             builder.add_document(ids, [len(ids)])
         counts["documents"] += len(encoded)

@@ -1,6 +1,7 @@
 """Models trained alike on a small corpus, stopped and continued, and what is drawn of them."""
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -18,6 +19,14 @@ def call(script: str, *command) -> str:
     done = harness.python(str(FOLDER / script), *map(str, command))
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
+
+
+def load(script: str):
+    """Import a program of this folder under a name that no other module has."""
+    spec = importlib.util.spec_from_file_location(f"quality_{script.removesuffix('.py')}", FOLDER / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +59,16 @@ def test_tokens_give_the_text_back(data):
         "bytes": sum(len(text.encode()) for text in texts),
         "tokens": sum(map(len, documents)),
     }
+
+
+def test_a_sample_keeps_its_documents_when_the_corpus_changes(tmp_path):
+    path, texts = tmp_path / "side.txt", [f"document {number}" for number in range(400)]
+    sampled = []
+    for documents in (texts, texts[:1] + texts[7:]):
+        path.write_text("".join(text + "\0" for text in documents))
+        sampled.append(list(load("tokens.py").sample(path, 4)))
+    assert 70 < len(sampled[0]) < 130 and set(sampled[1]) == set(sampled[0]) - set(texts[1:7])
+    assert list(load("tokens.py").sample(path, 1)) == texts[:1] + texts[7:]
 
 
 def train(data, out, model, *more):
@@ -116,6 +135,21 @@ def test_seeds_share_a_line_with_their_mean_and_difference(runs, tmp_path):
     seeds, mean = lines["hybrid-1-1"], f"**{(one + two) / 2:.4f}**"
     assert (seeds["seeds"], seeds["between seeds"]) == ("1, 2", f"{two - one:.4f}")
     assert seeds["held-out bits per byte"] == mean and not lines["hgrn2"]["between seeds"]
+
+
+def test_runs_of_an_earlier_file_are_drawn_too(runs, tmp_path):
+    earlier, both = tmp_path / "earlier.json", tmp_path / "both.json"
+    alone = runs.parent / "alone"
+    shutil.copytree(runs / "hgrn2-0.005-seed1", alone / "hgrn2-0.005-seed1", dirs_exist_ok=True)
+    call("draw.py", alone, "--json", earlier)
+    found = json.loads(earlier.read_text())
+    found["runs"][0] |= {"seed": 3, "data": found["runs"][0]["data"] | {"vocab": 500}}
+    earlier.write_text(json.dumps(found))
+    call("draw.py", runs, "--json", both, "--earlier", earlier)
+    drawn = json.loads(both.read_text())
+    assert [run["seed"] for run in drawn["runs"] if run["model"] == "hgrn2"] == [1, 3]
+    # the other corpus has a line of its own
+    assert [row["seeds"] for row in drawn["rows"] if row["model"] == "hgrn2"] == ["1", "3"]
 
 
 @pytest.mark.parametrize(
