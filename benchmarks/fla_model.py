@@ -1,6 +1,6 @@
 """Measure fla's HGRN2ForCausalLM before and after `hgrn2_kernels.for_fla.replace`, and beside `hgrn2_kernels.hf`.
 
-    python benchmarks/fla_model.py [--out FILE.json] [--tiny]
+    python benchmarks/fla_model.py [--models NAME ...] [--out FILE.json] [--tiny]
 
 The model has 24 layers of 2048 channels, heads of 128 and random weights. The script needs fla
 (flash-linear-attention 0.6.0), transformers 5.24 and one GPU, and runs in bf16. --tiny runs the whole script on a toy
@@ -15,10 +15,12 @@ states that a prefill leaves behind. After `restore`, fla's logits and states mu
 A training step is a forward with the loss, a backward without recompute, and a step of AdamW. A prefill is a forward
 that fills the cache and returns the logits of the last token. Decoding feeds single tokens after a prefill, one argmax
 each, in plain PyTorch without a CUDA graph. Times are medians of several passes after passes that compile and tune.
-The rows "fla, restored" repeat fla, so they show how much the times drift. With the operator, all other code is still
-fla's: embedding, projections, norms, MLPs, the output layer and the loss. `hgrn2_kernels.hf` has none of fla's fused
-parts. For a training step, "kernels ms" is the time of all kernels on the GPU, and "products ms" that of the matrix
-products outside the operator, both from torch's profiler.
+For a training step, "kernels ms" is the time of all kernels on the GPU, and "products ms" that of the matrix products
+outside the operator, both from torch's profiler.
+
+The rows "fla, restored" repeat fla, so they show how much the times drift. --models leaves out models. With the
+operator, all other code is still fla's: embedding, projections, norms, MLPs, the output layer and the loss.
+`hgrn2_kernels.hf` has none of fla's fused parts.
 """
 
 import argparse
@@ -51,7 +53,8 @@ from hgrn2_kernels import for_fla, hf  # noqa: E402
 DEVICE = "cuda" if ON_GPU else "cpu"
 # how much farther than fla the operator may be from the exact results in bf16, and how far from fla in fp32
 FARTHER, FP32 = 1.5, 1e-4
-OPERATOR, OWN = "with the operator", "hgrn2_kernels.hf"
+FLA, OPERATOR, RESTORED, OWN = "fla", "with the operator", "fla, restored", "hgrn2_kernels.hf"
+MODELS = [FLA, OPERATOR, OWN, RESTORED]
 # names of the kernels of matrix products in cuBLAS and CUTLASS
 PRODUCTS = re.compile("gemm|nvjet|cutlass|xmma", re.IGNORECASE)
 
@@ -139,19 +142,19 @@ def error(got: Tensor, want: Tensor) -> float:
 def check(sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
     """Compare all models, and return the largest error of each. A result that is wrong ends the script."""
     model = build(sizes, dtype)
-    found = {"fla": results(model, sizes), OWN: results(own(model), sizes)}
+    found = {FLA: results(model, sizes), OWN: results(own(model), sizes)}
     for_fla.replace(model)
     found[OPERATOR] = results(model, sizes)
     for_fla.restore(model)
     again = results(model, sizes)
     # gradients are left out, because a GPU may sum them in another order each time
     compared = [name for name in again if name == "logits" or name.startswith("state")]
-    changed = [name for name in compared if not torch.equal(found["fla"][name], again[name])]
+    changed = [name for name in compared if not torch.equal(found[FLA][name], again[name])]
     del model
     release()
     exact = results(build(sizes, torch.float32, "fused_recurrent"), sizes)
     errors = {side: {name: error(x, exact[name]) for name, x in parts.items()} for side, parts in found.items()}
-    allowed = {name: FP32 if dtype == torch.float32 else FARTHER * far for name, far in errors["fla"].items()}
+    allowed = {name: FP32 if dtype == torch.float32 else FARTHER * far for name, far in errors[FLA].items()}
     wrong = {
         (side, name): f"{far:.1e}, {allowed[name]:.1e} is allowed"
         for side in (OPERATOR, OWN)
@@ -250,6 +253,7 @@ def timed(name: str, time_it: Callable[[], float], count: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     report.add_option(parser)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="the models to time, in this order")
     parser.add_argument("--tiny", action="store_true", help="a toy model in fp32, on a GPU or a CPU")
     options = parser.parse_args()
     if not (ON_GPU or options.tiny):
@@ -258,21 +262,20 @@ def main():
     errors = check(sizes, dtype)
     model = build(sizes, dtype)
     rows = []
-    for name, change in (
-        ("fla", lambda model: None),
-        (OPERATOR, for_fla.replace),
-        ("fla, restored", for_fla.restore),
-        (OWN, own),
-    ):
-        # `own` returns another model, and the others change this one
-        model = change(model) or model
-        for found in measure(model, sizes):
+    for name in options.models:
+        if name == OPERATOR:
+            for_fla.replace(model)
+        for found in measure(own(model) if name == OWN else model, sizes):
             rows.append({"run": found.pop("run"), "model": name} | found)
             print(rows[-1], flush=True)
-    before = {found["run"]: found["ms"] for found in rows if found["model"] == "fla"}
-    rows.sort(key=lambda found: list(before).index(found["run"]))
+        if name == OPERATOR:
+            for_fla.restore(model)
+    before = {found["run"]: found["ms"] for found in rows if found["model"] == FLA}
+    order = list(dict.fromkeys(found["run"] for found in rows))
+    rows.sort(key=lambda found: order.index(found["run"]))
     for found in rows:
-        found |= {"times as fast": round(before[found["run"]] / found["ms"], 2), "ms": round(found["ms"], 3)}
+        faster = round(before[found["run"]] / found["ms"], 2) if before else None
+        found |= {"times as fast": faster, "ms": round(found["ms"], 3)}
     columns = ["run", "model", "ms", "tokens/s", "times as fast", "peak GiB", "kernels ms", "products ms"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for found in rows:

@@ -87,9 +87,9 @@ MODELS = {
 }
 # layers, hidden size, attention heads, expand ratio, sequence, micro-batch, batch, iterations, vocabulary's multiple
 SIZES = {
-    "125m": dict(layers=12, hidden=768, attention_heads=12, head=128, seq=2048, micro=16, batch=64, iterations=2400),
+    "125m": dict(layers=12, hidden=768, attention_heads=12, head=128, seq=2048, micro=32, batch=64, iterations=2400),
     # 16 layers, because 12 layers cannot have 7 HGRN2 layers for each attention layer.
-    "100m": dict(layers=16, hidden=640, attention_heads=10, head=128, seq=2048, micro=16, batch=64, iterations=2400),
+    "100m": dict(layers=16, hidden=640, attention_heads=10, head=128, seq=2048, micro=32, batch=64, iterations=2400),
     "tiny": dict(layers=4, hidden=64, attention_heads=2, head=32, seq=64, micro=8, batch=8, iterations=60),
     # Small enough for Triton's interpreter, which takes about a second for an iteration.
     "toy": dict(layers=2, hidden=32, attention_heads=2, head=16, seq=16, micro=2, batch=2, iterations=8),
