@@ -125,7 +125,10 @@ TABLES = {
         ["shape", "gates", "operator"]
         + [f"{way}, {when}" for way in ("forward", "alone", "in a row", "in a graph") for when in ("before", "after")],
     ),
-    "fla-model": ("2026-11-29-fla-model", ["run", "model", "ms", "tokens/s", "times as fast", "peak GiB"]),
+    "fla-model": (
+        "2026-11-29-fla-model",
+        ["run", "model", "ms", "kernels ms", "products ms", "tokens/s", "times as fast", "peak GiB"],
+    ),
     "language-model": (
         "2026-11-28-language-model",
         ["tokens", "seconds", "tokens/s since the row above", "held-out bits per byte"],
@@ -138,6 +141,10 @@ TABLES = {
         "2026-11-29-language-model",
         ["mixer", "parameters", "tokens", "seconds", "tokens/s", "held-out bits per byte"]
         + ["all held-out, 2,048 tokens", "all held-out, 32,768 tokens"],
+    ),
+    "rivals-start": (
+        "2026-11-29-rivals-start",
+        ["model", "parameters", "tokens", "seconds", "held-out bits per byte"],
     ),
     "mixers-positions": (
         "2026-11-29-language-model-positions",
