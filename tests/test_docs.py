@@ -53,10 +53,10 @@ def prose(text: str) -> str:
 
 
 def files() -> set[str]:
-    """Every module and script that the map must name."""
+    """Every module and script that the map must name. It names the jobs of scripts/offline as one folder."""
     found = itertools.chain.from_iterable((ROOT / source).rglob("*") for source in SOURCES)
     kept = {path.relative_to(ROOT).as_posix() for path in found if path.suffix in (".py", ".sh", ".slurm")}
-    return {name for name in kept if not name.endswith("__init__.py") and "/build/" not in name}
+    return {name for name in kept if not re.search("__init__.py$|/build/|/jobs/", name)}
 
 
 def mapped() -> dict[str, str]:

@@ -152,6 +152,24 @@ def test_runs_of_an_earlier_file_are_drawn_too(runs, tmp_path):
     assert [row["seeds"] for row in drawn["rows"] if row["model"] == "hgrn2"] == ["1", "3"]
 
 
+@pytest.mark.parametrize("seconds", [10, 1000])
+def test_a_run_that_would_be_late_gives_up(seconds):
+    import time
+
+    sys.path.append(str(FOLDER))
+    import train as program
+
+    # 60 of 260 iterations are done, and each takes half a second, so the rest takes 100 seconds
+    log = program.TrainingLog(seq_length=64)
+    log.last, log.losses = 260, dict.fromkeys(range(1, 61), 2.0)
+    log.milliseconds = {i: 20_000.0 if i < 10 else 500.0 for i in range(1, 61)}
+    if seconds > 100:
+        program.give_up_if_late(log, time.time() + seconds)
+        return
+    with pytest.raises(SystemExit, match="0.50 seconds for an iteration, the run would end 90 seconds too late"):
+        program.give_up_if_late(log, time.time() + seconds)
+
+
 @pytest.mark.parametrize(
     ("raw", "bound", "bands"),
     [

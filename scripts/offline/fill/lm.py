@@ -1,0 +1,20 @@
+"""The operator in the shapes of benchmarks/quality (6 heads) and of benchmarks/pretrain.py (16 heads)."""
+
+import torch
+
+from hgrn2_kernels import chunk_hgrn2_fused
+
+
+def run(batch: int, length: int, heads: int, save_states: bool, train: bool):
+    qfv = torch.randn(batch, length, heads, 3, 128, dtype=torch.bfloat16, device="cuda").requires_grad_(train)
+    bound = torch.rand(heads, 128, device="cuda").requires_grad_(train)
+    o, _ = chunk_hgrn2_fused(qfv, bound, save_states=save_states)
+    if train:
+        o.sum().backward()
+
+
+for heads in (6, 16):
+    for save_states in (True, False):
+        run(16, 2048, heads, save_states, train=True)
+    run(16, 2048, heads, True, train=False)
+    run(1, 32768, heads, True, train=False)

@@ -1,0 +1,148 @@
+"""Run the jobs of a folder on the GPUs of one machine until a deadline.
+
+    python scripts/offline/jobs.py JOBS --logs LOGS --ready READY --until SECONDS
+
+A job is a shell script in JOBS. All GPUs share one list, in the order of the names: a GPU that is free takes the first
+job that can run. Comments in a script say what the job needs:
+
+    # seconds: 400     its longest time; the job is left out if less time is left
+    # needs: data te   files in READY that must be there before it starts
+    # turn             it waits for its turn itself, with `train.py --turn $TURN`
+
+A job with `turn` starts while another job runs, and so loads everything before its turn comes. A job finds its GPU in
+CUDA_VISIBLE_DEVICES, the file of its turn in TURN, and the deadline in UNTIL. At the deadline, jobs that still run are
+killed. The output of a job goes to LOGS/NAME.log.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A script with what its comments say."""
+
+    path: Path
+    seconds: float
+    needs: tuple[str, ...]
+    turn: bool
+
+    @classmethod
+    def read(cls, path: Path) -> "Job":
+        """Read the comments of a script.
+
+        Raises:
+            ValueError: the script does not say how many seconds it takes.
+        """
+        text = path.read_text()
+        seconds = re.search(r"^# seconds: *([\d.]+)$", text, re.M)
+        if not seconds:
+            raise ValueError(f"{path} does not say how long it takes: add a line such as '# seconds: 300'")
+        needs = re.search(r"^# needs: *(.*)$", text, re.M)
+        return cls(path, float(seconds[1]), tuple(needs[1].split()) if needs else (), "\n# turn\n" in f"\n{text}\n")
+
+
+def choose(jobs: list[Job], ready: set[str], left: float, busy: float | None) -> Job | None:
+    """Return the job that a GPU starts next, or None if it has to wait.
+
+    Args:
+        jobs: the jobs that nobody has started, in their order.
+        ready: the names in READY.
+        left: seconds until the deadline.
+        busy: seconds for which the GPU's present job may still run, or None if it runs no job.
+    """
+    for job in jobs:
+        if set(job.needs) <= ready and job.seconds + (busy or 0) <= left:
+            # what waits for no turn would disturb the job that runs
+            return job if busy is None or job.turn else None
+    return None
+
+
+class Machine:
+    """The GPUs of a machine, with two jobs on each at most: one that runs and one that waits for its turn."""
+
+    def __init__(self, folder: Path, logs: Path, ready: Path, until: float):
+        self.jobs = [Job.read(path) for path in sorted(folder.glob("*.sh"))]
+        self.logs, self.ready, self.until, self.start = logs, ready, until, time.time()
+        self.running: dict[str, dict[Job, float]] = {}
+        self.lock = threading.Lock()
+
+    def say(self, text: str):
+        print(f"{time.time() - self.start:6.0f} s  {text}", flush=True)
+
+    def take(self, gpu: str) -> Job | None:
+        """Take the next job of a GPU from the list."""
+        with self.lock:
+            now, running = time.time(), self.running[gpu]
+            if len(running) > 1:
+                return None
+            busy = sum(max(0.0, job.seconds - (now - begun)) for job, begun in running.items()) if running else None
+            job = choose(self.jobs, {path.name for path in self.ready.iterdir()}, self.until - now, busy)
+            if job:
+                self.jobs.remove(job)
+                running[job] = now
+            return job
+
+    def work(self, gpu: str):
+        """Run jobs on a GPU until none is left that fits into the time."""
+        self.running[gpu] = {}
+        threads: list[threading.Thread] = []
+        while self.running[gpu] or any(job.seconds <= self.until - time.time() for job in self.jobs):
+            job = self.take(gpu)
+            if job:
+                threads.append(threading.Thread(target=self.run, args=(job, gpu)))
+                threads[-1].start()
+            time.sleep(0.5)
+        for thread in threads:
+            thread.join()
+
+    def run(self, job: Job, gpu: str):
+        """Run a job on a GPU and report how it ended."""
+        self.say(f"{job.path.stem} starts on GPU {gpu}")
+        turn = self.logs / f"turn.{gpu}"
+        # flock is the same lock that train.py takes
+        command = ["bash", str(job.path)] if job.turn else ["flock", str(turn), "bash", str(job.path)]
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "TURN": str(turn), "UNTIL": str(self.until)}
+        with open(self.logs / f"{job.path.stem}.log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+            try:
+                code = process.wait(max(0.1, self.until - time.time()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
+        with self.lock:
+            del self.running[gpu][job]
+        self.say(f"{job.path.stem} ends with status {code}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", type=Path, help="folder of the scripts")
+    parser.add_argument("--logs", type=Path, required=True, help="folder for the output of the jobs")
+    parser.add_argument("--ready", type=Path, required=True, help="folder of the files that jobs need")
+    parser.add_argument("--until", type=float, required=True, help="the deadline, in seconds since 1970")
+    parser.add_argument("--gpus", nargs="+", default=["0"], help="numbers of the GPUs")
+    args = parser.parse_args()
+    for folder in (args.logs, args.ready):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        machine = Machine(args.jobs, args.logs, args.ready, args.until)
+    except ValueError as error:
+        parser.error(str(error))
+    threads = [threading.Thread(target=machine.work, args=(gpu,)) for gpu in args.gpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    machine.say("no job is left that fits: " + (", ".join(job.path.stem for job in machine.jobs) or "all have run"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""scripts/offline: the jobs that a GPU starts, what happens at the deadline, and the pieces that travel."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "scripts" / "offline"
+SCRIPT = FOLDER / "jobs.py"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"offline_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # a dataclass looks its module up
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+jobs, pieces, launchable = map(load, ("jobs", "pieces", "launchable"))
+
+
+def job(name: str, seconds: float, *needs: str, turn: bool = False):
+    return jobs.Job(Path(name), seconds, needs, turn)
+
+
+FIRST, TRAINING, LONG = job("1", 10), job("2", 100, "data", turn=True), job("3", 1000)
+
+
+@pytest.mark.parametrize(
+    ("ready", "left", "busy", "chosen"),
+    [
+        (set(), 500, None, FIRST),
+        (set(), 5, None, None),
+        # a job that would disturb the one that runs is not started, and no later job passes it
+        ({"data"}, 500, 20, None),
+        (set(), 25, 20, None),
+        ({"data"}, 500, None, FIRST),
+    ],
+)
+def test_a_gpu_takes_the_first_job_that_can_run(ready, left, busy, chosen):
+    assert jobs.choose([FIRST, TRAINING, LONG], ready, left, busy) is chosen
+
+
+@pytest.mark.parametrize(
+    ("ready", "left", "busy", "chosen"),
+    [
+        ({"data"}, 500, 20, TRAINING),
+        ({"data"}, 110, 20, None),
+        (set(), 500, None, None),
+        (set(), 5000, None, LONG),
+        # this job is ready, but not while another one runs
+        (set(), 5000, 20, None),
+    ],
+)
+def test_a_job_with_a_turn_starts_beside_another(ready, left, busy, chosen):
+    assert jobs.choose([TRAINING, LONG], ready, left, busy) is chosen
+
+
+def test_jobs_run_in_order_until_the_deadline(tmp_path):
+    folder, logs, ready = (tmp_path / name for name in ("jobs", "logs", "ready"))
+    folder.mkdir()
+    scripts = {
+        "1-first": "# seconds: 1\necho on $CUDA_VISIBLE_DEVICES",
+        "2-training": "# seconds: 2\n# turn\necho waits; flock $TURN echo turn",
+        "3-needs": "# seconds: 1\n# needs: data\nls $0",
+        "4-late": "# seconds: 2\nsleep 60; echo never",
+        "5-long": "# seconds: 1000\ntrue",
+    }
+    for name, text in scripts.items():
+        (folder / f"{name}.sh").write_text(text + "\n")
+    words = [sys.executable, SCRIPT, folder, "--logs", logs, "--ready", ready, "--until", time.time() + 8]
+    begin = time.monotonic()
+    done = subprocess.run([*map(str, words), "--gpus", "7"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 20
+    started = [line.split("s  ")[1].split()[0] for line in done.stdout.splitlines() if " starts " in line]
+    assert started == ["1-first", "2-training", "4-late"]
+    assert "left that fits: 3-needs, 5-long" in done.stdout
+    assert (logs / "1-first.log").read_text() == "on 7\n"
+    assert (logs / "2-training.log").read_text() == "waits\nturn\n"
+    assert (logs / "4-late.log").read_text() == "" and "4-late ends with status -9" in done.stdout
+
+
+def test_a_job_says_how_long_it_takes(tmp_path):
+    (tmp_path / "1.sh").write_text("true\n")
+    words = (tmp_path, "--logs", tmp_path, "--ready", tmp_path, "--until", 0)
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2 and "1.sh does not say how long it takes" in done.stderr
+
+
+def test_every_job_of_the_folder_can_be_read():
+    found = [jobs.Job.read(path) for path in sorted((FOLDER / "jobs").glob("*.sh"))]
+    known = {"base", "data", "te", "mamba", "triton"}
+    assert found and all(set(one.needs) <= known and "base" in one.needs for one in found)
+    # a job takes the turn itself if its program gets the file of the turn
+    assert all(one.turn == ("$TURN" in one.path.read_text()) for one in found)
+
+
+def test_pieces_are_small_and_in_order(tmp_path):
+    parts, out = tmp_path / "parts", tmp_path / "pieces"
+    parts.mkdir()
+    sizes = {"te.part00": 40, "base.part00": 30, "caches.part00": 20, "train.01.xz": 50, "triton.part00": 60}
+    for name, size in sizes.items():
+        (parts / name).write_bytes(bytes(size))
+    groups = pieces.divide(list(parts.iterdir()), largest=60)
+    names = [[path.name for path in group] for group in groups]
+    assert names == [["base.part00", "caches.part00"], ["train.01.xz"], ["te.part00"], ["triton.part00"]]
+    with pytest.raises(ValueError, match="cut it into parts"):
+        pieces.divide(list(parts.iterdir()), largest=59)
+    pieces.main(parts, out)
+    assert sorted(path.name for path in (out / "01").iterdir()) == sorted([*sizes, "files.txt"])
+    assert (out / "01" / "files.txt").read_text().split() == sorted(sizes)
+
+
+def test_a_cache_keeps_what_a_launch_needs(tmp_path):
+    folder = tmp_path / "KEY"
+    folder.mkdir()
+    paths = {f"kernel.{end}": str(folder / f"kernel.{end}") for end in ("ttir", "ptx", "cubin", "json")}
+    for path in paths.values():
+        Path(path).write_text("{}")
+    group = folder / "__grp__kernel.json"
+    group.write_text(json.dumps({"child_paths": paths}))
+    assert launchable.reduce(tmp_path) == 2
+    assert {path.name for path in folder.iterdir()} == {"kernel.cubin", "kernel.json", group.name}
+    assert set(json.loads(group.read_text())["child_paths"]) == {"kernel.cubin", "kernel.json"}
+
+
+def test_a_machine_installs_what_has_arrived(tmp_path):
+    """Only what needs neither pip nor a GPU: the parts of another Triton, in any order."""
+    work, tree = tmp_path / "work", tmp_path / "tree"
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "module.py").write_text("x = 1\n" * 1000)
+    packed = tmp_path / "triton.tar.xz"
+    subprocess.run(["tar", "cJf", packed, "-C", inside, "."], check=True)
+    data = packed.read_bytes()
+    for number, part in enumerate((data[:100], data[100:])):
+        folder = tree / "pieces" / f"0{number + 1}"
+        folder.mkdir(parents=True)
+        (folder / f"triton.part0{number}").write_bytes(part)
+        (folder / "files.txt").write_text("triton.part00\ntriton.part01\n")
+    (tree / "README.md").write_text("a checkout\n")
+    env = os.environ | {"WORK": str(work)}
+    for piece, ready in (("02", False), ("01", True)):
+        command = ["bash", str(FOLDER / "install.sh"), f"pieces/{piece}", "1000"]
+        subprocess.run(command, cwd=tree, env=env, check=True)
+        end = time.monotonic() + (20 if ready else 2)
+        while time.monotonic() < end and not (work / "ready" / "triton").exists():
+            time.sleep(0.1)
+        assert (work / "ready" / "triton").exists() == ready
+    assert (work / "triton-3.9.0" / "module.py").read_text() == (inside / "module.py").read_text()
+    assert (work / "checkout" / "README.md").exists() and "triton" in (work / "log" / "install.log").read_text()
