@@ -1,6 +1,6 @@
 """Learn a byte-pair encoding from the corpus, and write the corpus as Megatron's datasets of tokens.
 
-    python benchmarks/quality/tokens.py corpus data [--vocab 32768] [--workers 8]
+    python benchmarks/quality/tokens.py corpus data [--vocab 32768] [--workers 8] [--learn-only]
 
 The program writes the datasets data/train, data/heldout and data/heldout-sample, each as .bin and .idx, and the
 vocabulary data/tokenizer.json. data/data.json has the bytes and tokens of each dataset, with which a loss is converted
@@ -55,7 +55,9 @@ def sample(path: Path, every: int) -> Iterator[str]:
 
 
 def learn(corpus: Path, vocab: int) -> Tokenizer:
-    """Learn a byte-level BPE of vocab - 1 tokens."""
+    """Learn a byte-level BPE of vocab - 1 tokens. The same corpus gives the same vocabulary."""
+    # several threads would break ties between pairs of tokens by chance
+    os.environ["RAYON_NUM_THREADS"] = "1"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,8 +102,8 @@ def write(pool: multiprocessing.pool.Pool, source: Path, prefix: Path, every: in
     return counts
 
 
-def prepare(corpus: Path, out: Path, vocab: int, workers: int) -> dict:
-    """Write the datasets into `out` and return the contents of data.json. An existing tokenizer.json there is used.
+def vocabulary(corpus: Path, out: Path, vocab: int) -> Path:
+    """Return the path of tokenizer.json in `out`. It is learned if it is missing.
 
     Raises:
         ValueError: the vocabulary does not fit into uint16, or has fewer tokens than there are bytes, or differs from
@@ -116,7 +118,16 @@ def prepare(corpus: Path, out: Path, vocab: int, workers: int) -> dict:
     has = Tokenizer.from_file(str(learned)).get_vocab_size() + 1
     if has != vocab:
         raise ValueError(f"{learned} has {has} tokens with the one that ends documents, not {vocab}: delete it")
-    found = {"vocab": vocab}
+    return learned
+
+
+def prepare(corpus: Path, out: Path, vocab: int, workers: int) -> dict:
+    """Write the vocabulary and the datasets into `out` and return the contents of data.json.
+
+    Raises:
+        ValueError: see `vocabulary`.
+    """
+    learned, found = vocabulary(corpus, out, vocab), {"vocab": vocab}
     with multiprocessing.Pool(workers, start_worker, (str(learned),)) as pool:
         for name, (side, every) in DATASETS.items():
             found[name] = write(pool, corpus / f"{side}.txt", out / name, every)
@@ -130,8 +141,12 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that encode")
+    parser.add_argument("--learn-only", action="store_true", help="write tokenizer.json and no datasets")
     args = parser.parse_args()
     try:
+        if args.learn_only:
+            print(vocabulary(args.corpus, args.out, args.vocab))
+            return
         found = prepare(args.corpus, args.out, args.vocab, args.workers)
     except ValueError as error:
         parser.error(str(error))

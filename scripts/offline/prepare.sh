@@ -32,14 +32,8 @@ wheels() {  # FOLDER REQUIREMENT ..
 
 corpus() {
   $python benchmarks/quality/corpus.py build $build/corpus
-  mkdir -p $build/data
-  # the vocabulary alone; the machine encodes the text
-  (cd benchmarks/quality && $python -c "
-import importlib.util, pathlib
-spec = importlib.util.spec_from_file_location('quality_tokens', 'tokens.py')
-tokens = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tokens)
-tokens.learn(pathlib.Path('$PWD/$build/corpus'), 32768).save('$PWD/$build/data/tokenizer.json')")
+  # the machine encodes the text, which takes many cores
+  $python benchmarks/quality/tokens.py $build/corpus $build/data --learn-only
 }
 
 mamba() {  # mamba-ssm without its CUDA extension, and causal-conv1d for sm_90 alone
@@ -75,9 +69,9 @@ fill() {  # NAME: run scripts/offline/fill/NAME.py without a GPU, and keep what 
   local program=$here/fill/$1.py path=$PWD/kernels:$PWD
   local triton=3.6.0
   case $1 in
-    gdn) triton=3.9.0 path=$PWD/$build/triton-3.9.0:$PWD/.venv/fla:$path ;;
-    mamba) path=$PWD/$build/mamba:$path ;;
-    fla | for_fla) path=$PWD/.venv/fla:$path ;;
+    gated_delta_net) triton=3.9.0 path=$PWD/$build/triton-3.9.0:$PWD/.venv/fla:$path ;;
+    mamba2) path=$PWD/$build/mamba:$path ;;
+    fla_hgrn2) path=$PWD/.venv/fla:$path ;;
   esac
   # -O, because fla asserts what tensors without numbers do not have
   TRITON_CACHE_DIR=$WORK/cache-$triton PYTHONPATH=$path $python -O scripts/compile_for_gpu.py "$program"
@@ -87,6 +81,7 @@ cut_up() {  # FILE NAME: cut a file into NAME.part00, NAME.part01, ..
   split -b 55000000 -d -a 2 "$1" "$build/parts/$2.part"
 }
 
+background=()
 once wheels wheels wheels megatron-core==0.19.2 transformers==5.24.0 omegaconf==2.4.0 pydantic==2.14.3 \
   pydantic-core==2.50.4 annotated-types typing-inspection nvdlfw-inspect importlib-metadata flask==3.1.3 \
   flask-restful werkzeug itsdangerous blinker aniso8601 pytz
@@ -94,17 +89,19 @@ once fla wheels fla fla-core==0.6.0 flash-linear-attention==0.6.0
 if [ "$RIVALS" != 0 ]; then
   once triton newer_triton
   once mamba mamba &
+  background+=($!)
 fi
 if [ "$CORPUS" != 0 ]; then
   once corpus corpus
   once packed $python benchmarks/quality/corpus.py pack $build/corpus $build/packed &
+  background+=($!)
 fi
 for program in ${FILL:-$(cd $here/fill && ls -- *.py | sed 's/\.py$//')}; do
-  if [ "$RIVALS" = 0 ] && [[ $program =~ ^(gdn|mamba)$ ]]; then continue; fi
+  if [ "$RIVALS" = 0 ] && [[ $program =~ ^(gated_delta_net|mamba2)$ ]]; then continue; fi
   # a test fails where it reads a number; what it had compiled by then stays
   once "fill-$program" fill "$program" || true
 done
-wait
+for step in "${background[@]}"; do wait "$step"; done
 
 rm -rf "$pieces" $build/parts $build/travels
 mkdir -p "$pieces" $build/parts $build/travels
