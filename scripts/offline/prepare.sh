@@ -49,7 +49,7 @@ mamba() {  # mamba-ssm without its CUDA extension, and causal-conv1d for sm_90 a
   cp -r "$source"/mamba_ssm-2.3.2.post1/mamba_ssm $build/mamba/
   $python -m pip install -q ninja wheel
   (cd "$source"/causal_conv1d-1.7.0 && PATH=$(dirname "$python"):$PATH CAUSAL_CONV1D_FORCE_BUILD=TRUE MAX_JOBS=2 \
-    TORCH_CUDA_ARCH_LIST=9.0 "$python" -m pip wheel -q --no-build-isolation --no-deps \
+    TORCH_CUDA_ARCH_LIST=9.0 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} "$python" -m pip wheel -q --no-build-isolation --no-deps \
     -w "$source/../mamba" .)
 }
 

@@ -1,0 +1,4 @@
+# seconds: 260
+# needs: base
+. scripts/offline/env.sh
+python3 benchmarks/quality/state_tracking.py --out "$WORK/log/state_tracking.json" --minutes 4.2
