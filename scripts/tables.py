@@ -223,7 +223,8 @@ def readme_performance() -> str:
         own, other = kernels[shape, KEPT], kernels[shape, "attention"]
         rows.append([words, gpu_of(now), f"{own:.2f} ms", f"cuDNN attention: {other:.2f}", f"{other / own:.1f}", now])
     step = {row["model"]: row["tokens/s"] for row in rows_of(model) if row["run"] == "training step, 4 x 4096"}
-    own, other = step["with the operator"], step["fla"]
+    # fla was measured twice
+    own, other = step["with the operator"], max(step["fla"], step["fla, restored"])
     words = "training in fla's model, 4096"
     rows.append([words, gpu_of(model), f"{own:,} tokens/s", f"fla: {other:,}", f"{own / other:.2f}", model])
     for row in rows:

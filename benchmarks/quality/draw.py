@@ -15,6 +15,7 @@ their own, because their samples of held-out documents differ.
 import argparse
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -95,7 +96,10 @@ def grouped(runs: list[dict]) -> list[list[dict]]:
     """Return the runs in groups that differ in the seed only."""
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        groups.setdefault(tuple(str(run[name]) for name in ("model", "size", "lr", "tokens", "data")), []).append(run)
+        # the seed may differ, and so may the folder of the data
+        flags = re.sub(r"--(seed|train-data-path|valid-data-path) \S+", "", run["flags"])
+        key = *(str(run[name]) for name in ("model", "size", "lr", "tokens", "data")), " ".join(flags.split())
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -104,10 +108,10 @@ def mean(values: Iterable[float]) -> float:
 
 
 def best(groups: list[list[dict]]) -> list[list[dict]]:
-    """Return, for each model and size, the group with the best mean of its last held-out losses."""
+    """Return, for each model, size and corpus, the group with the best mean of its last held-out losses."""
     chosen: dict[tuple, list[dict]] = {}
     for group in groups:
-        key = group[0]["model"], group[0]["size"]
+        key = group[0]["model"], group[0]["size"], str(group[0]["data"])
         if key not in chosen or mean(map(last, group)) < mean(map(last, chosen[key])):
             chosen[key] = group
     return list(chosen.values())

@@ -9,7 +9,7 @@ All models have the same number of parameters, up to half a percent, and the log
 many as attention at every expand ratio: a smaller ratio only divides the same projections into more heads. Without
 lower bounds, HGRN2 lacks their table of one row per layer. Mixers with more parameters get a narrower GLU.
 
-With --until the program gives up after 60 iterations if the whole run would not end by that time.
+With --until the program gives up after 60 iterations if the other iterations would not end by that time.
 
 With --minutes the program stops after that time and writes a checkpoint. Call it again, and it continues from its last
 checkpoint until it prints "done". Each call writes its log to runs/MODEL-lr-seed/, where draw.py reads it.
@@ -259,7 +259,7 @@ def train(args: argparse.Namespace) -> bool:
     for line in run_lines([sys.executable, *LAUNCH, str(script), *flags, *args.extra], log):
         known = len(piece.heldout)
         iteration = piece.read(line)
-        if iteration == SURE and args.until:
+        if iteration and len(piece.losses) == SURE and args.until:
             give_up_if_late(piece, args.until)
         if line.startswith(("HGRN2", "hgrn2_megatron:")):
             print(line, flush=True)
@@ -276,15 +276,17 @@ def train(args: argparse.Namespace) -> bool:
 
 
 def give_up_if_late(log: TrainingLog, until: float):
-    """Stop if a run would not end by a time, in seconds since 1970.
+    """Stop if the iterations of a run would not end by a time, in seconds since 1970.
 
     Raises:
-        SystemExit: it would end later.
+        SystemExit: they would end later.
     """
     speed = statistics.median(list(log.milliseconds.values())[-SURE // 2 :]) / 1000
     late = time.time() + speed * (log.last - max(log.losses)) - until
     if late > 0:
-        sys.exit(f"gave up: with {speed:.2f} seconds for an iteration, the run would end {late:.0f} seconds too late")
+        sys.exit(
+            f"gave up: with {speed:.2f} seconds for an iteration, the iterations would end {late:.0f} seconds too late"
+        )
 
 
 def bits_per_byte(loss: float, run: dict, dataset: str = "heldout-sample") -> float:
@@ -304,7 +306,7 @@ def main():
     parser.add_argument("--iterations", type=int, help="length of the whole training, not of a piece")
     parser.add_argument("--evaluations", type=int, default=8, help="held-out losses, at equal distances")
     parser.add_argument("--minutes", type=int, help="stop after this time and write a checkpoint")
-    parser.add_argument("--until", type=float, help="give up if the run would not end by then, in seconds since 1970")
+    parser.add_argument("--until", type=float, help="give up if it would be too late, in seconds since 1970")
     parser.add_argument("--checkpoints", action=argparse.BooleanOptionalAction, default=True, help="write checkpoints")
     parser.add_argument(
         "--lengths", type=int, nargs="+", help="at the end, measure losses by position in sequences of these lengths"

@@ -5,16 +5,17 @@
 A job is a shell script in JOBS. All GPUs share one list, in the order of the names: a GPU that is free takes the first
 job that can run. Comments in a script say what the job needs:
 
-    # seconds: 400     its longest time; the job is left out if less time is left
+    # seconds: 400     the job is left out if less time is left
     # needs: data te   files in READY that must be there before it starts
     # turn             it waits for its turn itself, with `train.py --turn $TURN`
 
 A job with `turn` starts while another job runs, and so loads everything before its turn comes. A job finds its GPU in
-CUDA_VISIBLE_DEVICES, the file of its turn in TURN, and the deadline in UNTIL. At the deadline, jobs that still run are
-killed. The output of a job goes to LOGS/NAME.log.
+CUDA_VISIBLE_DEVICES, the file of its turn in TURN, and the deadline in UNTIL. Before the deadline, jobs that still run
+are ended. The output of a job goes to LOGS/NAME.log.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -23,6 +24,10 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+
+# A job gets a signal so many seconds before the deadline, and is killed after half of them. torchrun needs the time to
+# end its ranks.
+GRACE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +117,24 @@ class Machine:
         env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "TURN": str(turn), "UNTIL": str(self.until)}
         with open(self.logs / f"{job.path.stem}.log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-            try:
-                code = process.wait(max(0.1, self.until - time.time()))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                code = process.wait()
+            code = self._end_of(process)
         with self.lock:
             del self.running[gpu][job]
+            for other in self.running[gpu]:
+                # it has waited for its turn until now
+                self.running[gpu][other] = time.time()
         self.say(f"{job.path.stem} ends with status {code}")
+
+    def _end_of(self, process: subprocess.Popen) -> int:
+        """Wait for the end of a process, or end it and all of its group before the deadline, and return its status."""
+        try:
+            return process.wait(max(0.1, self.until - GRACE - time.time()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(GRACE / 2)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            return process.wait()
 
 
 def main():

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 LARGEST = 60_000_000
-# The beginnings of names, in the order in which a machine can use them. All other files come before the last one.
+# The beginnings of names, in the order in which a machine can use them. All other files come last.
 ORDER = ("base", "caches", "tokenizer", "manifest", "heldout", "train", "te", "mamba", "triton")
 COMPLETE = "files.txt"
 

@@ -166,7 +166,7 @@ def test_a_run_that_would_be_late_gives_up(seconds):
     if seconds > 100:
         program.give_up_if_late(log, time.time() + seconds)
         return
-    with pytest.raises(SystemExit, match="0.50 seconds for an iteration, the run would end 90 seconds too late"):
+    with pytest.raises(SystemExit, match="0.50 seconds for an iteration, the last one would end 90 seconds too late"):
         program.give_up_if_late(log, time.time() + seconds)
 
 

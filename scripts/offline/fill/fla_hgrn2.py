@@ -1,4 +1,7 @@
-"""fla's model as benchmarks/fla_model.py runs it, before and after for_fla.replace."""
+"""fla's model as benchmarks/fla_model.py runs it, before and after for_fla.replace.
+
+hgrn2_kernels.hf launches the same kernels as fla's model after for_fla.replace.
+"""
 
 import sys
 from pathlib import Path

@@ -21,6 +21,6 @@ def run(batch: int, length: int, train: bool):
         o.float().sum().backward()
 
 
-run(16, 2048, train=True)
+run(32, 2048, train=True)
 run(16, 2048, train=False)
 run(1, 32768, train=False)

@@ -13,8 +13,9 @@ def run(batch: int, length: int, heads: int, save_states: bool, train: bool):
         o.sum().backward()
 
 
-for heads in (6, 16):
-    for save_states in (True, False):
-        run(16, 2048, heads, save_states, train=True)
-    run(16, 2048, heads, True, train=False)
-    run(1, 32768, heads, True, train=False)
+run(32, 2048, 6, save_states=True, train=True)
+run(16, 2048, 6, save_states=True, train=False)
+run(1, 32768, 6, save_states=True, train=False)
+for save_states in (True, False):
+    run(4, 4096, 16, save_states, train=True)
+    run(1, 16384, 16, save_states, train=True)
