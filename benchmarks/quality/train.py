@@ -284,9 +284,7 @@ def give_up_if_late(log: TrainingLog, until: float):
     speed = statistics.median(list(log.milliseconds.values())[-SURE // 2 :]) / 1000
     late = time.time() + speed * (log.last - max(log.losses)) - until
     if late > 0:
-        sys.exit(
-            f"gave up: with {speed:.2f} seconds for an iteration, the iterations would end {late:.0f} seconds too late"
-        )
+        sys.exit(f"at {speed:.2f} seconds for an iteration, the last one would end {late:.0f} seconds too late")
 
 
 def bits_per_byte(loss: float, run: dict, dataset: str = "heldout-sample") -> float:
