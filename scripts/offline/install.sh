@@ -23,6 +23,7 @@ take_in() {  # PIECE SECONDS
   new=$(mktemp -d "$WORK/new.XXXX")
   mv "$piece"/* "$new/"
   mv "$new"/* "$WORK/pieces/"
+  rmdir "$new"
   setsid bash "$WORK/checkout/scripts/offline/install.sh" --complete >> "$WORK/log/install.err" 2>&1 < /dev/null &
 }
 
