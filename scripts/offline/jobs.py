@@ -10,8 +10,9 @@ job that can run. Comments in a script say what the job needs:
     # turn             it waits for its turn itself, with `train.py --turn $TURN`
 
 A job with `turn` starts while another job runs, and so loads everything before its turn comes. A job finds its GPU in
-CUDA_VISIBLE_DEVICES, the file of its turn in TURN, and the deadline in UNTIL. Before the deadline, jobs that still run
-are ended. The output of a job goes to LOGS/NAME.log.
+CUDA_VISIBLE_DEVICES and the file of its turn in TURN. UNTIL is a time 40 seconds before the deadline, at which the
+training of a job has to end. Before the deadline, jobs that still run are ended. The output of a job goes to
+LOGS/NAME.log.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from pathlib import Path
 # A job gets a signal so many seconds before the deadline, and is killed after half of them. torchrun needs the time to
 # end its ranks.
 GRACE = 10
+# A training ends so many seconds before the deadline, so that there is time for what follows it.
+ROOM = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Machine:
         turn = self.logs / f"turn.{gpu}"
         # flock is the same lock that train.py takes
         command = ["bash", str(job.path)] if job.turn else ["flock", str(turn), "bash", str(job.path)]
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "TURN": str(turn), "UNTIL": str(self.until)}
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "TURN": str(turn), "UNTIL": str(self.until - ROOM)}
         with open(self.logs / f"{job.path.stem}.log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
             code = self._end_of(process)
