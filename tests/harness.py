@@ -5,11 +5,14 @@ tensors. So every layout can be compared with one process, parameter by paramete
 """
 
 import functools
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from operator_cases import relative_error
 from torch import Tensor
@@ -208,6 +211,23 @@ def packed_seq_params(lengths: list[int], padded: list[int] | None = None):
         max_seqlen_q=max(padded or lengths),
         max_seqlen_kv=max(padded or lengths),
     )
+
+
+def needs_gpus(count: int):
+    """Skip the test unless there are so many GPUs."""
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+
+
+def load(script: str):
+    """Import a script, given by its path in the checkout, under a name that no other module has."""
+    name = re.sub(r"\W", "_", script.removesuffix(".py"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment() -> dict[str, str]:

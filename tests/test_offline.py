@@ -1,6 +1,5 @@
 """scripts/offline: the jobs that a GPU starts, what happens at the deadline, and the pieces that travel."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -9,22 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import harness
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "scripts" / "offline"
+FOLDER = harness.ROOT / "scripts" / "offline"
 SCRIPT = FOLDER / "jobs.py"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"offline_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # a dataclass looks its module up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-jobs, pieces, launchable = map(load, ("jobs", "pieces", "launchable"))
+jobs, pieces, launchable = (harness.load(f"scripts/offline/{name}.py") for name in ("jobs", "pieces", "launchable"))
 
 
 def job(name: str, seconds: float, *needs: str, turn: bool = False):

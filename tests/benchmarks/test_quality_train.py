@@ -1,7 +1,6 @@
 """Models trained alike on a small corpus, stopped and continued, and what is drawn of them."""
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
@@ -19,14 +18,6 @@ def call(script: str, *command) -> str:
     done = harness.python(str(FOLDER / script), *map(str, command))
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
-
-
-def load(script: str):
-    """Import a program of this folder under a name that no other module has."""
-    spec = importlib.util.spec_from_file_location(f"quality_{script.removesuffix('.py')}", FOLDER / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +57,9 @@ def test_a_sample_keeps_its_documents_when_the_corpus_changes(tmp_path):
     sampled = []
     for documents in (texts, texts[:1] + texts[7:]):
         path.write_text("".join(text + "\0" for text in documents))
-        sampled.append(list(load("tokens.py").sample(path, 4)))
+        sampled.append(list(harness.load("benchmarks/quality/tokens.py").sample(path, 4)))
     assert 70 < len(sampled[0]) < 130 and set(sampled[1]) == set(sampled[0]) - set(texts[1:7])
-    assert list(load("tokens.py").sample(path, 1)) == texts[:1] + texts[7:]
+    assert list(harness.load("benchmarks/quality/tokens.py").sample(path, 1)) == texts[:1] + texts[7:]
 
 
 def train(data, out, model, *more):

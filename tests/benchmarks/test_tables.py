@@ -1,10 +1,10 @@
 """The script that writes the tables of README.md and docs/ from benchmarks/results/."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import harness
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tables.py"
@@ -12,10 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "tables.py"
 
 @pytest.fixture
 def tables():
-    spec = importlib.util.spec_from_file_location("tables", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return harness.load("scripts/tables.py")
 
 
 @pytest.fixture

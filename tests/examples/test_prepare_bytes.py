@@ -1,16 +1,13 @@
-import importlib.util
 import math
 from collections import Counter
 from pathlib import Path
 
+import harness
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-PATH = Path(__file__).parents[2] / "examples" / "prepare_bytes.py"
-SPEC = importlib.util.spec_from_file_location("prepare_bytes", PATH)
-prepare_bytes = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(prepare_bytes)
+prepare_bytes = harness.load("examples/prepare_bytes.py")
 
 TEXTS = {f"{folder}/{i}.txt": f"text {i} of {folder}, ümläut\n" * (i + 1) for folder in "ab" for i in range(10)}
 

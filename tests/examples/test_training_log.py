@@ -1,17 +1,11 @@
 import copy
-import importlib.util
 import math
 import sys
-from pathlib import Path
 
+import harness
 import pytest
 
-PATH = Path(__file__).parents[2] / "examples" / "training_log.py"
-SPEC = importlib.util.spec_from_file_location("training_log", PATH)
-training_log = importlib.util.module_from_spec(SPEC)
-# dataclasses look their module up
-sys.modules["training_log"] = training_log
-SPEC.loader.exec_module(training_log)
+training_log = harness.load("examples/training_log.py")
 
 
 def iteration(number, loss, ms, last=13):

@@ -8,7 +8,6 @@ import re
 
 import harness
 import pytest
-import torch
 from training import ASYNC, HGRN2, assert_continues, assert_equal, saved_tensors, train
 
 pytestmark = pytest.mark.gpu
@@ -21,11 +20,6 @@ WITHOUT_APEX = (
 )
 MODEL = (*HGRN2, "--num-layers", 4, "--hgrn2-layer-pattern", "H*HH", *WITHOUT_APEX)
 EXPERTS = ("--num-experts", 4, "--moe-token-dispatcher-type", "allgather")
-
-
-def needs_gpus(count: int):
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs")
 
 
 def save(folder, *flags, model=MODEL, **options):
@@ -94,7 +88,7 @@ DISTRIBUTED = ("--use-distributed-optimizer",)
 )
 def test_virtual_stages_resume(form, flags, tmp_path):
     pytest.importorskip("transformer_engine.pytorch")
-    needs_gpus(4)
+    harness.needs_gpus(4)
     script, model, stages = form
     flags = (*TE, "--bf16", *stages, *flags, "--ckpt-fully-parallel-load")
     options = dict(model=model, script=script, num_processes=4)
@@ -150,7 +144,7 @@ STACK_PURE = ("examples/pretrain_hybrid.py", (*STACK, "M-M-M-M-", *WITHOUT_APEX)
 def test_megatron_fsdp_trains_as_the_distributed_optimizer_and_resumes(form, processes, flags, tmp_path, monkeypatch):
     pytest.importorskip("transformer_engine.pytorch")
     pytest.importorskip("einops")
-    needs_gpus(processes)
+    harness.needs_gpus(processes)
     script, model = form
     implementation = () if LOCAL[1] in flags else TE
     tensor_parallel = TP2 if TP2[0] in flags else ()
@@ -291,7 +285,7 @@ AROUND_EXPERTS = {"routed-experts": (1, ROUTED_EXPERTS)}
 )
 def test_cuda_graphs_train_as_no_graph_does(graph, name, processes, flags, megatron_lm):
     pytest.importorskip("transformer_engine.pytorch")
-    needs_gpus(processes)
+    harness.needs_gpus(processes)
     model = (*HGRN2, "--num-layers", 4, *WITHOUT_APEX, *TE, "--bf16", *flags)
     script = "pretrain_hybrid.py" if name.startswith("stack") else "pretrain_gpt.py"
     where = dict(script=str(megatron_lm / script), num_processes=processes)

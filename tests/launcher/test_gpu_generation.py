@@ -5,7 +5,6 @@ import re
 
 import harness
 import pytest
-import torch
 
 pytestmark = pytest.mark.gpu
 
@@ -16,8 +15,7 @@ BF16_TE = {"bf16": True, "transformer_impl": "transformer_engine"}
 
 def assert_takes_the_likeliest(script: str, tp: int, *words: str, settings: dict, number: list[int]):
     """Run an engine, and compare the numbers of its tokens, in bf16 but for ties, of which there may be few."""
-    if torch.cuda.device_count() < tp:
-        pytest.skip(f"needs {tp} GPUs")
+    harness.needs_gpus(tp)
     if "transformer_impl" in settings:
         pytest.importorskip("transformer_engine.pytorch")
     done = harness.torchrun(tp, f"tests/launcher/{script}.py", str(tp), *words, json.dumps(SERVED | settings))

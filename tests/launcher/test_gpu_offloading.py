@@ -1,7 +1,7 @@
 """On GPUs, activations or the optimizer on the host, and overlapped exchanges of experts: the losses stay equal."""
 
+import harness
 import pytest
-import torch
 from training import HGRN2, STACK, train
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,6 @@ def test_the_optimizer_is_offloaded():
     ids=["overlap", "delayed", "delayed-and-reduced"],
 )
 def test_exchanges_of_experts_overlap(flags):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
+    harness.needs_gpus(2)
     overlap = ("--overlap-moe-expert-parallel-comm", *flags)
     assert_same_losses(GPT, (*EP2, *overlap), EP2, num_processes=2)
