@@ -54,7 +54,8 @@ class Job:
         if not seconds:
             raise ValueError(f"{path} does not say how long it takes: add a line such as '# seconds: 300'")
         needs = re.search(r"^# needs: *(.*)$", text, re.M)
-        return cls(path, float(seconds[1]), tuple(needs[1].split()) if needs else (), "\n# turn\n" in f"\n{text}\n")
+        turn = re.search(r"^# turn$", text, re.M)
+        return cls(path, float(seconds[1]), tuple(needs[1].split()) if needs else (), bool(turn))
 
 
 def choose(jobs: list[Job], ready: set[str], left: float, busy: float | None) -> Job | None:

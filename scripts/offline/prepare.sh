@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepare everything that measurements on a GPU machine without a network need, as pieces of at most 60 MB.
 #
-#   scripts/offline/prepare.sh PIECES      run in the root of the checkout, after `make .venv/.installed .venv/fla`
+#   scripts/offline/prepare.sh PIECES      run in the root of the checkout
 #
 # PIECES gets folders 01, 02, .. for install.sh. Results of each step stay in build/offline, and a second call repeats
 # what is missing there, and compiles the kernels that have changed.
@@ -10,9 +10,8 @@
 #                    training needs. PyPI has no wheel of the last one: `pip wheel transformer-engine-torch` builds it
 #   CORPUS=0         leaves out the text and what trains language models. Otherwise apt-get downloads Debian's packages
 #   RIVALS=0         leaves out Triton 3.9, and mamba-ssm with causal-conv1d, which nvcc of CUDA 13 compiles
-#   FILL="a b"       programs in scripts/offline/fill/ that fill Triton's cache; all of them if it is not set
 set -euo pipefail
-here=scripts/offline build=build/offline python=$PWD/.venv/bin/python
+here=scripts/offline build=build/offline python=$PWD/.venv/bin/python fla=$PWD/.venv/fla
 pieces=${1:?give the folder of the pieces: scripts/offline/prepare.sh PIECES}
 WORK=${WORK:-/tmp/offline} TE=${TE:-} CORPUS=${CORPUS:-1} RIVALS=${RIVALS:-1}
 if [ -e "$pieces" ] && [ ! -e "$pieces/01/files.txt" ]; then
@@ -20,6 +19,7 @@ if [ -e "$pieces" ] && [ ! -e "$pieces/01/files.txt" ]; then
   exit 1
 fi
 mkdir -p $build/log "$WORK"
+make .venv/.installed .venv/fla .venv/triton-3.9.0
 background=()
 
 now() {  # NAME COMMAND ..: run a command in a process that stops at the first error, with a log of its own
@@ -76,7 +76,7 @@ causal_conv1d() {  # for sm_90 alone
 newer_triton() {  # Triton 3.9 without debugging symbols and without what a Hopper GPU does not need
   local folder=$build/triton-3.9.0
   rm -rf $folder
-  $python -m pip install -q --no-deps --target $folder triton==3.9.0
+  cp -r .venv/triton-3.9.0 $folder
   strip --strip-unneeded $folder/triton/_C/libtriton.so
   rm -rf $folder/bin $folder/triton/{FileCheck,_C/libproton.so,backends/amd/lib} \
     $folder/triton/backends/nvidia/{bin/cuobjdump,bin/nvdisasm,bin/ptxas-blackwell,lib/cupti,lib/cupti-blackwell}
@@ -86,18 +86,9 @@ newer_triton() {  # Triton 3.9 without debugging symbols and without what a Hopp
   tar cf - -C $folder . | xz -3 > $build/triton.tar.xz
 }
 
-fill() {  # NAME: run scripts/offline/fill/NAME.py without a GPU, and keep what it compiles
-  local triton=3.6.0 path=$PWD/kernels:$PWD
-  case $1 in
-    gated_delta_net | newer_triton)
-      triton=3.9.0
-      path=$PWD/$build/triton-3.9.0:$PWD/.venv/fla:$path
-      ;;
-    mamba2) path=$PWD/$build/mamba:$path ;;
-    fla_hgrn2) path=$PWD/.venv/fla:$path ;;
-  esac
+fill() {  # TRITON PYTHONPATH PROGRAM [ARGUMENT ..]: run a program without a GPU, and keep what it compiles
   # -O, because fla asserts what tensors without numbers do not have
-  TRITON_CACHE_DIR=$WORK/cache-$triton PYTHONPATH=$path $python -O scripts/compile_for_gpu.py $here/fill/"$1".py
+  TRITON_CACHE_DIR=$WORK/cache-$1 PYTHONPATH=$2:$PWD/kernels:$PWD $python -O scripts/compile_for_gpu.py "${@:3}"
 }
 
 cut_up() {  # FILE NAME: cut a file into NAME.part00, NAME.part01, ..
@@ -119,10 +110,20 @@ if [ "$CORPUS" != 0 ]; then
   once packed $python benchmarks/quality/corpus.py pack $build/corpus $build/packed &
   background+=($!)
 fi
-for program in ${FILL:-$(cd $here/fill && ls -- *.py | sed 's/\.py$//')}; do
-  if [ "$RIVALS" = 0 ] && [[ $program =~ ^(gated_delta_net|mamba2|newer_triton)$ ]]; then continue; fi
-  now "fill-$program" fill "$program"
+now fill-fla fill 3.6.0 "$fla" $here/fill/fla_hgrn2.py
+now fill-training fill 3.6.0 "" $here/fill/training_shapes.py
+now fill-operator fill 3.6.0 "" benchmarks/operator_times.py
+for program in needle state_tracking; do
+  now fill-$program fill 3.6.0 "" benchmarks/quality/$program.py --compile --out nothing.json
 done
+if [ "$RIVALS" != 0 ]; then
+  newer=$PWD/$build/triton-3.9.0
+  now fill-mamba2 fill 3.6.0 $build/mamba $here/fill/mamba2.py
+  now fill-gated-delta-net fill 3.9.0 "$newer:$fla" $here/fill/gated_delta_net.py
+  now fill-operator-3.9 fill 3.9.0 "$newer" $here/newer_triton.py benchmarks/operator_times.py
+  # a test fails where it reads a number; what it had compiled by then is kept
+  now fill-tests-3.9 fill 3.9.0 "$newer" $here/newer_triton.py -m pytest -q -m gpu tests/kernels/test_hopper.py || true
+fi
 for step in "${background[@]}"; do wait "$step"; done
 
 rm -rf "$pieces" $build/parts $build/travels

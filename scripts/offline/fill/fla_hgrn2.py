@@ -1,4 +1,4 @@
-"""fla's model as benchmarks/fla_model.py runs it, before and after for_fla.replace.
+"""Launch the kernels of benchmarks/fla_model.py: those of fla's model before and after for_fla.replace.
 
 hgrn2_kernels.hf launches the same kernels as fla's model after for_fla.replace.
 """

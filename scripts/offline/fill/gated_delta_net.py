@@ -1,4 +1,4 @@
-"""What Megatron's gated delta net takes from fla, in the shapes of benchmarks/quality."""
+"""Launch the kernels of fla that Megatron's gated delta net uses, in the shapes of benchmarks/quality."""
 
 import torch
 from fla.modules.convolution import causal_conv1d

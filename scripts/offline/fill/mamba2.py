@@ -1,4 +1,4 @@
-"""What Megatron's Mamba2 takes from mamba-ssm, in the shapes of benchmarks/quality."""
+"""Launch the kernels of mamba-ssm that Megatron's Mamba2 uses, in the shapes of benchmarks/quality."""
 
 import torch
 from mamba_ssm.ops.triton.layernorm_gated import RMSNorm

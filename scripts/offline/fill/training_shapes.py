@@ -1,4 +1,4 @@
-"""The operator in the shapes of benchmarks/quality (6 heads) and of benchmarks/pretrain.py (16 heads)."""
+"""Launch the operator in the shapes of benchmarks/quality (6 heads) and of benchmarks/pretrain.py (16 heads)."""
 
 import torch
 
