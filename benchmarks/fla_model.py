@@ -101,18 +101,21 @@ def build(sizes: Sizes, dtype: torch.dtype, mode: str = "chunk") -> HGRN2ForCaus
         **fused,
     )
     torch.manual_seed(0)
-    model = HGRN2ForCausalLM(config)
+    # a GPU draws the weights much faster
+    with torch.device(DEVICE):
+        model = HGRN2ForCausalLM(config)
     with torch.no_grad():
         # they start as zeros, which would give all channels of a layer one bound
         model.model.lower_bounds.normal_()
-    return model.bfloat16().to(DEVICE, dtype)
+    return model.bfloat16().to(dtype)
 
 
 def own(model: HGRN2ForCausalLM) -> hf.HGRN2ForCausalLM:
     """Return the model of this project with the settings and a copy of the weights of fla's model."""
-    made = hf.HGRN2ForCausalLM(hf.HGRN2Config(**model.config.to_diff_dict()))
+    with torch.device(DEVICE):
+        made = hf.HGRN2ForCausalLM(hf.HGRN2Config(**model.config.to_diff_dict())).to(model.dtype)
     made.load_state_dict(model.state_dict())
-    return made.to(DEVICE, model.dtype)
+    return made
 
 
 def tokens(batch: int, length: int, vocab: int) -> Tensor:

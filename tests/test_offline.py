@@ -16,8 +16,8 @@ SCRIPT = FOLDER / "jobs.py"
 jobs, pieces, launchable = (harness.load(f"scripts/offline/{name}.py") for name in ("jobs", "pieces", "launchable"))
 
 
-def job(name: str, seconds: float, *needs: str, turn: bool = False):
-    return jobs.Job(Path(name), seconds, needs, turn)
+def job(name: str, seconds: float, *needs: str, turn: bool = False, beside: bool = False):
+    return jobs.Job(Path(name), seconds, needs, turn, beside)
 
 
 FIRST, TRAINING, LONG = job("1", 10), job("2", 100, "data", turn=True), job("3", 1000)
@@ -53,12 +53,21 @@ def test_a_job_with_a_turn_starts_beside_another(ready, left, busy, chosen):
     assert jobs.choose([TRAINING, LONG], ready, left, busy) is chosen
 
 
+def test_a_job_that_disturbs_starts_beside_another():
+    tests = job("4", 100, beside=True)
+    # it waits for nobody, so the time of the job that runs is not added
+    assert jobs.choose([LONG, tests], set(), 110, 50) is tests
+    assert jobs.choose([LONG, tests], set(), 90, 50) is None
+    assert jobs.choose([LONG, tests], set(), 5000, 50) is None
+
+
 def test_jobs_run_in_order_until_the_deadline(tmp_path):
     folder, logs, ready = (tmp_path / name for name in ("jobs", "logs", "ready"))
     folder.mkdir()
     scripts = {
         "1-first": "# seconds: 1\necho on $CUDA_VISIBLE_DEVICES",
-        "2-training": "# seconds: 2\n# turn\necho waits; flock $TURN echo turn",
+        "2-training": "# seconds: 2\n# turn\necho waits; flock $TURN sh -c 'echo turn; sleep 2'",
+        "2b-beside": "# seconds: 1\n# beside\nflock -n $TURN echo alone || echo beside",
         "3-needs": "# seconds: 1\n# needs: data\nls $0",
         "4-late": "# seconds: 2\ntrap 'echo asked' TERM; sleep 60; sleep 60; echo never",
         "5-long": "# seconds: 1000\ntrue",
@@ -73,10 +82,11 @@ def test_jobs_run_in_order_until_the_deadline(tmp_path):
     # nothing of the late job is left
     assert subprocess.run(["pgrep", "-f", str(folder)], capture_output=True).returncode == 1
     started = [line.split("s  ")[1].split()[0] for line in done.stdout.splitlines() if " starts " in line]
-    assert started == ["1-first", "2-training", "4-late"]
+    assert started == ["1-first", "2-training", "2b-beside", "4-late"]
     assert "left that fits: 3-needs, 5-long" in done.stdout
     assert (logs / "1-first.log").read_text() == "on 7\n"
     assert (logs / "2-training.log").read_text() == "waits\nturn\n"
+    assert (logs / "2b-beside.log").read_text() == "beside\n"
     assert (logs / "4-late.log").read_text().endswith("asked\n") and "4-late ends with status -15" in done.stdout
 
 

@@ -46,11 +46,7 @@ GDN = (
     "--experimental-attention-variant gated_delta_net --linear-num-key-heads {heads} --linear-num-value-heads {heads} "
     "--linear-key-head-dim {head} --linear-value-head-dim {head}"
 )
-# The path that saves memory needs the package causal-conv1d.
-MAMBA = (
-    "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --mamba-num-groups 1 "
-    "--disable-mamba-mem-eff-path"
-)
+MAMBA = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --mamba-num-groups 1"
 HGRN2 = "--spec hgrn2 --hgrn2-expand-ratio {head}"
 
 

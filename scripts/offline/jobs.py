@@ -8,6 +8,7 @@ job that can run. Comments in a script say what the job needs:
     # seconds: 400     the job is left out if less time is left
     # needs: data te   files in READY that must be there before it starts
     # turn             it waits for its turn itself, with `train.py --turn $TURN`
+    # beside           it waits for no turn, so it makes the times of the job that runs longer
 
 A job with `turn` starts while another job runs, and so loads everything before its turn comes. A job finds its GPU in
 CUDA_VISIBLE_DEVICES and the file of its turn in TURN. UNTIL is a time 40 seconds before the deadline, at which the
@@ -41,6 +42,7 @@ class Job:
     seconds: float
     needs: tuple[str, ...]
     turn: bool
+    beside: bool
 
     @classmethod
     def read(cls, path: Path) -> "Job":
@@ -54,8 +56,8 @@ class Job:
         if not seconds:
             raise ValueError(f"{path} does not say how long it takes: add a line such as '# seconds: 300'")
         needs = re.search(r"^# needs: *(.*)$", text, re.M)
-        turn = re.search(r"^# turn$", text, re.M)
-        return cls(path, float(seconds[1]), tuple(needs[1].split()) if needs else (), bool(turn))
+        turn, beside = (bool(re.search(rf"^# {word}$", text, re.M)) for word in ("turn", "beside"))
+        return cls(path, float(seconds[1]), tuple(needs[1].split()) if needs else (), turn, beside)
 
 
 def choose(jobs: list[Job], ready: set[str], left: float, busy: float | None) -> Job | None:
@@ -68,14 +70,15 @@ def choose(jobs: list[Job], ready: set[str], left: float, busy: float | None) ->
         busy: seconds for which the GPU's present job may still run, or None if it runs no job.
     """
     for job in jobs:
-        if set(job.needs) <= ready and job.seconds + (busy or 0) <= left:
-            # what waits for no turn would disturb the job that runs
-            return job if busy is None or job.turn else None
+        waits = 0 if job.beside else busy or 0
+        if set(job.needs) <= ready and waits + job.seconds <= left:
+            # any other job would disturb the one that runs
+            return job if busy is None or job.turn or job.beside else None
     return None
 
 
 class Machine:
-    """The GPUs of a machine, with two jobs on each at most: one that runs and one that waits for its turn."""
+    """The GPUs of a machine, with two jobs on each at most: one runs, and one runs beside it or waits for its turn."""
 
     def __init__(self, folder: Path, logs: Path, ready: Path, until: float):
         self.jobs = [Job.read(path) for path in sorted(folder.glob("*.sh"))]
@@ -117,14 +120,15 @@ class Machine:
         self.say(f"{job.path.stem} starts on GPU {gpu}")
         turn = self.logs / f"turn.{gpu}"
         # flock is the same lock that train.py takes
-        command = ["bash", str(job.path)] if job.turn else ["flock", str(turn), "bash", str(job.path)]
+        locked = [] if job.turn or job.beside else ["flock", str(turn)]
+        command = [*locked, "bash", str(job.path)]
         env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "TURN": str(turn), "UNTIL": str(self.until - ROOM)}
         with open(self.logs / f"{job.path.stem}.log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
             code = self._end_of(process)
         with self.lock:
             del self.running[gpu][job]
-            for other in self.running[gpu]:
+            for other in self.running[gpu] if not job.beside else ():
                 # it has waited for its turn until now
                 self.running[gpu][other] = time.time()
         self.say(f"{job.path.stem} ends with status {code}")
