@@ -25,6 +25,8 @@ EXCHANGE = ["tokens", "way", "ms", "% slower than alone", "tokens/s per GPU", "M
 OPERATOR = ["shape", "operator", "forward ms", "forward + backward ms", "in a row ms", "in a graph ms", "kept MiB"]
 KEPT = "HGRN2, states kept, kernels for Hopper"
 TIMES = ["forward", "both", "both eager", "recomputed"]
+FLA_MODEL = ["run", "model", "ms", "kernels ms", "products ms", "tokens/s", "times as fast", "peak GiB"]
+ALL_HELD_OUT = ["all held-out, 2,048 tokens", "all held-out, 32,768 tokens"]
 TABLES = {
     "throughput": ("2026-11-27-throughput", ["run", "tokens/s", "relative to attention", "peak GiB"]),
     "throughput-32768": (
@@ -125,10 +127,14 @@ TABLES = {
         ["shape", "gates", "operator"]
         + [f"{way}, {when}" for way in ("forward", "alone", "in a row", "in a graph") for when in ("before", "after")],
     ),
-    "fla-model": (
-        "2026-11-29-fla-model",
-        ["run", "model", "ms", "kernels ms", "products ms", "tokens/s", "times as fast", "peak GiB"],
+    "hopper-triton": (
+        "2026-11-29-hopper-triton",
+        ["shape", "gates", "operator"]
+        + [f"{way}, {release}" for way in ("forward", "alone", "in a row", "in a graph") for release in (3.6, 3.9)],
     ),
+    "fla-model": ("2026-11-29-fla-model", FLA_MODEL),
+    "fla-model-own": ("2026-11-29-fla-model-own", FLA_MODEL),
+    "fp8-profile": ("2026-11-29-fp8-profile", ["kernels", "bf16 ms", "FP8 ms"]),
     "language-model": (
         "2026-11-28-language-model",
         ["tokens", "seconds", "tokens/s since the row above", "held-out bits per byte"],
@@ -139,8 +145,13 @@ TABLES = {
     ),
     "mixers": (
         "2026-11-29-language-model",
-        ["mixer", "parameters", "tokens", "seconds", "tokens/s", "held-out bits per byte"]
-        + ["all held-out, 2,048 tokens", "all held-out, 32,768 tokens"],
+        ["mixer", "parameters", "tokens", "seconds", "tokens/s", "held-out bits per byte", *ALL_HELD_OUT],
+    ),
+    "second-seed": ("2026-11-29-hgrn2-seed-2", ["mixer", "tokens", "seconds", "tokens/s", *ALL_HELD_OUT]),
+    "trained-gates": (
+        "2026-11-29-hgrn2-gates",
+        ["layer", "mean forget gate", "largest decay of a chunk, powers of two", "within the limit"]
+        + ["2 bands", "3 bands", "4 bands", "exact form"],
     ),
     "rivals-start": (
         "2026-11-29-rivals-start",

@@ -134,36 +134,63 @@ def test_a_cache_keeps_what_a_launch_needs(tmp_path):
     assert set(json.loads(group.read_text())["child_paths"]) == {"kernel.cubin", "kernel.json"}
 
 
+# stands for Python: it installs nothing, finds one GPU, and runs jobs until the file `end` is there
+PYTHON = """#!/bin/sh
+case "$*" in
+  -c*) echo 0 ;;
+  *jobs.py*) echo "$@"; touch "$WORK/jobs"; while [ ! -e "$WORK/end" ]; do sleep 0.1; done ;;
+esac
+"""
+
+
 def test_a_machine_installs_what_has_arrived(tmp_path):
-    """Only what needs neither pip nor a GPU: the parts of another Triton, in any order."""
-    work, tree, inside = (tmp_path / name for name in ("work", "tree", "inside"))
+    """The packages, and the parts of another Triton that arrive while jobs run."""
+    work, tree, inside, programs = (tmp_path / name for name in ("work", "tree", "inside", "programs"))
     inside.mkdir()
     (inside / "module.py").write_text("x = 1\n" * 1000)
     packed = tmp_path / "triton.tar.xz"
     subprocess.run(["tar", "cJf", packed, "-C", inside, "."], check=True)
+    subprocess.run(["tar", "cf", tmp_path / "base.tar", "-C", inside, "."], check=True)
     shutil.copytree(FOLDER, tree / "scripts" / "offline")
-    (work / "ready").mkdir(parents=True)
-    (work / "ready" / "base").touch()
-
-    def arrive(piece: str, part: bytes, ready: bool):
-        folder = tree / "pieces" / piece
-        folder.mkdir(parents=True)
-        (folder / f"triton.part{piece}").write_bytes(part)
-        (folder / "files.txt").write_text("triton.part00\ntriton.part01\n")
-        command = ["bash", "scripts/offline/install.sh", f"pieces/{piece}/", "1000"]
-        subprocess.run(command, cwd=tree, env=os.environ | {"WORK": str(work)}, check=True)
-        end = time.monotonic() + (20 if ready else 2)
-        while time.monotonic() < end and not (work / "ready" / "triton").exists():
-            time.sleep(0.1)
-        assert (work / "ready" / "triton").exists() == ready
-
+    programs.mkdir()
+    (programs / "python3").write_text(PYTHON)
+    (programs / "python3").chmod(0o755)
+    env = os.environ | {"WORK": str(work), "PATH": f"{programs}:{os.environ['PATH']}"}
     data, log = packed.read_bytes(), work / "log" / "install.log"
-    arrive("01", data[100:], ready=False)
-    # a part that is damaged makes the step fail, and the next call tries it again
-    arrive("00", bytes(100), ready=False)
-    assert "triton failed: see" in log.read_text()
-    shutil.rmtree(tree / "pieces")
-    arrive("00", data[:100], ready=True)
-    assert "triton is ready" in log.read_text()
+    files = {
+        "base.part00": (tmp_path / "base.tar").read_bytes(),
+        "caches.part00": data,
+        "triton.part00": data[:100],
+        "triton.part01": data[100:],
+    }
+
+    def arrive(name: str, content: bytes | None = None):
+        folder = tree / "pieces" / name
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(files[name] if content is None else content)
+        (folder / "files.txt").write_text("\n".join(files) + "\n")
+        subprocess.run(["bash", "scripts/offline/install.sh", f"pieces/{name}/", "1000"], cwd=tree, env=env, check=True)
+        shutil.rmtree(tree / "pieces")
+
+    def within(seconds: float, path: Path, text: str = "") -> bool:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not (path.exists() and text in path.read_text()):
+            time.sleep(0.1)
+        return path.exists() and text in path.read_text()
+
+    try:
+        arrive("base.part00")
+        assert not within(2, work / "ready" / "base")
+        arrive("caches.part00")
+        assert within(20, work / "ready" / "base") and within(20, work / "jobs")
+        arrive("triton.part01")
+        assert not within(2, work / "ready" / "triton")
+        # a part that is damaged makes the step fail, and the next call tries it again
+        arrive("triton.part00", bytes(100))
+        assert within(20, log, "triton failed: see")
+        arrive("triton.part00")
+        assert within(20, log, "triton is ready")
+    finally:
+        (work / "end").touch()
     assert (work / "triton-3.9.0" / "module.py").read_text() == (inside / "module.py").read_text()
     assert (work / "checkout" / "scripts").exists() and not (work / "checkout" / "pieces").exists()

@@ -55,8 +55,9 @@ complete() {
     exec 9> "$WORK/lock"
     flock 9
     step base
-    if [ -e "$WORK/ready/base" ] && mkdir "$WORK/begun.jobs" 2> /dev/null; then start_jobs; fi
     exec 9>&-
+    # without the lock, which a process that starts here would hold until it ends
+    if [ -e "$WORK/ready/base" ] && mkdir "$WORK/begun.jobs" 2> /dev/null; then start_jobs; fi
   fi
   [ -e "$WORK/ready/base" ] || return 0
   if has train heldout tokenizer manifest; then step data & fi
@@ -71,7 +72,7 @@ start_jobs() {
   gpus=$(python3 -c "import torch; print(*range(torch.cuda.device_count()))")
   # shellcheck disable=SC2086
   (cd "$WORK/checkout" && setsid python3 scripts/offline/jobs.py scripts/offline/jobs --logs "$WORK/log" \
-    --ready "$WORK/ready" --until "$(cat "$WORK/until")" --gpus $gpus > "$WORK/log/jobs.log" 2>&1 < /dev/null 9>&- &)
+    --ready "$WORK/ready" --until "$(cat "$WORK/until")" --gpus $gpus > "$WORK/log/jobs.log" 2>&1 < /dev/null &)
 }
 
 wheels() {  # FOLDER WHEEL ..

@@ -28,7 +28,7 @@ def test_which_kernels_run(shape, V, dtype, capability, expected):
 
 
 @pytest.mark.parametrize(
-    ("release", "expected"), [((3, 5), "triton"), ((3, 6), "hopper"), ((3, 8), "hopper"), ((3, 9), "triton")], ids=str
+    ("release", "expected"), [((3, 5), "triton"), ((3, 6), "hopper"), ((3, 9), "hopper"), ((3, 10), "triton")], ids=str
 )
 def test_releases_of_triton_that_were_not_tried_run_the_kernels_for_every_gpu(release, expected):
     assert dispatch.kernels((8, 4096, 16, 128), 128, torch.bfloat16, H100, release) == expected
