@@ -338,15 +338,16 @@ def test_every_form_compiles_and_fits():
     assert len(kernels) == 18
     # Bytes of stack per thread, for spilled registers. With more of them, the products of the first two run one
     # after the other, and the others wait for the caches. The last one has fewer with smaller tiles, but is slower.
-    # With Triton 3.9 the first two have more, and forward and backward take 6% longer.
-    newest = dispatch.RELEASE >= (3, 9)
     limits = {
-        "hopper_forward_kernel": 128 if newest else 32,
-        "hopper_backward_kernel": 624 if newest else 224,
+        "hopper_forward_kernel": 32,
+        "hopper_backward_kernel": 224,
         "beyond_list_kernel": 0,
         "beyond_output_kernel": 400,
         "beyond_gradient_kernel": 1024,
     }
+    if dispatch.RELEASE >= (3, 9):
+        # forward and backward take 6% longer with it
+        limits |= {"hopper_forward_kernel": 128, "hopper_backward_kernel": 624, "beyond_gradient_kernel": 1104}
     for kernel in kernels:
         assert kernel["shared"] <= 227 * 1024, kernel
         assert kernel["stack"] <= limits[kernel["kernel"]], kernel
