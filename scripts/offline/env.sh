@@ -5,3 +5,8 @@ export PYTHONPATH=$WORK/site:$WORK/checkout:$WORK/checkout/kernels
 [ ! -e "$WORK/ready/te" ] || PYTHONPATH=$PYTHONPATH:$WORK/te-site
 # also keep which configuration of a kernel was the fastest, and what torch.compile has compiled
 export TRITON_CACHE_AUTOTUNING=1 TORCHINDUCTOR_CACHE_DIR=$WORK/cache-inductor
+
+train() {  # FOLDER MODEL SEED FLAG ..: a run of benchmarks/quality at a rate of 1e-3 that waits for its turn
+  python3 benchmarks/quality/train.py "$2" --data "$WORK/data" --out "$WORK/log/lm/$1" --lr 1e-3 --seed "$3" \
+    --no-checkpoints --turn "$TURN" --until "$UNTIL" "${@:4}"
+}

@@ -4,9 +4,8 @@
 # turn
 . scripts/offline/env.sh
 traces=$WORK/log/lm/profile/traces
-python3 benchmarks/quality/train.py hgrn2 --data "$WORK/data" --out "$WORK/log/lm/profile" --lr 1e-3 --seed 1 \
-  --no-checkpoints --turn "$TURN" --until "$UNTIL" --iterations 50 --evaluations 1 -- --profile --use-pytorch-profiler \
-  --profile-step-start 40 --profile-step-end 42 --profile-ranks 0 --tensorboard-dir "$traces/tensorboard"
+train profile hgrn2 1 --iterations 50 --evaluations 1 -- --profile --use-pytorch-profiler --profile-step-start 40 \
+  --profile-step-end 42 --profile-ranks 0 --tensorboard-dir "$traces/tensorboard"
 PYTHONPATH=benchmarks:$PYTHONPATH python3 -c \
   "import pathlib, sys, pretrain; print(pretrain.kernel_table(pathlib.Path(sys.argv[1])))" "$traces"
 rm -r "$traces"

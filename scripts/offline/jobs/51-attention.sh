@@ -1,6 +1,5 @@
-# seconds: 190
+# seconds: 130
 # needs: base data te
 # turn
 . scripts/offline/env.sh
-python3 benchmarks/quality/train.py attention --data "$WORK/data" --out "$WORK/log/lm/sweep" --lr 1e-3 --seed 1 \
-  --no-checkpoints --turn "$TURN" --until "$UNTIL" --iterations 384 --evaluations 4
+train sweep attention 1 --iterations 384 --evaluations 4
