@@ -5,4 +5,4 @@
 export PYTHONPATH=$WORK/mamba:$PYTHONPATH
 mamba2() { train full mamba2 1 --iterations 2304 --lengths 2048 32768 "$@"; }
 # where no iteration ran, try the form that does without causal-conv1d
-mamba2 || grep -q " iteration " "$WORK"/log/lm/full/mamba2-*/piece.*.log || mamba2 -- --disable-mamba-mem-eff-path
+mamba2 || grep -q " iteration " "$WORK"/log/lm/full/mamba2-*/piece.*.log || MEGATRON=--disable-mamba-mem-eff-path mamba2
