@@ -141,7 +141,10 @@ def gradients(chunks, optimizer) -> dict[str, Tensor]:
     """Return the full gradients of this rank's chunks."""
     from megatron.core import parallel_state
 
-    dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    groups = {
+        True: parallel_state.get_data_parallel_group(with_context_parallel=True),
+        False: parallel_state.get_expert_data_parallel_group(),
+    }
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
 
     def whole(name, p):
@@ -155,7 +158,8 @@ def gradients(chunks, optimizer) -> dict[str, Tensor]:
             if p in part.model_param_gbuf_map:
                 own = part._get_model_param_range_map(p)["param"]
                 full[own.start : own.end] = p.main_grad.view(-1)[own.start : own.end]
-        torch.distributed.all_reduce(full, group=dp_group)
+        # Megatron marks the weights of experts with allreduce=False
+        torch.distributed.all_reduce(full, group=groups[getattr(p, "allreduce", True)])
         return full.view(p.shape)
 
     return _collect(chunks, whole)

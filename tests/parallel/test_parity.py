@@ -96,6 +96,7 @@ LAYOUTS = {
     "ep2": (2, {"ep": 2}),
     "ep2-alltoall": (2, {"ep": 2, "config": {"moe_token_dispatcher_type": "alltoall"}}),
     "ep2-pp2": (4, {"ep": 2, "pp": 2}),
+    "ep2-cp2-distributed-optimizer": (4, {"ep": 2, "cp": 2} | DISTRIBUTED),
     "ep2-combined": (2, {"ep": 2, "overlap": True, "config": COMBINED | CHUNKED | DELAYED}),
     "ep2-combined-offload": (2, {"ep": 2, "overlap": True, "config": COMBINED | OFFLOAD}),
     "ep2-combined-pp2-vpp2": (4, {"ep": 2, "pp": 2, "vpp": 2, "overlap": True, "config": COMBINED}),
@@ -137,7 +138,7 @@ CASES += [("tied", "pp2"), ("tied", "pp2-vpp2"), ("tied", "pp2-dp2-distributed-o
 CASES += [("stack", f"{layout}-loss-by-chunks") for layout in ("tp2", "tp2-sequence-parallel", "cp2", "dp2", "pp2")]
 CASES += [("hgrn2", "tp2-sequence-parallel-loss-by-chunks"), ("tied", "pp2-loss-by-chunks")]
 CASES += [("per-token-loss", "pp2"), ("per-token-loss", "dp2-distributed-optimizer")]
-CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2")]
+CASES += [("experts", layout) for layout in ("pp2", "dp2", "ep2", "ep2-pp2", "ep2-cp2-distributed-optimizer")]
 CASES += [("stack-deep", "pp2-vpp2-segments-offload"), ("hybrid", "tp2-sequence-parallel-offload")]
 CASES += [("experts", "ep2-combined"), ("experts", "ep2-combined-offload")]
 CASES += [("experts-hybrid", "ep2-combined-pp2-vpp2")]
