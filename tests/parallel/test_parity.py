@@ -3,9 +3,11 @@
 import functools
 import itertools
 import json
+import os
 
 import harness
 import parity
+import products
 import pytest
 import torch
 
@@ -164,6 +166,10 @@ CASES += [
 CASES += [("stack-experts", "ep2-fsdp"), ("mtp", "dp2-fsdp"), ("tied", "dp2-fsdp")]
 CASES += [("latent", "tp2-sequence-parallel"), ("latent", "pp2-dp2-distributed-optimizer")]
 CASES += [("muon-duplicated", "tp2-sequence-parallel"), ("muon-distributed", "tp2")]
+if "PRODUCTS" in os.environ:
+    DRAWN = products.draw(int(os.environ["PRODUCTS"]))
+    CASES += DRAWN
+    LAYOUTS |= {name: layout for (_, name), layout in DRAWN.items()}
 
 
 def with_segments(model: dict, layout: dict) -> dict:
