@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import torch
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 
 from hgrn2_megatron import checkpoint, checkpoint_check
@@ -130,6 +131,10 @@ def install_checkpoint() -> None:
             if saved and not restoring:
                 metadata = load_content_metadata(preloaded_state_dict=state_dict) or {}
                 checkpoint_check.check(args, saved, is_distributed, metadata.get("distrib_optim_sharding_type"))
+                # this function is called once for the args and once for the weights
+                warning = is_hgrn2_spec(args.spec) and not rank0 and checkpoint_check.other_vocabulary(args, saved)
+                if warning and torch.distributed.get_rank() == 0:
+                    print(f"HGRN2 warning: {warning}", flush=True)
             if rank0:
                 distributed[:] = [(saved, folder)] if saved and is_distributed else []
             elif saved and is_hgrn2_spec(args.spec):

@@ -1,6 +1,7 @@
 """HGRN2Config, the settings of the HGRN2 mixer, and UsageError, the error for flags that a user must change."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -74,18 +75,21 @@ class HGRN2Config:
 
     def __post_init__(self):
         if self.expand_ratio < 1:
-            raise UsageError(f"--hgrn2-expand-ratio is {self.expand_ratio}, but it must be at least 1")
+            raise UsageError(
+                f"--hgrn2-expand-ratio is {self.expand_ratio}, but a head has at least 1 channel: give a divisor of "
+                "--hidden-size, for example 128"
+            )
         unknown = sorted(set(self.layer_pattern) - set(STACK_MIXERS.values()))
         if unknown or HGRN2 not in self.layer_pattern:
-            wrong = f"the unknown letters {' '.join(unknown)}" if unknown else "no H"
+            wrong = f"the unknown letters {' '.join(map(repr, unknown))}" if unknown else "no H"
             raise UsageError(
                 f"--hgrn2-layer-pattern {self.layer_pattern!r} has {wrong}: "
                 "write H for an HGRN2 layer and * for attention, for example 'HHH*'"
             )
         if self.lower_bounds not in LOWER_BOUNDS:
             raise UsageError(f"--hgrn2-lower-bounds is {self.lower_bounds!r}, but it must be learned or none")
-        if not self.norm_eps > 0:
-            raise UsageError(f"--hgrn2-norm-eps is {self.norm_eps}, but it must be positive")
+        if not 0 < self.norm_eps < math.inf:
+            raise UsageError(f"--hgrn2-norm-eps is {self.norm_eps}, but it must be positive and finite: give 1e-5")
 
     @classmethod
     def of(cls, settings: Any) -> "HGRN2Config":
@@ -129,12 +133,14 @@ class HGRN2Config:
         if not pattern:
             raise UsageError(
                 "--spec hgrn2_megatron.spec hgrn2_stack needs --hybrid-layer-pattern: give one to pretrain_hybrid.py, "
-                "for example 'M-M-*-', or run pretrain_gpt.py with --spec hgrn2"
+                "for example 'M-M-*-', or run pretrain_gpt.py with --spec hgrn2. With --use-checkpoint-args it comes "
+                "from the checkpoint: see whether --load names a folder that has one"
             )
         main, heads = split_heads(pattern)
         unknown = sorted(set(pattern) - {*STACK_MIXERS, *CHANNEL_MIXERS, PIPE, HEAD})
         if unknown or "M" not in main:
-            wrong = f"symbols that an HGRN2 model cannot have, {' '.join(unknown)}" if unknown else "no M"
+            symbols = " ".join(map(repr, unknown))
+            wrong = f"symbols that an HGRN2 model cannot have, {symbols}" if unknown else "no M"
             where = " before the first /" if heads and not unknown else ""
             raise UsageError(
                 f"--hybrid-layer-pattern {pattern!r} has {wrong}{where}: write M for an HGRN2 layer, * for attention, "

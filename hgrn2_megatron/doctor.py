@@ -152,6 +152,9 @@ def _megatron() -> tuple[str, str | None]:
     import megatron.core
 
     release = megatron.core.__version__
+    if "site-packages" in megatron.core.__file__:
+        # a wheel names the commit of the git repository in which the environment happens to lie
+        release = release.split("+")[0]
     try:
         # the hooks check Megatron's functions before they wrap them
         import hgrn2_megatron.spec  # noqa: F401

@@ -328,6 +328,12 @@ def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
             f"--num-experts is {num_experts}, but no layer has experts: write E in the place of - in "
             "--hybrid-layer-pattern"
         )
+    depth = 0 if stack else s.num_layers
+    if depth and hgrn2.has_attention and hgrn2.num_hgrn2_layers(depth) == depth:
+        warnings.append(
+            f"--hgrn2-layer-pattern is {hgrn2.layer_pattern!r}, but no * falls on one of the {depth} layers: "
+            "give more layers or a shorter pattern"
+        )
     heads = stack and HEAD in s.hybrid_layer_pattern
     idle = megatron_flags.without_effect(s, global_args(), hgrn2, stack, heads)
     if idle:

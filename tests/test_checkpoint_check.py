@@ -49,6 +49,15 @@ def attention_stack_of(pattern: str, **changes) -> argparse.Namespace:
 EXPERTS = dict(num_experts=4)
 
 
+@pytest.mark.parametrize(("here", "saved", "warns"), [(512, 512, False), (384, 512, True), (512, None, False)])
+def test_another_padding_of_the_vocabulary_is_named(here, saved, warns):
+    args, checkpoint_args = (args_of(padded_vocab_size=size, tensor_model_parallel_size=2) for size in (here, saved))
+    warning = checkpoint_check.other_vocabulary(args, checkpoint_args)
+    assert bool(warning) == warns
+    assert not warns or "384 rows with its padding here and 512 in the checkpoint" in warning
+    assert not warns or warning.endswith("--make-vocab-size-divisible-by 256")
+
+
 @pytest.mark.parametrize(("here", "saved"), [(1, 2), (4, 1)])
 def test_only_weights_move_between_runs_with_and_without_expert_parallelism(here, saved):
     def check(here, saved, **changes):

@@ -1,5 +1,6 @@
 """HGRN2Config and the rules about Megatron's other flags."""
 
+import math
 import re
 import types
 
@@ -25,8 +26,11 @@ OFFLOAD = {"fine_grained_activation_offloading": True}
         ("layer_pattern", "HXH", "--hgrn2-layer-pattern"),
         ("layer_pattern", "**", "--hgrn2-layer-pattern"),
         ("layer_pattern", "", "--hgrn2-layer-pattern"),
+        ("layer_pattern", "H ", "the unknown letters ' '"),
         ("lower_bounds", "fixed", "--hgrn2-lower-bounds"),
         ("norm_eps", 0.0, "--hgrn2-norm-eps"),
+        ("norm_eps", math.inf, "--hgrn2-norm-eps"),
+        ("norm_eps", math.nan, "--hgrn2-norm-eps"),
     ],
 )
 def test_nonsense_is_refused_by_flag(field, value, flag):
@@ -416,7 +420,7 @@ def test_a_gpt_has_no_layers_that_only_a_hybrid_model_has(pattern):
         ({"hybrid_layer_pattern": None}, "needs --hybrid-layer-pattern"),
         ({"hybrid_layer_pattern": "M-/"}, "a / without a head"),
         ({"hybrid_layer_pattern": "*-/M-"}, "has no M before the first /"),
-        ({"hybrid_layer_pattern": "M-/D-"}, "cannot have, D:"),
+        ({"hybrid_layer_pattern": "M-/D-"}, "cannot have, 'D':"),
         ({"hybrid_layer_pattern": "M-/M-", "mtp_num_layers": 2}, "--mtp-num-layers is 2, but .* has 1 heads"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers is 1, but .* has 0 heads"),
         ({"hybrid_layer_pattern": "M-/ME"}, "--num-experts"),
@@ -434,7 +438,7 @@ def test_a_gpt_has_no_layers_that_only_a_hybrid_model_has(pattern):
         ({"enable_mhc_connections": True}, "--enable-mhc-connections"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm .* run pretrain_gpt.py"),
         ({"cpu_offloading_num_layers": 1}, "--cpu-offloading-num-layers .* --fine-grained-activation-offloading"),
-        ({"hybrid_layer_pattern": "M-D-"}, "cannot have, D:"),
+        ({"hybrid_layer_pattern": "M-D-"}, "cannot have, 'D':"),
         ({"hybrid_layer_pattern": "M-G-"}, "without the package flash-linear-attention"),
         ({"hybrid_layer_pattern": "M-+-"}, r"a \+ in .* without --multi-latent-attention .*HGRN2MLATransformerConfig"),
         (LATENT | {"hybrid_layer_pattern": "M-*-"}, r"--multi-latent-attention without a \+"),
@@ -459,7 +463,14 @@ def test_what_a_hybrid_model_cannot_have_is_refused(changes, message):
 
 @pytest.mark.parametrize(
     ("changes", "flag"),
-    [({"layernorm_epsilon": 1e-5}, "--norm-epsilon"), ({"hgrn2_norm_eps": 1e-6}, "--hgrn2-norm-eps")],
+    [
+        ({"layernorm_epsilon": 1e-5}, "--norm-epsilon"),
+        ({"hgrn2_norm_eps": 1e-6}, "--hgrn2-norm-eps"),
+        (
+            {"hgrn2_layer_pattern": "HHH*", "num_layers": 2, "position_embedding_type": "rope"},
+            "no * falls on one of the 2 layers",
+        ),
+    ],
 )
 def test_what_trains_but_departs_from_published_models_warns(changes, flag):
     assert [flag in warning for warning in check(Settings(hgrn2_settings(**changes)))] == [True]

@@ -201,7 +201,7 @@ def test_documents_of_a_packed_row_are_predicted_as_rows_are(bounds):
     [
         ("M-/M-", {"mtp_num_layers": None}, "mtp_num_layers of the config is None, but .* 1 heads"),
         ("M-/M-", {"mtp_num_layers": 2}, "--mtp-num-layers is 2, but --hybrid-layer-pattern 'M-/M-' has 1 heads"),
-        ("M-/D-", {}, "cannot have, D:"),
+        ("M-/D-", {}, "cannot have, 'D':"),
         ("M-/", {}, "a / without a head"),
         ("*-/M-", {}, "has no M before the first /"),
         ("M-/ME", {}, "--num-experts"),
