@@ -225,12 +225,14 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
 def other_vocabulary(args: argparse.Namespace, checkpoint_args: argparse.Namespace) -> str | None:
     """Return a warning if the checkpoint has more or fewer rows of padding in its vocabulary, or None."""
     here, saved = (getattr(one, "padded_vocab_size", None) for one in (args, checkpoint_args))
-    if None in (here, saved) or here == saved:
+    if here is None or saved is None or here == saved:
         return None
+    tp, tokens = args.tensor_model_parallel_size, getattr(args, "vocab_size", None) or 0
+    keep = f": to keep them, give --use-checkpoint-args, or --make-vocab-size-divisible-by {saved // tp}"
     return (
         f"the vocabulary has {here} rows with its padding here and {saved} in the checkpoint. Megatron cuts off or "
-        "adds rows, which changes the loss unless the model has learned to ignore them: to keep them, give "
-        f"--use-checkpoint-args, or --make-vocab-size-divisible-by {saved // args.tensor_model_parallel_size}"
+        "adds rows, which changes the loss unless the model has learned to ignore them"
+        + (keep if saved % tp == 0 and tokens <= saved else "")
     )
 
 

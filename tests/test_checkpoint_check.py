@@ -58,6 +58,12 @@ def test_another_padding_of_the_vocabulary_is_named(here, saved, warns):
     assert not warns or warning.endswith("--make-vocab-size-divisible-by 256")
 
 
+@pytest.mark.parametrize(("saved", "vocab_size"), [(257, 257), (384, 500)])
+def test_rows_that_cannot_be_kept_get_no_advice(saved, vocab_size):
+    args = args_of(padded_vocab_size=512, tensor_model_parallel_size=2, vocab_size=vocab_size)
+    assert checkpoint_check.other_vocabulary(args, args_of(padded_vocab_size=saved)).endswith("to ignore them")
+
+
 @pytest.mark.parametrize(("here", "saved"), [(1, 2), (4, 1)])
 def test_only_weights_move_between_runs_with_and_without_expert_parallelism(here, saved):
     def check(here, saved, **changes):

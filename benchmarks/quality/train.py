@@ -226,7 +226,7 @@ def train(args: argparse.Namespace) -> bool:
         "seed": args.seed,
         "seq_length": SIZES[args.size]["seq"],
         "data": json.loads((args.data / "data.json").read_text()),
-        "flags": " ".join(flags),
+        "flags": " ".join([*flags, *args.extra]),
     }
     about = folder / "run.json"
     if about.exists() and json.loads(about.read_text()) != run:

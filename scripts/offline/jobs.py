@@ -8,7 +8,7 @@ job that can run. Comments in a script say what the job needs:
     # seconds: 400     the job is left out if less time is left
     # needs: data te   files in READY that must be there before it starts
     # turn             it waits for its turn itself, with `train.py --turn $TURN`
-    # beside           it waits for no turn, so it makes the times of the job that runs longer
+    # beside           it waits for no turn, and slows down the job that runs beside it
 
 A job with `turn` starts while another job runs, and so loads everything before its turn comes. A job finds its GPU in
 CUDA_VISIBLE_DEVICES and the file of its turn in TURN. UNTIL is a time 40 seconds before the deadline, at which the
@@ -128,9 +128,10 @@ class Machine:
             code = self._end_of(process)
         with self.lock:
             del self.running[gpu][job]
-            for other in self.running[gpu] if not job.beside else ():
-                # it has waited for its turn until now
-                self.running[gpu][other] = time.time()
+            for other in self.running[gpu]:
+                if not (job.beside or other.beside):
+                    # it has waited for its turn until now
+                    self.running[gpu][other] = time.time()
         self.say(f"{job.path.stem} ends with status {code}")
 
     def _end_of(self, process: subprocess.Popen) -> int:

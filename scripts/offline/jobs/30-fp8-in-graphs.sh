@@ -2,6 +2,7 @@
 # seconds: 200
 # needs: base te
 . scripts/offline/env.sh
+cd "$WORK/graphs" || exit 1
 fp8="--fp8-format hybrid --fp8-recipe delayed"
 python3 benchmarks/pretrain.py examples --rows "HGRN2, 4096" "HGRN2, 4096 graph" --logs "$WORK/log/graphs" \
   --out "$WORK/log/graphs.json"

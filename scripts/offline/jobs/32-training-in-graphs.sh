@@ -4,5 +4,6 @@
 # needs: base data te
 # turn
 . scripts/offline/env.sh
+cd "$WORK/graphs" || exit 1
 MEGATRON="--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 train graphs hgrn2 1 --iterations 100 --evaluations 1
