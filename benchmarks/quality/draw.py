@@ -56,7 +56,8 @@ def read(folder: Path) -> dict:
     training = [[piece[-1] * of_one, round(sum(log.losses[i] for i in piece) / len(piece), 5)] for piece in pieces]
     lengths, gates = (json.loads(x.read_text()) if x.exists() else [] for x in (folder / POSITIONS, folder / GATES))
     return {
-        **{name: run[name] for name in ("model", "size", "lr", "seed", "seq_length", "data", "flags")},
+        **{name: run[name] for name in ("model", "size", "lr", "seed", "seq_length", "data")},
+        "flags": f"{run['flags']} {run.get('more flags', '')}".strip(),
         "parameters": log.parameters,
         "tokens": iterations[-1] * of_one if iterations else 0,
         "iterations": iterations[-1] if iterations else 0,

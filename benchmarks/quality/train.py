@@ -226,12 +226,13 @@ def train(args: argparse.Namespace) -> bool:
         "seed": args.seed,
         "seq_length": SIZES[args.size]["seq"],
         "data": json.loads((args.data / "data.json").read_text()),
-        "flags": " ".join([*flags, *args.extra]),
+        "flags": " ".join(flags),
     }
     about = folder / "run.json"
-    if about.exists() and json.loads(about.read_text()) != run:
+    if about.exists() and json.loads(about.read_text()) | {"more flags": ""} != run | {"more flags": ""}:
         raise ValueError(f"{folder} has a run with other flags or data: give another --out, or delete the folder")
-    about.write_text(json.dumps(run, indent=1) + "\n")
+    # a piece may have flags of its own, such as one that ends it
+    about.write_text(json.dumps(run | {"more flags": " ".join(args.extra)}, indent=1) + "\n")
     # Each run has an index of its own. Otherwise a run could read one that another run is still writing.
     flags += ["--held-out", str(args.data / "heldout-sample")]
     flags += ["--log-interval", "1", "--data-cache-path", str(folder / "index")]

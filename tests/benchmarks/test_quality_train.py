@@ -236,6 +236,7 @@ def test_a_run_goes_on_where_it_stopped(data, runs, tmp_path):
 
     one, (two,) = draw.read(runs / "hgrn2-0.005-seed1"), draw.read_all(tmp_path)
     assert one["heldout"][-1][2] == two["heldout"][-1][2] and two["done"]
+    assert one["flags"] == two["flags"]
     # a piece's second line is a mean of two, out of which its loss was taken
     assert [loss for _, loss in two["training"]] == pytest.approx([loss for _, loss in one["training"]], abs=1e-4)
     refused = harness.python(
