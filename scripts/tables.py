@@ -153,6 +153,12 @@ TABLES = {
         ["layer", "mean forget gate", "largest decay of a chunk, powers of two", "within the limit"]
         + ["2 bands", "3 bands", "4 bands", "exact form"],
     ),
+    "state-tracking": (
+        "2026-11-29-state-tracking",
+        ["machine", "a guess", "mixer"]
+        + [f"tokens {begin} to {end}" for begin, end in ((1, 16), (17, 64), (65, 128), (129, 256), (257, 512))]
+        + ["tokens 513 to 1024"],
+    ),
     "rivals-start": (
         "2026-11-29-rivals-start",
         ["model", "parameters", "tokens", "seconds", "held-out bits per byte"],
