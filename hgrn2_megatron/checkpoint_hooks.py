@@ -3,7 +3,6 @@
 import copy
 import itertools
 
-import torch
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 
 from hgrn2_megatron import checkpoint, checkpoint_check
@@ -96,6 +95,7 @@ def install_checkpoint() -> None:
     HGRN2 models.
     """
     import megatron.training.checkpointing as checkpointing
+    from megatron.training.utils import print_rank_0
 
     # The list is not empty while --use-checkpoint-args reads the checkpoint's args, which may differ from the run's.
     restoring = []
@@ -132,9 +132,12 @@ def install_checkpoint() -> None:
                 metadata = load_content_metadata(preloaded_state_dict=state_dict) or {}
                 checkpoint_check.check(args, saved, is_distributed, metadata.get("distrib_optim_sharding_type"))
                 # this function is called once for the args and once for the weights
-                warning = is_hgrn2_spec(args.spec) and not rank0 and checkpoint_check.other_vocabulary(args, saved)
-                if warning and torch.distributed.get_rank() == 0:
-                    print(f"HGRN2 warning: {warning}", flush=True)
+                if (
+                    is_hgrn2_spec(args.spec)
+                    and not rank0
+                    and (warning := checkpoint_check.other_vocabulary(args, saved))
+                ):
+                    print_rank_0(f"HGRN2 warning: {warning}")
             if rank0:
                 distributed[:] = [(saved, folder)] if saved and is_distributed else []
             elif saved and is_hgrn2_spec(args.spec):
