@@ -19,6 +19,12 @@ from torch import Tensor
 # than the tolerance. At 1e-2, differences in rounding would exceed it too.
 STEPS = 3
 LR, WEIGHT_DECAY, ADAM_EPS, LARGEST_NORM = 3e-3, 0.1, 1e-5, 0.5
+# parts of layouts, and of their `config`
+DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+# A micro-batch has 80 or 160 tokens on a rank, so this makes several whole chunks and a shorter last one.
+CHUNKED = {"hgrn2_loss_chunk_size": 37}
 
 
 def of_model(model: dict) -> dict:

@@ -7,11 +7,10 @@ PRODUCTS is a seed. Each seed draws 14 models with a layout of 4 or 8 processes,
 
 import random
 
-RECOMPUTE = {
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "selective": {"recompute_granularity": "selective"},
-}
-# the layers of each virtual stage of a HybridModel, or of a GPT None; the other models have no virtual stages here
+from parity import CHUNKED, DISTRIBUTED, RECOMPUTE, SELECTIVE
+
+# The number of layers in each virtual stage of a HybridModel. A GPT has None, because Megatron divides its layers. The
+# other models have no virtual stages here.
 VIRTUAL = {"stack": [2, 3, 1, 2], "stack-pure": [2, 3, 1, 2], "stack-deep": [4, 4, 4, 4]}
 VIRTUAL |= dict.fromkeys(("hgrn2", "hybrid", "tied", "per-token-loss", "experts", "packed-documents", "packed-stream"))
 MODELS = [*VIRTUAL, "mtp", "mtp-attention", "stack-experts", "packed-hybrid-documents", "packed-hybrid-stream"]
@@ -52,13 +51,13 @@ def _layout(chance: random.Random, model: str, sizes: dict, dp: int) -> tuple[st
         # Megatron's experts demand it
         add("sequence-parallel", 1 if experts else 0.6, layout, {"sequence_parallel": True})
     if dp > 1:
-        add("distributed-optimizer", 0.7, layout, {"distributed_optimizer": True, "overlap": True})
+        add("distributed-optimizer", 0.7, layout, DISTRIBUTED)
     # with data parallelism, a rank has too few micro-batches for virtual stages
     if "pp" in sizes and dp == 1 and model in VIRTUAL:
         segments = VIRTUAL[model]
         add("vpp2", 0.5, layout, {"vpp": 2} | ({"segments": segments} if segments else {}))
-    recompute = chance.choice(list(RECOMPUTE))
-    add(f"recompute-{recompute}", 0.5, config, RECOMPUTE[recompute])
+    recompute, settings = chance.choice([("full", RECOMPUTE), ("selective", SELECTIVE)])
+    add(f"recompute-{recompute}", 0.5, config, settings)
     if not experts:
-        add("loss-by-chunks", 0.3, config, {"hgrn2_loss_chunk_size": 37})
+        add("loss-by-chunks", 0.3, config, CHUNKED)
     return "-".join(words), layout | ({"config": config} if config else {})

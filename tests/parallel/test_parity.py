@@ -10,6 +10,7 @@ import parity
 import products
 import pytest
 import torch
+from parity import CHUNKED, DISTRIBUTED, RECOMPUTE, SELECTIVE
 
 EXPERTS = {
     "num_moe_experts": 4,
@@ -53,10 +54,7 @@ for packing, positions in ("documents", "rope"), ("stream", "none"):
     MODELS[f"packed-{packing}"] = own
     MODELS[f"packed-hybrid-{packing}"] = own | {"hgrn2_layer_pattern": "H**H", "position_embedding_type": positions}
 MODELS["stack-packed"] = PACKED | {"hgrn2_packed_layout": "documents", "hybrid_layer_pattern": "M-M-"}
-DISTRIBUTED = {"distributed_optimizer": True, "overlap": True}
 FSDP = {"distributed_optimizer": True, "fsdp": "optim_grads_params"}
-# A micro-batch has 80 or 160 tokens on a rank, so this makes several whole chunks and a shorter last one.
-CHUNKED = {"hgrn2_loss_chunk_size": 37}
 # the schedule that combines the forward of a micro-batch with the backward of another; it demands bf16 of the config
 COMBINED = {"overlap_moe_expert_parallel_comm": True, "moe_token_dispatcher_type": "alltoall", "bf16": True}
 DELAYED = {"delay_wgrad_compute": True, "recompute_granularity": "selective"}
@@ -67,13 +65,12 @@ OFFLOAD = {
 }
 # the last stage has no layer at all
 UNEVEN = [["embedding", "decoder"], ["decoder", "decoder"], ["decoder"], ["loss"]]
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "tp2-sequence-parallel": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2": (2, {"pp": 2}),
     "pp2-recompute": (2, {"pp": 2, "config": RECOMPUTE}),
-    "tp2-recompute-selective": (2, {"tp": 2, "config": {"recompute_granularity": "selective"}}),
+    "tp2-recompute-selective": (2, {"tp": 2, "config": SELECTIVE}),
     "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
     "pp4-uneven": (4, {"pp": 4, "config": {"pipeline_model_parallel_layout": UNEVEN}}),
     "dp2": (2, {"overlap": True}),
