@@ -7,6 +7,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -64,7 +66,7 @@ def _installed() -> dict[str, str | None]:
     installed = {package: _version(package) for package in TRIED}
     # a checkout on PYTHONPATH comes before the installed release
     megatron = sys.modules.get("megatron.core")
-    return installed | ({"megatron-core": megatron.__version__} if megatron else {})
+    return installed | ({"megatron-core": _release_of(megatron)} if megatron else {})
 
 
 def _lines() -> Iterator[tuple[str, str, str | None]]:
@@ -142,6 +144,15 @@ def _kernels(capability: tuple[int, int]) -> str:
     return f"those for every GPU{hopper}"
 
 
+def _release_of(core: ModuleType) -> str:
+    """Return the version of megatron.core, with the commit only if it is a checkout.
+
+    A wheel names the commit of the git repository in which its environment happens to lie.
+    """
+    is_checkout = (Path(core.__path__[0]).parents[1] / ".git").exists()
+    return core.__version__ if is_checkout else core.__version__.split("+")[0]
+
+
 def _megatron() -> tuple[str, str | None]:
     """Return the release of megatron-core, and the reason if it cannot be used."""
     if not _has("megatron.core"):
@@ -151,10 +162,7 @@ def _megatron() -> tuple[str, str | None]:
     cpu.install()
     import megatron.core
 
-    release = megatron.core.__version__
-    if "site-packages" in megatron.core.__file__:
-        # a wheel names the commit of the git repository in which the environment happens to lie
-        release = release.split("+")[0]
+    release = _release_of(megatron.core)
     try:
         # the hooks check Megatron's functions before they wrap them
         import hgrn2_megatron.spec  # noqa: F401

@@ -25,6 +25,7 @@ EXCHANGE = ["tokens", "way", "ms", "% slower than alone", "tokens/s per GPU", "M
 OPERATOR = ["shape", "operator", "forward ms", "forward + backward ms", "in a row ms", "in a graph ms", "kept MiB"]
 KEPT = "HGRN2, states kept, kernels for Hopper"
 TIMES = ["forward", "both", "both eager", "recomputed"]
+WAYS = ["forward", "alone", "in a row", "in a graph"]
 FLA_MODEL = ["run", "model", "ms", "kernels ms", "products ms", "tokens/s", "times as fast", "peak GiB"]
 ALL_HELD_OUT = ["all held-out, 2,048 tokens", "all held-out, 32,768 tokens"]
 TABLES = {
@@ -124,13 +125,11 @@ TABLES = {
     ),
     "hopper-host": (
         "2026-11-29-hopper-host",
-        ["shape", "gates", "operator"]
-        + [f"{way}, {when}" for way in ("forward", "alone", "in a row", "in a graph") for when in ("before", "after")],
+        ["shape", "gates", "operator"] + [f"{way}, {when}" for way in WAYS for when in ("before", "after")],
     ),
     "hopper-triton": (
         "2026-11-29-hopper-triton",
-        ["shape", "gates", "operator"]
-        + [f"{way}, {release}" for way in ("forward", "alone", "in a row", "in a graph") for release in (3.6, 3.9)],
+        ["shape", "gates", "operator"] + [f"{way}, {release}" for way in WAYS for release in (3.6, 3.9)],
     ),
     "fla-model": ("2026-11-29-fla-model", FLA_MODEL),
     "fla-model-own": ("2026-11-29-fla-model-own", FLA_MODEL),
@@ -156,8 +155,9 @@ TABLES = {
     "state-tracking": (
         "2026-11-29-state-tracking",
         ["machine", "a guess", "mixer"]
-        + [f"tokens {begin} to {end}" for begin, end in ((1, 16), (17, 64), (65, 128), (129, 256), (257, 512))]
-        + ["tokens 513 to 1024"],
+        + [
+            f"tokens {part}" for part in ("1 to 16", "17 to 64", "65 to 128", "129 to 256", "257 to 512", "513 to 1024")
+        ],
     ),
     "rivals-start": (
         "2026-11-29-rivals-start",

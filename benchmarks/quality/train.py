@@ -227,12 +227,13 @@ def train(args: argparse.Namespace) -> bool:
         "seq_length": SIZES[args.size]["seq"],
         "data": json.loads((args.data / "data.json").read_text()),
         "flags": " ".join(flags),
+        # a piece may have flags of its own, such as one that ends it
+        "more flags": " ".join(args.extra),
     }
     about = folder / "run.json"
-    if about.exists() and json.loads(about.read_text()) | {"more flags": ""} != run | {"more flags": ""}:
+    if about.exists() and json.loads(about.read_text()) | {"more flags": run["more flags"]} != run:
         raise ValueError(f"{folder} has a run with other flags or data: give another --out, or delete the folder")
-    # a piece may have flags of its own, such as one that ends it
-    about.write_text(json.dumps(run | {"more flags": " ".join(args.extra)}, indent=1) + "\n")
+    about.write_text(json.dumps(run, indent=1) + "\n")
     # Each run has an index of its own. Otherwise a run could read one that another run is still writing.
     flags += ["--held-out", str(args.data / "heldout-sample")]
     flags += ["--log-interval", "1", "--data-cache-path", str(folder / "index")]

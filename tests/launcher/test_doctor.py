@@ -23,6 +23,8 @@ def test_says_what_a_run_will_use():
     assert done.returncode == 0, done.stdout
     seen = {line[:20].strip(): line[20:] for line in done.stdout.splitlines()}
     assert seen["megatron-core"].startswith("0.19") and "not been tried" not in done.stdout
+    # no commit of this repository
+    assert "+" not in seen["megatron-core"]
     assert seen["operator"].startswith("op=")
     assert "Ready to train." in done.stdout
 
