@@ -102,8 +102,8 @@ def test_every_job_of_the_folder_can_be_read():
     found = [jobs.Job.read(path) for path in sorted((FOLDER / "jobs").glob("*.sh"))]
     known = {"base", "data", "te", "mamba", "triton"}
     assert found and all(set(one.needs) <= known and "base" in one.needs for one in found)
-    # the function `train` of env.sh waits for the turn
-    assert all(one.turn == bool(re.search(r"\btrain [a-z]", one.path.read_text())) for one in found)
+    # the functions `train` and `sweep` of env.sh wait for the turn
+    assert all(one.turn == bool(re.search(r"\b(train|sweep) [a-z]", one.path.read_text())) for one in found)
 
 
 def test_pieces_are_small_and_in_order(tmp_path):

@@ -6,12 +6,22 @@ export PYTHONPATH=$WORK/site:$WORK/checkout:$WORK/checkout/kernels
 # also keep which configuration of a kernel was the fastest, and what torch.compile has compiled
 export TRITON_CACHE_AUTOTUNING=1 TORCHINDUCTOR_CACHE_DIR=$WORK/cache-inductor
 
-# FOLDER MODEL SEED FLAG ..: a run of benchmarks/quality at a rate of 1e-3 that waits for its turn. Megatron gets the
+# FOLDER MODEL SEED FLAG ..: a run of benchmarks/quality at the rate $LR or 1e-3 that waits for its turn. Megatron gets the
 # flags in the variable MEGATRON and those in the file $WORK/flags. With that file, the run takes the copy of the
-# checkout that the job 20 has made.
+# checkout that the job 70 has made.
 train() {
   [ ! -e "$WORK/flags" ] || cd "$WORK/graphs" || return 1
   # shellcheck disable=SC2046,SC2086
-  python3 benchmarks/quality/train.py "$2" --data "$WORK/data" --out "$WORK/log/lm/$1" --lr 1e-3 --seed "$3" \
+  python3 benchmarks/quality/train.py "$2" --data "$WORK/data" --out "$WORK/log/lm/$1" --lr "${LR:-1e-3}" --seed "$3" \
     --no-checkpoints --turn "$TURN" --until "$UNTIL" "${@:4}" -- ${MEGATRON:-} $(cat "$WORK/flags" 2> /dev/null)
+}
+
+# MODEL: the sweep of a model, one run for each learning rate. A run has a tenth of the iterations of a full one.
+sweep() {
+  local lr
+  # all of them start now, and they take turns
+  for lr in 5e-4 1e-3 2e-3; do
+    LR=$lr train sweep "$1" 1 --iterations 240 --evaluations 2 > "$WORK/log/sweep.$1.$lr.log" 2>&1 &
+  done
+  wait
 }

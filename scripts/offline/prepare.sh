@@ -116,6 +116,7 @@ now fill-operator fill 3.6.0 "" benchmarks/operator_times.py
 for program in needle state_tracking; do
   now fill-$program fill 3.6.0 "" benchmarks/quality/$program.py --compile --out nothing.json
 done
+now fill-mqar fill 3.6.0 "" benchmarks/quality/mqar.py --widths 512 --compile --out nothing.json
 if [ "$RIVALS" != 0 ]; then
   newer=$PWD/$build/triton-3.9.0
   now fill-mamba2 fill 3.6.0 $build/mamba $here/fill/mamba2.py

@@ -1,4 +1,4 @@
-# seconds: 1000
+# seconds: 1200
 # needs: base data te mamba
 # turn
 . scripts/offline/env.sh

@@ -1,4 +1,4 @@
-# Whether CUDA graphs make the runs of benchmarks/quality faster: compare losses and speed with those of 31. If they do,
+# Whether CUDA graphs make the runs of benchmarks/quality faster: compare losses and speed with those of 72. If they do,
 # put the flags into $WORK/flags before the next run starts.
 # seconds: 60
 # needs: base data te
