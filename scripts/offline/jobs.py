@@ -10,7 +10,8 @@ job that can run. Comments in a script say what the job needs:
     # turn             it waits for its turn itself, with `train.py --turn $TURN`
     # beside           it waits for no turn, and slows down the job that runs beside it
 
-A job with `turn` starts while another job runs, and so loads everything before its turn comes. A job finds its GPU in
+A job with `turn` starts while another job runs, and so loads everything before its turn comes. It starts only when that
+job has its own turn, and so cannot overtake it. A job finds its GPU in
 CUDA_VISIBLE_DEVICES and the file of its turn in TURN. UNTIL is a time 40 seconds before the deadline, at which the
 training of a job has to end. Before the deadline, jobs that still run are ended. The output of a job goes to
 LOGS/NAME.log.
@@ -19,6 +20,7 @@ LOGS/NAME.log.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import os
 import re
 import signal
@@ -77,6 +79,16 @@ def choose(jobs: list[Job], ready: set[str], left: float, busy: float | None) ->
     return None
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process has the lock of `flock` on a file."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 class Machine:
     """The GPUs of a machine, with two jobs on each at most: one runs, and one runs beside it or waits for its turn."""
 
@@ -89,6 +101,10 @@ class Machine:
     def say(self, text: str):
         print(f"{time.time() - self.start:6.0f} s  {text}", flush=True)
 
+    def turn(self, gpu: str) -> Path:
+        """Return the file that the running job of a GPU has locked."""
+        return self.logs / f"turn.{gpu}"
+
     def take(self, gpu: str) -> Job | None:
         """Take the next job of a GPU from the list."""
         with self.lock:
@@ -96,6 +112,8 @@ class Machine:
             if len(running) > 1:
                 return None
             busy = sum(max(0.0, job.seconds - (now - begun)) for job, begun in running.items()) if running else None
+            if any(not job.beside for job in running) and not is_locked(self.turn(gpu)):
+                return None
             job = choose(self.jobs, {path.name for path in self.ready.iterdir()}, self.until - now, busy)
             if job:
                 self.jobs.remove(job)
@@ -118,7 +136,7 @@ class Machine:
     def run(self, job: Job, gpu: str):
         """Run a job on a GPU and report how it ended."""
         self.say(f"{job.path.stem} starts on GPU {gpu}")
-        turn = self.logs / f"turn.{gpu}"
+        turn = self.turn(gpu)
         # flock is the same lock that train.py takes
         locked = [] if job.turn or job.beside else ["flock", str(turn)]
         command = [*locked, "bash", str(job.path)]

@@ -1,4 +1,4 @@
-# seconds: 1200
+# seconds: 1150
 # needs: base data te mamba
 # turn
 . scripts/offline/env.sh

@@ -1,6 +1,6 @@
 # Whether launch.py may start kernels of Triton 3.9 as it starts those of 3.8: then add the hash that this prints.
 # seconds: 150
-# needs: base triton
+# needs: base data te triton
 . scripts/offline/env.sh
 export TRITON_CACHE_DIR=$WORK/cache-3.9.0 PYTHONPATH=$WORK/triton-3.9.0:$PYTHONPATH
 python3 - <<'PROGRAM'

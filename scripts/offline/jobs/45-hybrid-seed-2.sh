@@ -1,4 +1,4 @@
-# seconds: 740
+# seconds: 760
 # needs: base data te
 # turn
 . scripts/offline/env.sh

@@ -1,6 +1,0 @@
-# Recall of models of width 512 with the expand ratio 16, in the time until the text is there. The second GPU takes 11.
-# seconds: 95
-# needs: base
-. scripts/offline/env.sh
-python3 benchmarks/quality/mqar.py --widths 512 --patterns H --expand-ratios 16 --seeds 1 --rates 1e-3 3e-3 \
-  --workers 1 --minutes 1.5 --out "$WORK/log/mqar-512-16.json"
