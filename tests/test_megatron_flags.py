@@ -9,13 +9,12 @@ import re
 import harness
 import pytest
 import torch
-from test_config import hgrn2_settings, stack_settings
+from model_settings import gpt_settings, stack_settings
 from training import HGRN2, train
 
 from hgrn2_megatron import UsageError, requirements
 from hgrn2_megatron.megatron_flags import TABLE, Effect, command_line
 from hgrn2_megatron.requirements import check
-from hgrn2_megatron.settings import Settings
 
 ROWS = {name: row for row in TABLE for name in row.names}
 # what Megatron's parser calls the groups of such flags, and words of those that it has in other groups
@@ -100,7 +99,7 @@ REFUSED = [name for row in TABLE if row.effect is Effect.REFUSED for name in row
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_table_calls_refused_is(name):
     with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
-        check(Settings(hgrn2_settings(**{name: 1})))
+        check(gpt_settings(**{name: 1}))
 
 
 # pure and hybrid, as a GPT and as a HybridModel
@@ -152,20 +151,20 @@ def test_attention_layers_take_their_flags_and_hgrn2_layers_do_not(name, logits)
 
 def warned(settings, stack: bool = False) -> list[str]:
     """Flags in the warning of a model that is built without a command line."""
-    lines = [line for line in check(Settings(settings), stack=stack) if line.startswith("these flags have no effect")]
+    lines = [line for line in check(settings, stack=stack) if line.startswith("these flags have no effect")]
     assert len(lines) <= 1
     return re.findall(r"--[\w-]+", lines[0].split(";")[0]) if lines else []
 
 
 def test_a_model_without_a_command_line_warns_of_what_it_is_given_alone(monkeypatch):
     monkeypatch.setattr(requirements, "global_args", lambda: None)
-    given = hgrn2_settings(num_attention_heads=4, kv_channels=64, num_query_groups=4, attention_dropout=0.0)
+    given = gpt_settings(num_attention_heads=4, kv_channels=64, num_query_groups=4, attention_dropout=0.0)
     assert warned(given) == []
     given = dict(qk_layernorm=True, kv_channels=32, num_attention_heads=4, mamba_state_dim=64)
-    assert warned(hgrn2_settings(**given)) == ["--kv-channels", "--qk-layernorm", "--mamba-state-dim"]
-    assert warned(hgrn2_settings(**given, hgrn2_layer_pattern="H*")) == ["--mamba-state-dim"]
+    assert warned(gpt_settings(**given)) == ["--kv-channels", "--qk-layernorm", "--mamba-state-dim"]
+    assert warned(gpt_settings(**given, hgrn2_layer_pattern="H*")) == ["--mamba-state-dim"]
     assert warned(stack_settings(**given), stack=True) == ["--mamba-state-dim"]
-    assert warned(stack_settings(**given, hybrid_layer_pattern="M-"), stack=True) == warned(hgrn2_settings(**given))
+    assert warned(stack_settings(**given, hybrid_layer_pattern="M-"), stack=True) == warned(gpt_settings(**given))
 
 
 FLAGS = (

@@ -5,12 +5,11 @@ import importlib.util
 import harness
 import pytest
 import torch
-from test_config import hgrn2_settings, stack_settings
+from model_settings import gpt_settings, stack_settings
 from training import FLAGS, HGRN2, LAUNCHER, STACK, losses_of
 
 from hgrn2_megatron import UsageError, cpu, cpu_requirements
 from hgrn2_megatron.requirements import check
-from hgrn2_megatron.settings import Settings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU mode is for machines without a GPU")
 
@@ -96,7 +95,7 @@ def test_what_needs_cuda_is_refused_by_flag_without_it_alone(changes, flag, monk
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     stack = "hybrid_layer_pattern" in changes
-    settings = Settings((stack_settings if stack else hgrn2_settings)(**changes))
+    settings = (stack_settings if stack else gpt_settings)(**changes)
     check(settings, stack)
     monkeypatch.setattr(cpu, "installed", lambda: True)
     with pytest.raises(UsageError, match=f"^{flag} does not work on a machine without CUDA: "):
@@ -110,13 +109,13 @@ def test_a_coalesced_exchange_ends_with_its_block():
 
 def test_a_profile_of_the_cpu_is_pytorchs(monkeypatch):
     monkeypatch.setattr(cpu, "installed", lambda: True)
-    check(Settings(hgrn2_settings(profile=True, use_pytorch_profiler=True)))
+    check(gpt_settings(profile=True, use_pytorch_profiler=True))
 
 
 def test_one_data_parallel_rank_gathers_nothing_for_muon(monkeypatch):
     monkeypatch.setattr(cpu, "installed", lambda: True)
     divided = dict(optimizer="muon", use_distributed_optimizer=True, world_size=2, tensor_model_parallel_size=2)
-    assert check(Settings(hgrn2_settings(**divided))) == []
+    assert check(gpt_settings(**divided)) == []
 
 
 def test_every_flag_that_needs_cuda_is_in_the_table_above():
