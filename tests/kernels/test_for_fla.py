@@ -71,25 +71,17 @@ def gradients(model, run) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "run, settings",
-    [
-        (left_padded, {}),
-        (left_padded, {"use_short_conv": True, "num_hidden_layers": 1, "use_lower_bound": False}),
-        (plain, {"use_lower_bound": False, "hidden_size": 36, "expand_ratio": 16}),
-        (left_padded, HYBRID),
-        (packed, HYBRID),
-        (from_states, HYBRID),
-    ],
-    ids=[
-        "left-padded",
-        "convolutions",
-        "no-bound-and-wider-values",
-        "hybrid-left-padded",
-        "hybrid-packed",
-        "hybrid-from-states",
-    ],
-)
+RUNS = {
+    "left-padded": (left_padded, {}),
+    "convolutions": (left_padded, {"use_short_conv": True, "num_hidden_layers": 1, "use_lower_bound": False}),
+    "no-bound-and-wider-values": (plain, {"use_lower_bound": False, "hidden_size": 36, "expand_ratio": 16}),
+    "hybrid-left-padded": (left_padded, HYBRID),
+    "hybrid-packed": (packed, HYBRID),
+    "hybrid-from-states": (from_states, HYBRID),
+}
+
+
+@pytest.mark.parametrize("run, settings", RUNS.values(), ids=RUNS)
 def test_logits_and_gradients_and_the_way_back(run, settings):
     model = fla_models.model(**settings)
     before = gradients(model, run)
