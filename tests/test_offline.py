@@ -145,7 +145,7 @@ esac
 
 
 def test_a_machine_installs_what_has_arrived(tmp_path):
-    """The packages, and the parts of another Triton that arrive while jobs run."""
+    """The packages, and the parts of another Triton that arrive while jobs run. wait.sh waits for a machine with both."""
     work, tree, inside, programs = (tmp_path / name for name in ("work", "tree", "inside", "programs"))
     inside.mkdir()
     (inside / "module.py").write_text("x = 1\n" * 1000)
@@ -173,6 +173,13 @@ def test_a_machine_installs_what_has_arrived(tmp_path):
         subprocess.run(["bash", "scripts/offline/install.sh", f"pieces/{name}/", "1000"], cwd=tree, env=env, check=True)
         shutil.rmtree(tree / "pieces")
 
+    def wait(*words) -> subprocess.CompletedProcess:
+        command = ["bash", "scripts/offline/wait.sh", *map(str, words)]
+        return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+
+    def names(archive: Path) -> list[str]:
+        return subprocess.run(["tar", "tJf", archive], capture_output=True, text=True, check=True).stdout.split()
+
     def within(seconds: float, path: Path, text: str = "") -> bool:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not (path.exists() and text in path.read_text()):
@@ -180,6 +187,9 @@ def test_a_machine_installs_what_has_arrived(tmp_path):
         return path.exists() and text in path.read_text()
 
     try:
+        begin = time.monotonic()
+        refused = wait(60)
+        assert refused.returncode == 1 and "from the first one on" in refused.stdout and time.monotonic() < begin + 5
         arrive("base.part00")
         assert not within(2, work / "ready" / "base")
         arrive("caches.part00")
@@ -191,6 +201,18 @@ def test_a_machine_installs_what_has_arrived(tmp_path):
         assert within(20, log, "triton failed: see")
         arrive("triton.part00")
         assert within(20, log, "triton is ready")
+        waited = wait(1, tmp_path)
+        assert waited.returncode == 0 and "triton is ready" in waited.stdout and " s left" in waited.stdout
+        assert "log/install.log" in names(tmp_path / "log.tar.xz") and not (tmp_path / "caches.tar.xz").exists()
+        # in the last minute it also packs new files of the caches, and it does not wait when no job is left
+        (work / "until").write_text(str(int(time.time()) + 30))
+        (work / "cache-new").mkdir()
+        (work / "cache-new" / "tuned.json").touch()
+        with open(work / "log" / "jobs.log", "a") as file:
+            file.write("no job is left that fits: all have run\n")
+        begin = time.monotonic()
+        assert wait(60, tmp_path).returncode == 0 and time.monotonic() < begin + 5
+        assert names(tmp_path / "caches.tar.xz") == ["cache-new/tuned.json"]
     finally:
         (work / "end").touch()
     assert (work / "triton-3.9.0" / "module.py").read_text() == (inside / "module.py").read_text()

@@ -24,6 +24,7 @@ take_in() {  # PIECE SECONDS
   mv "$piece"/* "$new/"
   mv "$new"/* "$WORK/pieces/"
   rmdir "$new"
+  echo "$(find "$WORK/pieces" -type f ! -name files.txt | wc -l) of $(wc -l < "$WORK/pieces/files.txt") files are here"
   setsid bash "$WORK/checkout/scripts/offline/install.sh" --complete >> "$WORK/log/install.err" 2>&1 < /dev/null &
 }
 
