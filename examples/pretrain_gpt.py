@@ -40,6 +40,7 @@ NOT_HERE = (
     "hybrid_context_parallel",
     "logits_load_dir",
 )
+INTEGERS = ["tokens", "labels", "position_ids"]
 
 
 def get_batch(data_iterator):
@@ -48,8 +49,11 @@ def get_batch(data_iterator):
     It holds tokens, labels and position_ids [b, s] int64, and loss_mask [b, s] fp32.
     """
     data = next(data_iterator) if data_iterator is not None else None
-    batch = broadcast_data(["tokens", "labels", "position_ids"], data, torch.int64)
-    batch |= broadcast_data(["loss_mask"], data, torch.float32)
+    if mpu.get_tensor_model_parallel_world_size() == 1:
+        # Nothing here waits for the device, so a CUDA graph can capture it.
+        batch = {name: data[name].cuda(non_blocking=True) for name in (*INTEGERS, "loss_mask")}
+    else:
+        batch = broadcast_data(INTEGERS, data, torch.int64) | broadcast_data(["loss_mask"], data, torch.float32)
     if mpu.get_context_parallel_world_size() > 1:
         batch = get_batch_on_this_cp_rank(
             batch | {"cu_seqlens": None}, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
@@ -160,11 +164,11 @@ def main(model_config=gpt_config_from_args):
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is not supported here: run Megatron-LM's own script through the launcher")
-    if args.cuda_graph_impl == "full_iteration":
+    if args.cuda_graph_impl == "full_iteration" and args.tensor_model_parallel_size > 1:
         # broadcast_data copies sizes to the host, which a CUDA graph cannot capture
         raise ValueError(
-            "--cuda-graph-impl full_iteration is not supported here: give --cuda-graph-impl local, or run "
-            "Megatron-LM's own script through the launcher"
+            "--cuda-graph-impl full_iteration with --tensor-model-parallel-size above 1 is not supported here: give "
+            "--cuda-graph-impl local, or run Megatron-LM's own script through the launcher"
         )
     if model_config is None:
         config = pretrain_cfg_container_from_args(args)

@@ -26,6 +26,7 @@ OPERATOR = ["shape", "operator", "forward ms", "forward + backward ms", "in a ro
 KEPT = "HGRN2, states kept, kernels for Hopper"
 TIMES = ["forward", "both", "both eager", "recomputed"]
 WAYS = ["forward", "alone", "in a row", "in a graph"]
+MQAR = ["width", "mixer", "state", "learned", "learning rate", *(f"{pairs} pairs" for pairs in (4, 8, 16, 32, 64))]
 FLA_MODEL = ["run", "model", "ms", "kernels ms", "products ms", "tokens/s", "times as fast", "peak GiB"]
 ALL_HELD_OUT = ["all held-out, 2,048 tokens", "all held-out, 32,768 tokens"]
 TABLES = {
@@ -75,10 +76,8 @@ TABLES = {
         "2026-11-25-evaluation",
         ["command", "heldout_continuation, accuracy", "heldout_bits, bits per byte", "took"],
     ),
-    "mqar": (
-        "2026-11-28-mqar-6000-steps",
-        ["width", "mixer", "state", "learned", "learning rate", *(f"{pairs} pairs" for pairs in (4, 8, 16, 32, 64))],
-    ),
+    "mqar": ("2026-11-28-mqar-6000-steps", MQAR),
+    "mqar-512": ("2026-11-29-mqar-512", MQAR),
     "kernels-rewritten": (
         "2026-11-28-kernels-rewritten",
         ["case", "bits", "forward before, us", "forward after, us", "both before, us", "both after, us"]
@@ -134,6 +133,10 @@ TABLES = {
     "fla-model": ("2026-11-29-fla-model", FLA_MODEL),
     "fla-model-own": ("2026-11-29-fla-model-own", FLA_MODEL),
     "fp8-profile": ("2026-11-29-fp8-profile", ["kernels", "bf16 ms", "FP8 ms"]),
+    "fp8-graph": (
+        "2026-11-29-fp8-graph",
+        ["run", "tokens/s", "relative to bf16", "peak GiB", "loss, first -> last"],
+    ),
     "language-model": (
         "2026-11-28-language-model",
         ["tokens", "seconds", "tokens/s since the row above", "held-out bits per byte"],

@@ -297,6 +297,14 @@ def test_cuda_graphs_train_as_no_graph_does(graph, name, processes, flags, megat
     assert max(abs(float(ours[i]) - float(losses[i])) for i in losses) <= tolerance, (ours, losses)
 
 
+def test_the_example_trains_in_a_graph_of_the_iteration():
+    """Its batch comes without a broadcast, which a graph could not capture."""
+    pytest.importorskip("transformer_engine.pytorch")
+    model = (*HGRN2, "--num-layers", 4, *WITHOUT_APEX, *TE, "--bf16")
+    losses, _ = train(*model)
+    assert len(losses) == 8 and train(*model, *ITERATION_GRAPH)[0] == losses
+
+
 def test_logits_are_those_of_fla(tmp_path):
     pytest.importorskip("fla")
     # fla tries many forms of its kernels
