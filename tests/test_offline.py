@@ -66,7 +66,7 @@ def test_jobs_run_in_order_until_the_deadline(tmp_path):
     folder, logs, ready = (tmp_path / name for name in ("jobs", "logs", "ready"))
     folder.mkdir()
     scripts = {
-        "1-first": "# seconds: 1\necho on $CUDA_VISIBLE_DEVICES",
+        "1-first": "# seconds: 1\n# each: a b\necho $1 on $CUDA_VISIBLE_DEVICES",
         "2-training": "# seconds: 2\n# turn\necho waits; flock $TURN sh -c 'echo turn; sleep 2'",
         "2b-beside": "# seconds: 1\n# beside\nflock -n $TURN echo alone || echo beside",
         "3-needs": "# seconds: 1\n# needs: data\nls $0",
@@ -83,9 +83,9 @@ def test_jobs_run_in_order_until_the_deadline(tmp_path):
     # nothing of the late job is left
     assert subprocess.run(["pgrep", "-f", str(folder)], capture_output=True).returncode == 1
     started = [line.split("s  ")[1].split()[0] for line in done.stdout.splitlines() if " starts " in line]
-    assert started == ["1-first", "2-training", "2b-beside", "4-late"]
+    assert started == ["1-first-a", "1-first-b", "2-training", "2b-beside", "4-late"]
     assert "left that fits: 3-needs, 5-long" in done.stdout
-    assert (logs / "1-first.log").read_text() == "on 7\n"
+    assert [(logs / f"1-first-{word}.log").read_text() for word in "ab"] == ["a on 7\n", "b on 7\n"]
     assert (logs / "2-training.log").read_text() == "waits\nturn\n"
     assert (logs / "2b-beside.log").read_text() == "beside\n"
     assert (logs / "4-late.log").read_text().endswith("asked\n") and "4-late ends with status -15" in done.stdout
@@ -99,11 +99,11 @@ def test_a_job_says_how_long_it_takes(tmp_path):
 
 
 def test_every_job_of_the_folder_can_be_read():
-    found = [jobs.Job.read(path) for path in sorted((FOLDER / "jobs").glob("*.sh"))]
+    found = [job for path in sorted((FOLDER / "jobs").glob("*.sh")) for job in jobs.Job.read(path)]
     known = {"base", "data", "te", "mamba", "triton"}
     assert found and all(set(one.needs) <= known and "base" in one.needs for one in found)
     # the functions `train` and `sweep` of env.sh wait for the turn
-    assert all(one.turn == bool(re.search(r"\b(train|sweep) [a-z]", one.path.read_text())) for one in found)
+    assert all(one.turn == bool(re.search(r"(^|{ )(train|sweep) ", one.path.read_text(), re.M)) for one in found)
 
 
 def test_pieces_are_small_and_in_order(tmp_path):

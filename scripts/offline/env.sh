@@ -7,10 +7,8 @@ export PYTHONPATH=$WORK/site:$WORK/checkout:$WORK/checkout/kernels
 export TRITON_CACHE_AUTOTUNING=1 TORCHINDUCTOR_CACHE_DIR=$WORK/cache-inductor
 
 # FOLDER MODEL SEED FLAG ..: a run of benchmarks/quality at the rate $LR or 1e-3 that waits for its turn. Megatron gets the
-# flags in the variable MEGATRON and those in the file $WORK/flags. With that file, the run takes the copy of the
-# checkout that the job 70 has made.
+# flags in the variable MEGATRON and those in the file $WORK/flags.
 train() {
-  [ ! -e "$WORK/flags" ] || cd "$WORK/graphs" || return 1
   # shellcheck disable=SC2046,SC2086
   python3 benchmarks/quality/train.py "$2" --data "$WORK/data" --out "$WORK/log/lm/$1" --lr "${LR:-1e-3}" --seed "$3" \
     --no-checkpoints --turn "$TURN" --until "$UNTIL" "${@:4}" -- ${MEGATRON:-} $(cat "$WORK/flags" 2> /dev/null)

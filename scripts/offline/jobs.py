@@ -9,12 +9,13 @@ job that can run. Comments in a script say what the job needs:
     # needs: data te   files in READY that must be there before it starts
     # turn             it waits for its turn itself, with `train.py --turn $TURN`
     # beside           it waits for no turn, and slows down the job that runs beside it
+    # each: a b        the script is a job for each of these words, and gets the word as its first argument
 
 A job with `turn` starts while another job runs, and so loads everything before its turn comes. It starts only when that
 job has its own turn, and so cannot overtake it. A job finds its GPU in
 CUDA_VISIBLE_DEVICES and the file of its turn in TURN. UNTIL is a time 40 seconds before the deadline, at which the
 training of a job has to end. Before the deadline, jobs that still run are ended. The output of a job goes to
-LOGS/NAME.log.
+LOGS/NAME.log. NAME is that of the script, with the word that it gets.
 """
 
 import argparse
@@ -45,10 +46,15 @@ class Job:
     needs: tuple[str, ...]
     turn: bool
     beside: bool
+    word: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.path.stem, self.word)))
 
     @classmethod
-    def read(cls, path: Path) -> "Job":
-        """Read the comments of a script.
+    def read(cls, path: Path) -> list["Job"]:
+        """Read the comments of a script, and return its jobs.
 
         Raises:
             ValueError: the script does not say how many seconds it takes.
@@ -59,7 +65,9 @@ class Job:
             raise ValueError(f"{path} does not say how long it takes: add a line such as '# seconds: 300'")
         needs = re.search(r"^# needs: *(.*)$", text, re.M)
         turn, beside = (bool(re.search(rf"^# {word}$", text, re.M)) for word in ("turn", "beside"))
-        return cls(path, float(seconds[1]), tuple(needs[1].split()) if needs else (), turn, beside)
+        each = re.search(r"^# each: *(.*)$", text, re.M)
+        of_all = path, float(seconds[1]), tuple(needs[1].split()) if needs else (), turn, beside
+        return [cls(*of_all, word) for word in (each[1].split() if each else [""])]
 
 
 def choose(jobs: list[Job], ready: set[str], left: float, busy: float | None) -> Job | None:
@@ -93,7 +101,7 @@ class Machine:
     """The GPUs of a machine, with two jobs on each at most: one runs, and one runs beside it or waits for its turn."""
 
     def __init__(self, folder: Path, logs: Path, ready: Path, until: float):
-        self.jobs = [Job.read(path) for path in sorted(folder.glob("*.sh"))]
+        self.jobs = [job for path in sorted(folder.glob("*.sh")) for job in Job.read(path)]
         self.logs, self.ready, self.until, self.start = logs, ready, until, time.time()
         self.running: dict[str, dict[Job, float]] = {}
         self.lock = threading.Lock()
@@ -135,13 +143,13 @@ class Machine:
 
     def run(self, job: Job, gpu: str):
         """Run a job on a GPU and report how it ended."""
-        self.say(f"{job.path.stem} starts on GPU {gpu}")
+        self.say(f"{job.name} starts on GPU {gpu}")
         turn = self.turn(gpu)
         # flock is the same lock that train.py takes
         locked = [] if job.turn or job.beside else ["flock", str(turn)]
-        command = [*locked, "bash", str(job.path)]
+        command = [*locked, "bash", str(job.path), job.word]
         env = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "TURN": str(turn), "UNTIL": str(self.until - ROOM)}
-        with open(self.logs / f"{job.path.stem}.log", "w") as log:
+        with open(self.logs / f"{job.name}.log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
             code = self._end_of(process)
         with self.lock:
@@ -150,7 +158,7 @@ class Machine:
                 if not (job.beside or other.beside):
                     # it has waited for its turn until now
                     self.running[gpu][other] = time.time()
-        self.say(f"{job.path.stem} ends with status {code}")
+        self.say(f"{job.name} ends with status {code}")
 
     def _end_of(self, process: subprocess.Popen) -> int:
         """Wait for the end of a process, or end it and all of its group before the deadline, and return its status."""
@@ -183,7 +191,7 @@ def main():
         thread.start()
     for thread in threads:
         thread.join()
-    machine.say("no job is left that fits: " + (", ".join(job.path.stem for job in machine.jobs) or "all have run"))
+    machine.say("no job is left that fits: " + (", ".join(job.name for job in machine.jobs) or "all have run"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ left=$(($(cat until) - $(date +%s)))
 echo "$left s left"
 cat log/install.log log/jobs.log 2> /dev/null || true
 nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader || true
-for log in log/[0-9]*.log; do
+for log in log/[0-9s]*.log; do
   [ -e "$log" ] && echo "$log: $(grep -v "^ *warnings.warn\|Warning: " "$log" | tail -n 1)"
 done
 if [ $# -gt 1 ]; then

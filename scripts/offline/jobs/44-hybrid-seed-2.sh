@@ -1,4 +1,4 @@
-# seconds: 760
+# seconds: 740
 # needs: base data te
 # turn
 . scripts/offline/env.sh

@@ -1,5 +1,6 @@
 # seconds: 250
 # needs: base data te
 # turn
+# each: hgrn2 attention hybrid
 . scripts/offline/env.sh
-sweep hybrid
+sweep "$1"

@@ -1,5 +1,0 @@
-# seconds: 250
-# needs: base data te
-# turn
-. scripts/offline/env.sh
-sweep hgrn2
