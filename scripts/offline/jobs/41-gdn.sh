@@ -1,4 +1,5 @@
-# seconds: 1250
+# 260 of these seconds are for fla, which tunes its kernels where the caches do not have the results
+# seconds: 1500
 # needs: base data te triton
 # turn
 . scripts/offline/env.sh
