@@ -75,3 +75,11 @@ def test_a_resume_in_the_same_layout_is_exact(layout, one_process, moved, tmp_pa
     resumed, folder = resume(layout, saved, 6, tmp_path)
     assert resumed[7] == losses[7]
     assert_equal(saved_tensors(folder, 8), saved_tensors(saved, 8))
+
+
+def test_another_padding_of_the_vocabulary_is_named_once(one_process, tmp_path):
+    other = (*MODEL, "--load", one_process[1], "--make-vocab-size-divisible-by", 192)
+    _, output = train(*other, "--ckpt-step", 6, num_processes=2)
+    assert output.count("HGRN2 warning: the vocabulary has ") == 1, output[-3000:]
+    _, output = train(*MODEL, "--load", one_process[1], "--ckpt-step", 6)
+    assert "the vocabulary has" not in output
