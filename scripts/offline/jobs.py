@@ -12,10 +12,11 @@ job that can run. Comments in a script say what the job needs:
     # each: a b        the script is a job for each of these words, and gets the word as its first argument
 
 A job with `turn` starts while another job runs, and so loads everything before its turn comes. It starts only when that
-job has its own turn, and so cannot overtake it. A job finds its GPU in
-CUDA_VISIBLE_DEVICES and the file of its turn in TURN. UNTIL is a time 40 seconds before the deadline, at which the
-training of a job has to end. Before the deadline, jobs that still run are ended. The output of a job goes to
-LOGS/NAME.log. NAME is that of the script, with the word that it gets.
+job has its own turn, and so cannot overtake it.
+
+A job finds its GPU in CUDA_VISIBLE_DEVICES and the file of its turn in TURN. UNTIL is a time 40 seconds before the
+deadline, at which the training of a job has to end. Before the deadline, jobs that still run are ended. The output of a
+job goes to LOGS/NAME.log. NAME is that of the script, with the word that it gets.
 """
 
 import argparse
