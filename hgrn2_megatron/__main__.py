@@ -33,6 +33,8 @@ def check_spec(spec: list[str] | None) -> None:
     from hgrn2_megatron import arguments
 
     match arguments.full_spec(spec):
+        case [] | [_, _, _, *_] as words:
+            raise UsageError(f"--spec has {len(words)} words: give --spec hgrn2, or a module and a name in it")
         case [module, name]:
             _import_spec(module, name)
         # Some Megatron scripts know the word "local". A patched Megatron knows the names of the entry points.
@@ -46,6 +48,8 @@ def _import_spec(module: str, name: str) -> None:
     try:
         found = hasattr(importlib.import_module(module), name)
     except ImportError as error:
+        if module in importlib.metadata.entry_points(group="megatron.layer_specs").names:
+            raise UsageError(f"--spec {module} takes no second word: drop {name}") from error
         raise UsageError(
             f"--spec {module} {name} cannot be imported: {error}. Correct the name of the module, or install it"
         ) from error

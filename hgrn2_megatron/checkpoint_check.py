@@ -1,18 +1,17 @@
-"""Compare this run with the run that saved a checkpoint: refuse checkpoints of other models, and take over their args.
+"""Compare this run with the run that saved a checkpoint, and refuse checkpoints that do not fit.
 
 A GPT and a HybridModel with HGRN2 layers are two forms of one model, and each form loads the other's checkpoints.
 """
 
 import argparse
 import dataclasses
-import sys
-from pathlib import Path
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from hgrn2_megatron.arguments import GPT, STACK, full_spec, is_hgrn2_spec, is_stack_spec
-from hgrn2_megatron.config import ATTENTION, CHANNEL_MIXERS, EXPERTS, PIPE, HGRN2Config, UsageError, stages_fit
+from hgrn2_megatron.arguments import is_hgrn2_spec, is_stack_spec
+from hgrn2_megatron.config import ATTENTION, CHANNEL_MIXERS, EXPERTS, HGRN2Config, UsageError
 from hgrn2_megatron.forms import Layers, gpt_pattern
+from hgrn2_megatron.restored_args import HYBRID_SCRIPT, gpt_layers
 
 # Megatron's flag -> its attribute, for the flags that decide the shapes and the meaning of weights outside the mixers
 BLOCK_FLAGS = {
@@ -35,75 +34,14 @@ ATTENTION_FLAGS = {
     "--rotary-base": "rotary_base",
     "--rotary-percent": "rotary_percent",
 }
-
-# args that --use-checkpoint-args restores in addition to those that Megatron itself restores
-CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Config)) + ("layernorm_epsilon",)
-# Megatron's scripts that build one form of a model only
-SCRIPTS = {"pretrain_gpt.py": GPT, "pretrain_hybrid.py": STACK, "pretrain_mamba.py": STACK}
-
-HYBRID_SCRIPT = "pretrain_hybrid.py with --spec hgrn2_stack"
-
-
-def restore(args: argparse.Namespace, before: argparse.Namespace, checkpoint_args: argparse.Namespace):
-    """Complete --use-checkpoint-args, after Megatron has copied the args that it knows from a checkpoint.
-
-    This copies the plugin's flags. The form of the model is the one that --spec on the command line names. Without the
-    flag it is the form that the script builds, or the checkpoint's if that is not known. If the checkpoint has the
-    other form, the layers are translated. If the checkpoint's hybrid layer pattern does not fit this run's pipeline
-    stages, its `|` are removed.
-
-    Args:
-        args: Megatron's args of this run, with what Megatron copied; changed in place.
-        before: copy of the args before Megatron copied anything.
-        checkpoint_args: args of the run that saved the checkpoint.
-
-    Raises:
-        UsageError: no GPT has the layers of the checkpoint, and this run builds a GPT.
-    """
-    script = SCRIPTS.get(Path(sys.argv[0]).name)
-    args.spec = full_spec(before.spec or (script and [script]) or args.spec)
-    saved_is_hgrn2 = is_hgrn2_spec(getattr(checkpoint_args, "spec", None))
-    stack, saved = is_stack_spec(args.spec), Layers.of(checkpoint_args)
-    if stack != saved.stack:
-        _translate_layers(args, before, saved, saved_is_hgrn2)
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    if pattern == getattr(before, "hybrid_layer_pattern", None):
-        # Megatron copies the number of heads, but the pattern with the heads is not the checkpoint's.
-        args.mtp_num_layers = before.mtp_num_layers
-    if pattern and not stages_fit(pattern, args.pipeline_model_parallel_size):
-        args.hybrid_layer_pattern = pattern.replace(PIPE, "")
-    # Every run through the launcher saves the plugin's flags, but they mean something only for an HGRN2 model.
-    for name in CHECKPOINT_ARGS if saved_is_hgrn2 else ("layernorm_epsilon",):
-        if name == "hgrn2_layer_pattern" and stack != saved.stack:
-            continue
-        if hasattr(checkpoint_args, name):
-            setattr(args, name, getattr(checkpoint_args, name))
-
-
-def _translate_layers(args: argparse.Namespace, before: argparse.Namespace, saved: Layers, saved_is_hgrn2: bool):
-    """Set the flags that describe the layers, where Megatron copied those of the other form from a checkpoint."""
-    if not saved.stack:
-        # Megatron derives the depth of a HybridModel from its pattern.
-        args.num_layers, args.moe_layer_freq = None, before.moe_layer_freq
-        if not args.hybrid_layer_pattern and saved_is_hgrn2:
-            args.hybrid_layer_pattern = saved.symbols
-        return
-    layers, experts = _gpt_layers(saved)
-    args.hybrid_layer_pattern = before.hybrid_layer_pattern
-    args.num_layers = before.num_layers or len(layers)
-    # If the user gives another depth, it is refused by name later, and Megatron must be able to build the model first.
-    if any(experts) and args.num_layers == len(layers):
-        args.moe_layer_freq = [*map(int, experts)]
-    if saved_is_hgrn2:
-        args.hgrn2_layer_pattern = layers
-
-
-def _gpt_layers(saved: Layers) -> tuple[str, list[bool]]:
-    """Return the layers of the GPT that could load a checkpoint: a letter for each, and whether each has experts."""
-    try:
-        return gpt_pattern(saved.symbols)
-    except UsageError as error:
-        raise UsageError(f"a GPT cannot load the checkpoint: {error}. Run {HYBRID_SCRIPT} instead") from error
+# Flags that change the function of attention layers and no shapes
+POSITION_FLAGS = ("--position-embedding-type", "--rotary-base", "--rotary-percent")
+# Flag -> attribute, for the sizes on which the state of a distributed optimizer may depend
+SIZE_FLAGS = {
+    "--tensor-model-parallel-size": "tensor_model_parallel_size",
+    "--pipeline-model-parallel-size": "pipeline_model_parallel_size",
+    "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
+}
 
 
 def check_format(args: argparse.Namespace, kind: str):
@@ -163,6 +101,7 @@ def check(
     checkpoint_args: argparse.Namespace,
     distributed: bool,
     optimizer_format: str | None = None,
+    release: bool = False,
 ):
     """Refuse a checkpoint whose weights would mean something else in this run's model.
 
@@ -172,6 +111,7 @@ def check(
         distributed: whether the checkpoint's format is torch_dist.
         optimizer_format: Megatron's name of the format in which the checkpoint has the state of the distributed
             optimizer, or None if it has none.
+        release: whether the checkpoint has weights only, as a converted one has.
 
     Raises:
         UsageError: the checkpoint does not fit. The message names the flag that differs, or the flag to add.
@@ -190,6 +130,8 @@ def check(
         _check_expert_parallel_size(args, checkpoint_args)
         _check_heads(args, Layers.of(args), Layers.of(checkpoint_args))
         _check_form(args, checkpoint_args, distributed, optimizer_format)
+        if not release:
+            _check_optimizer(args, checkpoint_args, optimizer_format)
     else:
         _check_attention(args, checkpoint_args, distributed)
     saved = getattr(checkpoint_args, "transformer_impl", args.transformer_impl)
@@ -214,12 +156,18 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
         UsageError: the two models differ. The message names the first flag that differs.
     """
     here, saved = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
-    pairs = _layer_flags(args, Layers.of(args), checkpoint_args, Layers.of(checkpoint_args))
+    layers = Layers.of(args)
+    pairs = _layer_flags(args, layers, checkpoint_args, Layers.of(checkpoint_args))
     pairs["--hgrn2-expand-ratio"] = (here.expand_ratio, saved.expand_ratio)
     pairs["--hgrn2-lower-bounds"] = (here.lower_bounds, saved.lower_bounds)
-    refuse_differences(
-        pairs, "give the checkpoint's value, or drop the flag and add --use-checkpoint-args, or train without --load"
-    )
+    pairs["--hgrn2-norm-eps"] = (here.norm_eps, saved.norm_eps)
+    pairs |= _block_flags(args, checkpoint_args, ATTENTION in layers.symbols)
+    advice = "give the checkpoint's value, or drop the flag and add --use-checkpoint-args, or train without --load"
+    positions = {flag: pairs.pop(flag) for flag in POSITION_FLAGS if flag in pairs}
+    refuse_differences(pairs, advice)
+    # a model may get other positions on purpose, for example for longer sequences
+    if not (args.finetune or args.no_load_optim):
+        refuse_differences(positions, f"{advice}. To change it on purpose, give --finetune or --no-load-optim")
 
 
 def other_vocabulary(args: argparse.Namespace, checkpoint_args: argparse.Namespace) -> str | None:
@@ -244,7 +192,7 @@ def _layer_flags(args, here: Layers, checkpoint_args, saved: Layers) -> dict[str
     )
     if here.stack:
         return {"--hybrid-layer-pattern": (here.symbols, saved.symbols), "--num-experts": num_experts}
-    (ours, our_experts), (theirs, their_experts) = gpt_pattern(here.symbols), _gpt_layers(saved)
+    (ours, our_experts), (theirs, their_experts) = gpt_pattern(here.symbols), gpt_layers(saved)
     return {
         "--num-layers": (len(ours), len(theirs)),
         "--hgrn2-layer-pattern": (ours, theirs),
@@ -306,6 +254,27 @@ def _check_form(args, checkpoint_args, distributed: bool, optimizer_format: str 
         )
 
 
+def _check_optimizer(args, checkpoint_args, optimizer_format: str | None):
+    """Refuse the state of an optimizer that Megatron cannot load in this run."""
+    if args.finetune or args.no_load_optim or getattr(checkpoint_args, "no_save_optim", False):
+        return
+    if any(getattr(run, "use_megatron_fsdp", False) for run in (args, checkpoint_args)):
+        return
+    here, saved = (bool(getattr(run, "use_distributed_optimizer", False)) for run in (args, checkpoint_args))
+    refuse_differences(
+        {"--use-distributed-optimizer": (here, saved)},
+        "Megatron cannot load the state of one optimizer in the other: give the checkpoint's value, or --no-load-optim",
+    )
+    if not here or optimizer_format in (None, *DistributedOptimizer.checkpoint_fully_reshardable_formats):
+        return
+    flags = SIZE_FLAGS | ({"--hybrid-layer-pattern": "hybrid_layer_pattern"} if is_stack_spec(args.spec) else {})
+    refuse_differences(
+        {flag: tuple(getattr(run, name, None) or 1 for run in (args, checkpoint_args)) for flag, name in flags.items()},
+        f"the state of the distributed optimizer is in the format {optimizer_format}, which moves to other "
+        "data-parallel ranks only: save it with --dist-ckpt-optim-fully-reshardable, or give --no-load-optim",
+    )
+
+
 def _check_attention(args, checkpoint_args, distributed: bool):
     """Refuse a checkpoint of an attention model, unless this run can take weights from it."""
     if not args.finetune:
@@ -320,8 +289,6 @@ def _check_attention(args, checkpoint_args, distributed: bool):
         )
     here, saved = Layers.of(args), Layers.of(checkpoint_args)
     has_attention = ATTENTION in here.symbols
-    flags = BLOCK_FLAGS | (ATTENTION_FLAGS if has_attention else {})
-    both = (args, checkpoint_args)
     # HGRN2 layers start fresh, so they may stand in the place of any token mixer.
     symbols = [
         ours if ours == "M" and theirs not in CHANNEL_MIXERS else theirs
@@ -334,15 +301,24 @@ def _check_attention(args, checkpoint_args, distributed: bool):
             f"{saved.symbols}: write the checkpoint's layers, with M in the place of some of its token mixers"
         )
     pairs = _layer_flags(args, here, checkpoint_args, dataclasses.replace(saved, symbols="".join(symbols)))
-    # A flag that the other run's Megatron release does not know counts as off.
-    pairs |= {flag: tuple(getattr(run, name, None) or None for run in both) for flag, name in flags.items()}
-    if has_attention:
-        pairs["--num-query-groups"] = tuple(map(_num_query_groups, both))
-    if has_attention or checkpoint_args.position_embedding_type == "learned_absolute":
-        pairs["--position-embedding-type"] = tuple(run.position_embedding_type for run in both)
+    pairs |= _block_flags(args, checkpoint_args, has_attention)
+    if checkpoint_args.position_embedding_type == "learned_absolute":
+        pairs["--position-embedding-type"] = (args.position_embedding_type, "learned_absolute")
     refuse_differences(
         pairs, "weights can be taken from an attention model only if the flag has the same value, so change it"
     )
+
+
+def _block_flags(args, checkpoint_args, has_attention: bool) -> dict[str, tuple]:
+    """Return the flags of all but the layers' order: flag -> (value here, value in the checkpoint)."""
+    runs = (args, checkpoint_args)
+    flags = BLOCK_FLAGS | (ATTENTION_FLAGS if has_attention else {})
+    # A flag that the other run's Megatron release does not know counts as off.
+    pairs = {flag: tuple(getattr(run, name, None) or False for run in runs) for flag, name in flags.items()}
+    if has_attention:
+        pairs["--num-query-groups"] = tuple(map(_num_query_groups, runs))
+        pairs["--position-embedding-type"] = tuple(getattr(run, "position_embedding_type", None) for run in runs)
+    return pairs
 
 
 def _num_query_groups(args) -> int:

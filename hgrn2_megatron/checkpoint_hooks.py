@@ -5,7 +5,7 @@ import itertools
 
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 
-from hgrn2_megatron import checkpoint, checkpoint_check
+from hgrn2_megatron import checkpoint, checkpoint_check, restored_args
 from hgrn2_megatron.arguments import is_hgrn2_spec
 from hgrn2_megatron.patching import wrap
 from hgrn2_megatron.settings import megatron_release
@@ -109,7 +109,7 @@ def install_checkpoint() -> None:
             finally:
                 restoring.pop()
             if isinstance(result, tuple) and (is_hgrn2_spec(before.spec) or is_hgrn2_spec(args.spec)):
-                checkpoint_check.restore(args, before, result[1])
+                restored_args.restore(args, before, result[1])
             return result
 
         return wrapped
@@ -123,14 +123,15 @@ def install_checkpoint() -> None:
             if sharded_state_dict and distributed and is_hgrn2_spec(args.spec):
                 load_args = checkpoint.adapt(args, sharded_state_dict, *distributed[0])
             result = load_base_checkpoint(load_dir, load_args, rank0, sharded_state_dict, *rest, **kwargs)
-            state_dict, folder, _, kind = result
+            state_dict, folder, release, kind = result
             saved = (state_dict or {}).get("args")
             is_distributed = kind is not None and kind.name == "GLOBAL"
             if kind is not None and is_hgrn2_spec(args.spec) and not restoring:
                 checkpoint_check.check_format(args, kind.name)
             if saved and not restoring:
                 metadata = load_content_metadata(preloaded_state_dict=state_dict) or {}
-                checkpoint_check.check(args, saved, is_distributed, metadata.get("distrib_optim_sharding_type"))
+                sharding = metadata.get("distrib_optim_sharding_type")
+                checkpoint_check.check(args, saved, is_distributed, sharding, release)
                 # this function is called once for the args and once for the weights
                 if (
                     is_hgrn2_spec(args.spec)

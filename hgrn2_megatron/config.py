@@ -181,3 +181,15 @@ class HGRN2Config:
     def num_hgrn2_layers(self, num_layers: int) -> int:
         """Return the number of HGRN2 layers in a model of `num_layers` layers."""
         return sum(map(self.is_hgrn2_layer, range(num_layers)))
+
+    def check_depth(self, num_layers: int):
+        """Refuse a depth at which no layer of a GPT is an HGRN2 layer.
+
+        Raises:
+            UsageError: the pattern has an H, but none falls on a layer.
+        """
+        if not self.num_hgrn2_layers(num_layers):
+            raise UsageError(
+                f"--hgrn2-layer-pattern is {self.layer_pattern!r}, but no H falls on one of the {num_layers} layers: "
+                "give a pattern with an H among its first letters, or more layers"
+            )

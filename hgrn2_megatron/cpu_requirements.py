@@ -1,6 +1,6 @@
 """The flags that a machine without a GPU does not take."""
 
-from hgrn2_megatron.config import DELTA_NET
+from hgrn2_megatron.config import DELTA_NET, EXPERTS, PIPE, has_experts, split_heads
 from hgrn2_megatron.settings import Settings
 
 
@@ -9,6 +9,37 @@ def _gathers_unequal_parts(s: Settings) -> bool:
     model_ranks = (s.tensor_model_parallel_size or 1) * (s.pipeline_model_parallel_size or 1)
     divided = s.use_distributed_optimizer or s.use_layer_wise_distributed_optimizer or s.optimizer == "dist_muon"
     return bool(divided) and s.optimizer not in (None, "adam", "sgd") and (s.world_size or 1) > model_ranks
+
+
+def _saves_a_stage_without_experts(s: Settings) -> bool:
+    """Return whether a run saves or loads the optimizer of experts on a pipeline stage that has none."""
+    stages = s.pipeline_model_parallel_size or 1
+    if stages == 1 or (s.expert_model_parallel_size or 1) == 1 or not (s.save or s.load):
+        return False
+    if s.hybrid_layer_pattern:
+        main, _ = split_heads(s.hybrid_layer_pattern)
+        layers, segments = [symbol == EXPERTS for symbol in main], main.split(PIPE)
+        chunks = [EXPERTS in segment for segment in segments] if len(segments) > 1 else _divided(layers, stages)
+    else:
+        layers = [has_experts(s.moe_layer_freq or 1, layer) for layer in range(s.num_layers or 0)]
+        per_chunk = s.num_layers_per_virtual_pipeline_stage
+        chunks = _divided(layers, len(layers) // per_chunk if per_chunk else stages)
+    return any(chunks) and not all(any(chunks[stage::stages]) for stage in range(stages))
+
+
+def _divided(layers: list[bool], parts: int) -> list[bool]:
+    """Return whether each of several equal parts of the layers has experts."""
+    size = max(1, len(layers) // parts)
+    return [any(layers[start : start + size]) for start in range(0, len(layers), size)]
+
+
+def _gathers_unequal_tokens(s: Settings) -> bool:
+    """Return whether tensor-parallel ranks of experts send each other the tokens that each of them got."""
+    sizes = s.expert_model_parallel_size, s.tensor_model_parallel_size
+    return (
+        s.moe_token_dispatcher_type == "alltoall"
+        and min(size or 1 for size in sizes) > 1 != s.expert_tensor_parallel_size
+    )
 
 
 # Settings that would stop a CPU run with an error that names no flag, or would have no effect in it. Each row has a
@@ -67,6 +98,17 @@ NEEDS_CUDA = (
         lambda s: s.moe_token_dispatcher_type == "flex" or s.moe_enable_deepep,
         "--moe-token-dispatcher-type flex",
         "give allgather or alltoall, because the flex dispatcher needs a GPU",
+    ),
+    (
+        _gathers_unequal_tokens,
+        "--moe-token-dispatcher-type alltoall with --tensor-model-parallel-size and --expert-model-parallel-size",
+        "give allgather, or --expert-tensor-parallel-size 1, because gloo gathers only tensors of one shape",
+    ),
+    (
+        _saves_a_stage_without_experts,
+        "--expert-model-parallel-size with a pipeline stage that has no experts, and --save or --load,",
+        "give each stage a layer of experts, or train without --save and --load, because Megatron cannot save an "
+        "optimizer without states",
     ),
     (lambda s: s.moe_routing_trace_path, "--moe-routing-trace-path", "drop the flag, because it needs a GPU"),
     (

@@ -153,7 +153,7 @@ TABLE = (
     _row(Effect.GPT, "layers that have experts; a HybridModel has E in its pattern instead", "moe_layer_freq"),
     _row(
         Effect.EVERYWHERE,
-        "layers of a HybridModel; refused in a GPT",
+        "layers of a HybridModel, with HGRN2 layers by the first name only; refused in a GPT",
         "hybrid_layer_pattern hybrid_override_pattern is_hybrid_model",
     ),
     _row(Effect.EVERYWHERE, "model to build", "spec"),

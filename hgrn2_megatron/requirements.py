@@ -50,6 +50,8 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     _check_block(settings, hgrn2)
     if stack:
         stack_requirements.check(settings)
+    elif settings.num_layers:
+        hgrn2.check_depth(settings.num_layers)
     of_form = stack_requirements.UNSUPPORTED if stack else UNSUPPORTED_IN_GPT
     _check_unsupported(settings, UNSUPPORTED + offloading.UNSUPPORTED + of_form)
     if settings.use_megatron_fsdp:
@@ -232,6 +234,13 @@ def _check_unsupported(s: Settings, table: tuple):
             )
 
 
+# The rows have the same parts as in UNSUPPORTED.
+NOT_PACKED_IN_A_PIPELINE = (
+    (lambda s: (s.micro_batch_size or 1) > 1, "--micro-batch-size", "give --micro-batch-size 1"),
+    (lambda s: (s.eval_micro_batch_size or 1) > 1, "--eval-micro-batch-size", "give --eval-micro-batch-size 1"),
+)
+
+
 def _check_packing(s: Settings, hgrn2: HGRN2Config):
     if not (s.sft or s.dataloader_inter_document_masking):
         return
@@ -241,10 +250,11 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
             f"{flag} packs sequences, which Megatron's own attention layers do not support: give --transformer-impl "
             "transformer_engine, or a layer pattern without attention"
         )
-    if (s.pipeline_model_parallel_size or 1) > 1 and (s.micro_batch_size or 1) > 1:
-        raise UsageError(
-            f"{flag} packs a micro-batch into one sequence, but with --micro-batch-size {s.micro_batch_size} the "
-            f"pipeline expects {s.micro_batch_size} sequences: give --micro-batch-size 1"
+    if (s.pipeline_model_parallel_size or 1) > 1:
+        refuse(
+            s,
+            NOT_PACKED_IN_A_PIPELINE,
+            f"{flag} packs a micro-batch into one sequence, which no pipeline takes with {{}} above 1",
         )
 
 
@@ -322,8 +332,7 @@ def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
         )
     if about_muon := muon.warning(s, hgrn2):
         warnings.append(about_muon)
-    num_experts = s.num_moe_experts or s.num_experts
-    if stack and num_experts and EXPERTS not in s.hybrid_layer_pattern:
+    if stack and (num_experts := s.num_moe_experts or s.num_experts) and EXPERTS not in s.hybrid_layer_pattern:
         warnings.append(
             f"--num-experts is {num_experts}, but no layer has experts: write E in the place of - in "
             "--hybrid-layer-pattern"
@@ -335,7 +344,6 @@ def _warnings(s: Settings, hgrn2: HGRN2Config, stack: bool) -> list[str]:
             "give more layers or a shorter pattern"
         )
     heads = stack and HEAD in s.hybrid_layer_pattern
-    idle = megatron_flags.without_effect(s, global_args(), hgrn2, stack, heads)
-    if idle:
+    if idle := megatron_flags.without_effect(s, global_args(), hgrn2, stack, heads):
         warnings.append(f"these flags have no effect in this model: {', '.join(idle)}; see docs/reference/flags.md")
     return warnings

@@ -7,7 +7,7 @@ import harness
 import pytest
 import torch
 
-from hgrn2_megatron import UsageError, arguments, checkpoint_check
+from hgrn2_megatron import UsageError, arguments, checkpoint_check, restored_args
 
 
 def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Namespace:
@@ -187,6 +187,13 @@ def test_a_hybrid_model_takes_the_weights_of_the_same_positions(tmp_path, monkey
         ({"num_layers": 8}, "--num-layers is 4 here and 8 in"),
         ({"hgrn2_expand_ratio": 64}, "--hgrn2-expand-ratio is 32 here and 64 in"),
         ({"hgrn2_lower_bounds": "none"}, "--hgrn2-lower-bounds is learned here and none in"),
+        ({"hgrn2_norm_eps": 1e-4}, "--hgrn2-norm-eps is 1e-05 here and 0.0001 in"),
+        ({"layernorm_epsilon": 1e-5}, "--norm-epsilon is False here and 1e-05 in"),
+        (
+            {"untie_embeddings_and_output_weights": True},
+            "--untie-embeddings-and-output-weights is False here and True in",
+        ),
+        ({"num_attention_heads": 8}, "--num-attention-heads is 4 here and 8 in"),
     ],
 )
 def test_another_hgrn2_model_is_refused_by_name(theirs, message):
@@ -195,6 +202,55 @@ def test_another_hgrn2_model_is_refused_by_name(theirs, message):
             checkpoint_check.check(args_of(finetune=finetune), args_of(**theirs), distributed=True)
     # the same pattern in other words
     checkpoint_check.check(args_of(hgrn2_layer_pattern="H*"), args_of(hgrn2_layer_pattern="H*H*"), distributed=True)
+
+
+@pytest.mark.parametrize("changes", [{"rotary_base": 500}, {"position_embedding_type": "none"}])
+def test_other_positions_are_given_on_purpose(changes):
+    flag = "--" + next(iter(changes)).replace("_", "-")
+    for here, saved in ((args_of, args_of), (lambda **more: stack_of("M-M-*-M-", **more), args_of)):
+        with pytest.raises(UsageError, match=f"{flag} is .* on purpose, give --finetune or --no-load-optim"):
+            checkpoint_check.check(here(finetune=False), saved(**changes), distributed=True)
+        for purpose in ({"finetune": True}, {"finetune": False, "no_load_optim": True}):
+            checkpoint_check.check(here(**purpose), saved(**changes), distributed=True)
+        # without attention, nothing has positions
+        pure = {"hgrn2_layer_pattern": "H", "finetune": False}
+        checkpoint_check.check(args_of(**pure), args_of(**pure | changes), distributed=True)
+
+
+@pytest.mark.parametrize(
+    ("here", "saved", "optimizer_format", "message"),
+    [
+        (
+            {},
+            {"use_distributed_optimizer": True},
+            "fully_reshardable",
+            "--use-distributed-optimizer is False here and T",
+        ),
+        ({"use_distributed_optimizer": True}, {}, None, "--use-distributed-optimizer is True here and False in"),
+        (
+            {"use_distributed_optimizer": True},
+            {"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2},
+            "dp_reshardable",
+            "--pipeline-model-parallel-size is 1 here and 2 in .* --dist-ckpt-optim-fully-reshardable, or ",
+        ),
+        (
+            {"use_distributed_optimizer": True, "hybrid_layer_pattern": "M-|M-*-"},
+            {"use_distributed_optimizer": True},
+            "dp_reshardable",
+            r"--hybrid-layer-pattern is M-\|M-\*- here and M-M-\|\*- in",
+        ),
+    ],
+)
+def test_the_state_of_an_optimizer_that_cannot_be_loaded_is_refused(here, saved, optimizer_format, message):
+    stack = args_of((arguments.MODULE, arguments.STACK), hybrid_layer_pattern="M-M-|*-", finetune=False)
+    args, checkpoint_args = (argparse.Namespace(**vars(stack) | changes) for changes in (here, saved))
+    with pytest.raises(UsageError, match=message):
+        checkpoint_check.check(args, checkpoint_args, True, optimizer_format)
+    # a converted checkpoint has weights only
+    checkpoint_check.check(args, checkpoint_args, True, optimizer_format, release=True)
+    args.no_load_optim = True
+    checkpoint_check.check(args, checkpoint_args, True, optimizer_format)
+    checkpoint_check.check(stack, stack, True, optimizer_format)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +296,7 @@ def test_plain_checkpoints_stay_with_their_implementation():
 def restored(here: argparse.Namespace, saved: argparse.Namespace, **copied) -> argparse.Namespace:
     """Args after --use-checkpoint-args. `copied` has what Megatron copies from the checkpoint before."""
     args = argparse.Namespace(**vars(here) | copied)
-    checkpoint_check.restore(args, here, saved)
+    restored_args.restore(args, here, saved)
     return args
 
 

@@ -145,7 +145,7 @@ esac
 
 
 def test_a_machine_installs_what_has_arrived(tmp_path):
-    """The packages, and the parts of another Triton that arrive while jobs run. wait.sh waits for a machine with both."""
+    """The packages, and the parts of another Triton that arrive while jobs run. wait.sh says what is there."""
     work, tree, inside, programs = (tmp_path / name for name in ("work", "tree", "inside", "programs"))
     inside.mkdir()
     (inside / "module.py").write_text("x = 1\n" * 1000)

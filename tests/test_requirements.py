@@ -50,6 +50,14 @@ REFUSED = [
         "--dataloader-inter-document-masking with --context-parallel-size",
     ),
     ({"multi_latent_attention": True}, r"--multi-latent-attention in a GPT .* pretrain_hybrid.py with \+ in "),
+    (
+        {"num_layers": 3, "hgrn2_layer_pattern": "***H"},
+        "--hgrn2-layer-pattern is .*but no H falls on one of the 3 layers",
+    ),
+    (
+        {"sft": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 1, "eval_micro_batch_size": 2},
+        "--sft .* give --eval-micro-batch-size 1",
+    ),
     ({"mtp_num_layers": 1}, "--mtp-num-layers in a GPT .* run pretrain_hybrid.py with --spec hgrn2_stack"),
     ({"mtp_hybrid_override_pattern": "M-"}, "--mtp-hybrid-override-pattern"),
     ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant"),

@@ -266,12 +266,19 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
         raise UsageError(f"{args.out} is not empty: give another folder, or --overwrite")
-    if args.out.resolve() == args.source.resolve():
+    from_hf, dtype = (args.source / "config.json").is_file(), DTYPES.get(args.dtype)
+    source, out = args.source.resolve(), args.out.resolve()
+    if source == out:
         raise UsageError(f"{args.out} is also the folder to convert: give another output folder")
+    if from_hf and out / "release" in (source, *source.parents):
+        raise UsageError(f"{args.source} would be replaced by the new checkpoint: give another output folder")
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise UsageError(f"--vocab-size is {args.vocab_size}: give the number of tokens, at least 1")
+    if not args.max_shard_size > 0:
+        raise UsageError(f"--max-shard-size is {args.max_shard_size}: give a number of GB above 0")
     # torch and Megatron warn about single processes and about each other's formats.
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    from_hf, dtype = (args.source / "config.json").is_file(), DTYPES.get(args.dtype)
     if from_hf:
         write = to_megatron(args.source, args.out, dtype)
     else:

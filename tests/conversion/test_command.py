@@ -28,6 +28,18 @@ def test_a_vocabulary_larger_than_the_embeddings(checkpoint, tmp_path):
     assert_refused("--vocab-size 257", checkpoint, tmp_path / "out", "--vocab-size", 257)
 
 
+@pytest.mark.parametrize("flags", [("--vocab-size", 0), ("--vocab-size", -5), ("--max-shard-size", 0)], ids=str)
+def test_sizes_are_positive(checkpoint, tmp_path, flags):
+    assert_refused(flags[0], checkpoint, tmp_path / "out", *flags)
+
+
+def test_a_source_that_the_checkpoint_would_replace(tmp_path):
+    source = write_hf(tmp_path / "release")
+    with pytest.raises(UsageError, match="would be replaced"):
+        convert(source, tmp_path, "--overwrite")
+    assert (source / "model.safetensors").is_file()
+
+
 def test_the_folder_of_one_iteration_will_do(checkpoint, tmp_path):
     convert(checkpoint / "release", tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").is_file()

@@ -46,6 +46,9 @@ def test_fp16_trains_once_the_loss_scale_has_come_down():
 
 
 MUON = "--use-distributed-optimizer with --optimizer muon on several data-parallel or context-parallel ranks"
+ALL_TO_ALL = "--moe-token-dispatcher-type alltoall with --tensor-model-parallel-size and --expert-model-parallel-size"
+NO_EXPERTS = "--expert-model-parallel-size with a pipeline stage that has no experts, and --save or --load,"
+EP2, PP2 = {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 NEED_CUDA = [
     ({"distributed_backend": "nccl"}, "--distributed-backend nccl"),
     ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine"),
@@ -75,6 +78,9 @@ NEED_CUDA = [
     ({"moe_router_fusion": True}, "--moe-router-fusion"),
     ({"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex"),
     ({"moe_enable_deepep": True}, "--moe-token-dispatcher-type flex"),
+    (dict(moe_token_dispatcher_type="alltoall", **EP2, tensor_model_parallel_size=2, num_experts=4), ALL_TO_ALL),
+    (dict(**EP2, **PP2, save="here", num_experts=4, num_layers=2, moe_layer_freq=[0, 1]), NO_EXPERTS),
+    (dict(**EP2, **PP2, load="here", num_experts=4, hybrid_layer_pattern="M-M-|*EME"), NO_EXPERTS),
     ({"moe_routing_trace_path": "trace"}, "--moe-routing-trace-path"),
     ({"use_te_activation_func": True}, "--use-te-activation-func"),
     ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
@@ -100,6 +106,23 @@ def test_what_needs_cuda_is_refused_by_flag_without_it_alone(changes, flag, monk
     monkeypatch.setattr(cpu, "installed", lambda: True)
     with pytest.raises(UsageError, match=f"^{flag} does not work on a machine without CUDA: "):
         check(settings, stack)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe_layer_freq": [1, 1]},
+        # each stage has a virtual stage with experts
+        {"moe_layer_freq": [0, 1] * 2, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 2},
+        {"moe_layer_freq": [0, 1], "save": None},
+        {"moe_layer_freq": [0, 1], "expert_model_parallel_size": 1},
+        {"moe_token_dispatcher_type": "alltoall", "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    ],
+    ids=str,
+)
+def test_experts_that_a_cpu_can_train_and_save(changes, monkeypatch):
+    monkeypatch.setattr(cpu, "installed", lambda: True)
+    check(gpt_settings(**dict(**EP2, **PP2, save="here", num_experts=4, num_layers=2, moe_layer_freq=1) | changes))
 
 
 def test_a_coalesced_exchange_ends_with_its_block():

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from hgrn2_megatron import UsageError, arguments, checkpoint_check
+from hgrn2_megatron import UsageError, arguments, checkpoint_check, restored_args
 from hgrn2_megatron.__main__ import check_spec
 
 FULL = ["hgrn2_megatron.spec", "hgrn2"]
@@ -45,6 +45,32 @@ def test_specs_of_others_pass_if_they_can_be_imported():
         check_spec(["no_such_module", "thing"])
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([], "0 words"),
+        ([*FULL, "more"], "3 words"),
+        (["hgrn2", "more"], "--spec hgrn2 takes no second word: drop more"),
+    ],
+)
+def test_a_spec_with_another_number_of_words(spec, message):
+    with pytest.raises(UsageError, match=message):
+        check_spec(spec)
+
+
+def test_flags_of_the_plugin_that_would_do_nothing():
+    parser = arguments.add_arguments(argparse.ArgumentParser())
+    plain = parser.parse_args([])
+    own = parser.parse_args("--hgrn2-layer-pattern H* --hgrn2-expand-ratio 128".split())
+    for args in (plain, own):
+        args.spec = None
+    assert arguments.without_spec(plain) is None
+    assert arguments.without_spec(own) == "--hgrn2-layer-pattern H*"
+    # a spec of the user's may build HGRN2 layers
+    own.spec = ["module", "of_the_user"]
+    assert arguments.without_spec(own) is None
+
+
 def test_flags_are_typed_and_every_config_field_has_one():
     parser = arguments.add_arguments(argparse.ArgumentParser())
     args = parser.parse_args("--hgrn2-expand-ratio 64 --hgrn2-norm-eps 1e-6 --hgrn2-loss-chunk-size 8192".split())
@@ -54,7 +80,7 @@ def test_flags_are_typed_and_every_config_field_has_one():
     fields.remove("hgrn2_packed_layout")
     assert {name for name in vars(args) if name.startswith("hgrn2_")} == fields
     # no part of the model: a run that takes over a checkpoint's has its own
-    assert fields - set(checkpoint_check.CHECKPOINT_ARGS) == {"hgrn2_loss_chunk_size"}
+    assert fields - set(restored_args.CHECKPOINT_ARGS) == {"hgrn2_loss_chunk_size"}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +113,7 @@ def test_silent_values_are_those_of_published_models(hidden, ffn):
 )
 def test_a_hybrid_models_checkpoint_is_of_the_same_model(here, saved, flag):
     model = {"spec": [FULL[0], "hgrn2_stack"], "num_layers": 6, "hybrid_layer_pattern": "M-M-*-"}
+    model |= {"num_attention_heads": 4, "group_query_attention": False, "finetune": False, "no_load_optim": False}
     args, checkpoint_args = (argparse.Namespace(**model | changes) for changes in (here, saved))
     if flag is None:
         return checkpoint_check.check_same_model(args, checkpoint_args)
