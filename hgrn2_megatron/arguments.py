@@ -178,20 +178,6 @@ def glu_width(hidden_size: int, ratio: int = 4) -> int:
     return 256 * -(-int(hidden_size * ratio * 2 / 3) // 256)
 
 
-def without_spec(args: argparse.Namespace) -> str | None:
-    """Return a flag of the plugin with its value that a run without an HGRN2 spec was given, or None.
-
-    A spec of the user may build HGRN2 layers, and then the flags of the layers mean something.
-    """
-    fields = dataclasses.fields(HGRN2Config) if args.spec is None else ()
-    defaults: dict[str, Any] = {field.name: field.default for field in fields} | {"loss_chunk_size": None}
-    for name, default in defaults.items():
-        value = getattr(args, f"hgrn2_{name}", default)
-        if value != default:
-            return f"--hgrn2-{name.replace('_', '-')} {value}"
-    return None
-
-
 def fill_silent(args: argparse.Namespace):
     """Set the defaults that depend on other flags.
 

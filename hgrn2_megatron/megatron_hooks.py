@@ -211,8 +211,11 @@ def install_training() -> None:
             if arguments.is_hgrn2_spec(args.spec):
                 arguments.fill_silent(args)
                 requirements.check(Settings(args), stack=arguments.is_stack_spec(args.spec))
-            elif useless := arguments.without_spec(args):
-                raise UsageError(f"{useless} would do nothing without --spec hgrn2: give the spec, or drop the flag")
+            elif getattr(args, "hgrn2_loss_chunk_size", None) is not None:
+                raise UsageError(
+                    f"--hgrn2-loss-chunk-size {args.hgrn2_loss_chunk_size} would do nothing without --spec hgrn2: give "
+                    "the spec, or drop the flag"
+                )
             return validate_args(args, *rest, **kwargs)
 
         return wrapped

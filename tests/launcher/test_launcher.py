@@ -58,19 +58,6 @@ def test_a_spec_with_another_number_of_words(spec, message):
         check_spec(spec)
 
 
-def test_flags_of_the_plugin_that_would_do_nothing():
-    parser = arguments.add_arguments(argparse.ArgumentParser())
-    plain = parser.parse_args([])
-    own = parser.parse_args("--hgrn2-layer-pattern H* --hgrn2-expand-ratio 128".split())
-    for args in (plain, own):
-        args.spec = None
-    assert arguments.without_spec(plain) is None
-    assert arguments.without_spec(own) == "--hgrn2-layer-pattern H*"
-    # a spec of the user's may build HGRN2 layers
-    own.spec = ["module", "of_the_user"]
-    assert arguments.without_spec(own) is None
-
-
 def test_flags_are_typed_and_every_config_field_has_one():
     parser = arguments.add_arguments(argparse.ArgumentParser())
     args = parser.parse_args("--hgrn2-expand-ratio 64 --hgrn2-norm-eps 1e-6 --hgrn2-loss-chunk-size 8192".split())
