@@ -38,17 +38,19 @@ def check_spec(spec: list[str] | None) -> None:
         case [module, name]:
             _import_spec(module, name)
         # Some Megatron scripts know the word "local". A patched Megatron knows the names of the entry points.
-        case [word] if (
-            word != "local" and word not in importlib.metadata.entry_points(group="megatron.layer_specs").names
-        ):
+        case [word] if word != "local" and word not in _names_of_entry_points():
             raise UsageError(f"--spec {word} is not known: did you mean --spec hgrn2?")
+
+
+def _names_of_entry_points() -> set[str]:
+    return importlib.metadata.entry_points(group="megatron.layer_specs").names
 
 
 def _import_spec(module: str, name: str) -> None:
     try:
         found = hasattr(importlib.import_module(module), name)
     except ImportError as error:
-        if module in importlib.metadata.entry_points(group="megatron.layer_specs").names:
+        if module in _names_of_entry_points():
             raise UsageError(f"--spec {module} takes no second word: drop {name}") from error
         raise UsageError(
             f"--spec {module} {name} cannot be imported: {error}. Correct the name of the module, or install it"

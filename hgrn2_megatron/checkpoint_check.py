@@ -245,18 +245,25 @@ def _check_form(args, checkpoint_args, distributed: bool, optimizer_format: str 
     of_other_form = "the checkpoint to load is of {}, and this run builds {}".format(*models)
     if not distributed:
         raise UsageError(f"{of_other_form}: save the checkpoint with --ckpt-format torch_dist, which both load")
-    no_state = args.finetune or args.no_load_optim or getattr(checkpoint_args, "no_save_optim", False)
-    movable = (None, *DistributedOptimizer.checkpoint_fully_reshardable_formats)
-    if not no_state and optimizer_format not in movable:
+    if _loads_optimizer(args, checkpoint_args) and not _moves_anywhere(optimizer_format):
         raise UsageError(
             f"{of_other_form}, which cannot load the state of the distributed optimizer in the format "
             f"{optimizer_format}: save the checkpoint with --dist-ckpt-optim-fully-reshardable, or give --no-load-optim"
         )
 
 
+def _loads_optimizer(args, checkpoint_args) -> bool:
+    return not (args.finetune or args.no_load_optim or getattr(checkpoint_args, "no_save_optim", False))
+
+
+def _moves_anywhere(optimizer_format: str | None) -> bool:
+    """Return whether a run with any form and layout can load the state of a distributed optimizer, or there is none."""
+    return optimizer_format in (None, *DistributedOptimizer.checkpoint_fully_reshardable_formats)
+
+
 def _check_optimizer(args, checkpoint_args, optimizer_format: str | None):
     """Refuse the state of an optimizer that Megatron cannot load in this run."""
-    if args.finetune or args.no_load_optim or getattr(checkpoint_args, "no_save_optim", False):
+    if not _loads_optimizer(args, checkpoint_args):
         return
     if any(getattr(run, "use_megatron_fsdp", False) for run in (args, checkpoint_args)):
         return
@@ -265,7 +272,7 @@ def _check_optimizer(args, checkpoint_args, optimizer_format: str | None):
         {"--use-distributed-optimizer": (here, saved)},
         "Megatron cannot load the state of one optimizer in the other: give the checkpoint's value, or --no-load-optim",
     )
-    if not here or optimizer_format in (None, *DistributedOptimizer.checkpoint_fully_reshardable_formats):
+    if not here or _moves_anywhere(optimizer_format):
         return
     flags = SIZE_FLAGS | ({"--hybrid-layer-pattern": "hybrid_layer_pattern"} if is_stack_spec(args.spec) else {})
     refuse_differences(

@@ -35,11 +35,9 @@ def _divided(layers: list[bool], parts: int) -> list[bool]:
 
 def _gathers_unequal_tokens(s: Settings) -> bool:
     """Return whether tensor-parallel ranks of experts send each other the tokens that each of them got."""
-    sizes = s.expert_model_parallel_size, s.tensor_model_parallel_size
-    return (
-        s.moe_token_dispatcher_type == "alltoall"
-        and min(size or 1 for size in sizes) > 1 != s.expert_tensor_parallel_size
-    )
+    if s.moe_token_dispatcher_type != "alltoall" or s.expert_tensor_parallel_size == 1:
+        return False
+    return (s.expert_model_parallel_size or 1) > 1 and (s.tensor_model_parallel_size or 1) > 1
 
 
 # Settings that would stop a CPU run with an error that names no flag, or would have no effect in it. Each row has a

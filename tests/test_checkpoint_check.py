@@ -1,52 +1,13 @@
 """Checks of a checkpoint's arguments against those of the run that loads it, without a run."""
 
 import argparse
-import sys
 
 import harness
 import pytest
 import torch
+from checkpoint_settings import EXPERTS, args_of, attention_stack_of, stack_of
 
-from hgrn2_megatron import UsageError, arguments, checkpoint_check, restored_args
-
-
-def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Namespace:
-    """Return Megatron's args of a model of four layers."""
-    names = {*checkpoint_check.BLOCK_FLAGS.values(), *checkpoint_check.ATTENTION_FLAGS.values()}
-    values = dict.fromkeys(names) | dict(
-        spec=spec and list(spec),
-        num_layers=4,
-        num_experts=None,
-        moe_layer_freq=1,
-        hybrid_layer_pattern=None,
-        mtp_num_layers=None,
-        expert_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        num_attention_heads=4,
-        hgrn2_layer_pattern="HH*H",
-        hgrn2_expand_ratio=32,
-        hgrn2_lower_bounds="learned",
-        group_query_attention=False,
-        position_embedding_type="rope",
-        transformer_impl="local",
-        finetune=True,
-        no_load_optim=False,
-    )
-    return argparse.Namespace(**values | changes)
-
-
-def stack_of(pattern: str, **changes) -> argparse.Namespace:
-    """The same of a HybridModel with HGRN2 layers."""
-    spec = (arguments.MODULE, arguments.STACK)
-    return args_of(spec, hybrid_layer_pattern=pattern, hgrn2_layer_pattern="H", num_layers=len(pattern), **changes)
-
-
-def attention_stack_of(pattern: str, **changes) -> argparse.Namespace:
-    """The same of a HybridModel of Megatron's own layers."""
-    return args_of(("their.module", "stack"), hybrid_layer_pattern=pattern, num_layers=len(pattern), **changes)
-
-
-EXPERTS = dict(num_experts=4)
+from hgrn2_megatron import UsageError, arguments, checkpoint_check
 
 
 @pytest.mark.parametrize(("here", "saved", "warns"), [(512, 512, False), (384, 512, True), (512, None, False)])
@@ -291,63 +252,3 @@ def test_plain_checkpoints_stay_with_their_implementation():
         checkpoint_check.check(args_of(), args_of(transformer_impl="transformer_engine"), distributed=False)
     with pytest.raises(UsageError, match="--ckpt-format"):
         checkpoint_check.check(args_of(), args_of(spec=None), distributed=False)
-
-
-def restored(here: argparse.Namespace, saved: argparse.Namespace, **copied) -> argparse.Namespace:
-    """Args after --use-checkpoint-args. `copied` has what Megatron copies from the checkpoint before."""
-    args = argparse.Namespace(**vars(here) | copied)
-    restored_args.restore(args, here, saved)
-    return args
-
-
-def test_checkpoint_args_of_another_model():
-    ours = args_of(layernorm_epsilon=1e-6)
-    # every run through the launcher saves the plugin's flags
-    args = restored(ours, args_of(spec=None, hgrn2_layer_pattern="H", layernorm_epsilon=1e-5))
-    assert (args.hgrn2_layer_pattern, args.layernorm_epsilon) == ("HH*H", 1e-5)
-    assert restored(ours, args_of(hgrn2_layer_pattern="H")).hgrn2_layer_pattern == "H"
-    saved = dict(
-        hgrn2_expand_ratio=64,
-        hgrn2_layer_pattern="HHHH",
-        hgrn2_lower_bounds="none",
-        hgrn2_norm_eps=1e-3,
-        layernorm_epsilon=1e-4,
-    )
-    args = restored(ours, args_of(**saved))
-    assert {name: getattr(args, name) for name in saved} == saved
-    theirs = attention_stack_of("*-*-*-*-")
-    args = restored(ours, theirs, spec=theirs.spec, hybrid_layer_pattern="*-*-*-*-", num_layers=8)
-    assert (args.spec, args.hybrid_layer_pattern, args.num_layers) == (ours.spec, None, 4)
-
-
-def test_checkpoint_args_of_the_other_form():
-    stack = stack_of("MEM-|*-M-/*-/*-", hgrn2_expand_ratio=16, **EXPERTS)
-    ours = args_of(num_layers=None, hgrn2_layer_pattern="H")
-    args = restored(ours, stack, num_layers=8, hybrid_layer_pattern=stack.hybrid_layer_pattern, mtp_num_layers=2)
-    assert (args.hybrid_layer_pattern, args.mtp_num_layers) == (None, None)
-    assert (args.num_layers, args.hgrn2_layer_pattern, args.moe_layer_freq) == (4, "HH*H", [1, 0, 0, 0])
-    assert args.hgrn2_expand_ratio == 16
-    # another depth, with which Megatron must build the model before the check refuses it
-    ours.num_layers = 2
-    assert restored(ours, stack, num_layers=2).moe_layer_freq == 1
-
-    gpt = args_of(moe_layer_freq=[1, 0, 0, 0], **EXPERTS)
-    ours = args_of((arguments.MODULE, arguments.STACK), num_layers=None, hgrn2_layer_pattern="H")
-    args = restored(ours, gpt, num_layers=4, moe_layer_freq=[1, 0, 0, 0])
-    assert (args.hybrid_layer_pattern, args.hgrn2_layer_pattern) == ("MEM-*-M-", "H")
-    assert (args.num_layers, args.moe_layer_freq) == (None, 1)
-    ours.hybrid_layer_pattern = "MEM-|*-M-"
-    ours.pipeline_model_parallel_size = 2
-    assert restored(ours, gpt, num_layers=4).hybrid_layer_pattern == "MEM-|*-M-"
-
-
-@pytest.mark.parametrize(
-    ("script", "form"), [("pretrain_gpt.py", "hgrn2"), ("a/pretrain_hybrid.py", "hgrn2_stack"), ("serve.py", None)]
-)
-def test_without_a_spec_the_script_names_the_form(script, form, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [script])
-    ours = args_of(spec=None, num_layers=None)
-    for saved in (args_of(), stack_of("M-M-*-M-")):
-        copied = dict(spec=saved.spec, num_layers=saved.num_layers, hybrid_layer_pattern=saved.hybrid_layer_pattern)
-        args = restored(ours, saved, **copied)
-        assert args.spec == ([arguments.MODULE, form] if form else saved.spec)

@@ -1,7 +1,0 @@
-# Recall of models of width 512, in the time until the text is there.
-# seconds: 95
-# needs: base
-. scripts/offline/env.sh
-[ "$(nvidia-smi -L | wc -l)" -gt 2 ] || exit 0
-python3 benchmarks/quality/mqar.py --widths 512 --patterns "*" --expand-ratios 128 --seeds 1 --rates 1e-3 3e-3 \
-  --workers 1 --minutes 1.5 --out "$WORK/log/12-mqar-attention.json"

@@ -1,0 +1,44 @@
+"""Megatron's args of small models, as the checks of checkpoints compare them."""
+
+import argparse
+
+from hgrn2_megatron import arguments, checkpoint_check
+
+
+def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Namespace:
+    """Return Megatron's args of a model of four layers."""
+    names = {*checkpoint_check.BLOCK_FLAGS.values(), *checkpoint_check.ATTENTION_FLAGS.values()}
+    values = dict.fromkeys(names) | dict(
+        spec=spec and list(spec),
+        num_layers=4,
+        num_experts=None,
+        moe_layer_freq=1,
+        hybrid_layer_pattern=None,
+        mtp_num_layers=None,
+        expert_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        num_attention_heads=4,
+        hgrn2_layer_pattern="HH*H",
+        hgrn2_expand_ratio=32,
+        hgrn2_lower_bounds="learned",
+        group_query_attention=False,
+        position_embedding_type="rope",
+        transformer_impl="local",
+        finetune=True,
+        no_load_optim=False,
+    )
+    return argparse.Namespace(**values | changes)
+
+
+def stack_of(pattern: str, **changes) -> argparse.Namespace:
+    """The same of a HybridModel with HGRN2 layers."""
+    spec = (arguments.MODULE, arguments.STACK)
+    return args_of(spec, hybrid_layer_pattern=pattern, hgrn2_layer_pattern="H", num_layers=len(pattern), **changes)
+
+
+def attention_stack_of(pattern: str, **changes) -> argparse.Namespace:
+    """The same of a HybridModel of Megatron's own layers."""
+    return args_of(("their.module", "stack"), hybrid_layer_pattern=pattern, num_layers=len(pattern), **changes)
+
+
+EXPERTS = dict(num_experts=4)
