@@ -4,4 +4,4 @@
 # turn
 . scripts/offline/env.sh
 export TRITON_CACHE_DIR=$WORK/cache-3.9.0 PYTHONPATH=$WORK/triton-3.9.0:$WORK/fla-site:$PYTHONPATH
-train full gdn-hybrid 1 --iterations 2304 --lengths 2048 32768
+train full gdn-hybrid 2 --iterations 2304 --lengths 2048 32768
