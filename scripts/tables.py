@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- table: "
 TABLE = re.compile(rf"{MARK}(\S+) -->\n((?:(?!{MARK}).)*?)<!-- end -->", re.S)
 
-# name of a table -> file of results, and the columns that the table shows of each row
+# name of a table -> file of results, and the columns that the table shows of each row (None: all of them)
 LAYOUT = ["run", "tokens/s per GPU", "% of one GPU", "TFLOP/s per GPU", "peak GiB", "loss apart", "norm apart"]
 SWEEP = ["run", "ms per step", "tokens/s per GPU", "% of CP1", "TFLOP/s per GPU", "peak GiB", "MiB sent per step"]
 EXCHANGE = ["tokens", "way", "ms", "% slower than alone", "tokens/s per GPU", "MiB sent per layer", "peak GiB"]
@@ -191,8 +191,9 @@ def results_of(name: str) -> dict:
 
 
 def rows_of(name: str) -> list[dict]:
-    """Return the rows of benchmarks/results/NAME.json."""
-    return results_of(name)["rows"]
+    """Return the rows of benchmarks/results/NAME.json, or for NAME#KEY the rows that stand under KEY."""
+    file, _, key = name.partition("#")
+    return results_of(file)[key or "rows"]
 
 
 def gpu_of(name: str) -> str:
@@ -213,9 +214,14 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def of_columns(file: str, columns: list[str]) -> str:
-    """Return a table of every row of a file of results. A column that no row has raises a ValueError."""
+def of_columns(file: str, columns: list[str] | None) -> str:
+    """Return a table of every row of a file of results, by default with the columns of its first row.
+
+    Raises:
+        ValueError: no row has one of the columns.
+    """
     rows = rows_of(file)
+    columns = columns or list(rows[0])
     if missing := [column for column in columns if not any(column in row for row in rows)]:
         raise ValueError(f"benchmarks/results/{file}.json has no {', '.join(missing)}: correct TABLES in {__file__}")
     return markdown(columns, [[cell(column, row.get(column)) for column in columns] for row in rows])

@@ -6,13 +6,15 @@
 A line of the table has the runs of a model that differ in the seed only: the means of their numbers, and the difference
 between the highest and the lowest held-out loss. The held-out bits per byte are those of the last evaluation. The
 picture shows each model at its best learning rate, as the mean over its seeds with a band from the lowest to the
-highest. Seconds count training iterations, without evaluations and checkpoints.
+highest. The second table has the losses of the same runs by position. Seconds count training iterations, without
+evaluations and checkpoints.
 
 --earlier adds the runs of JSON files that this program wrote before. Runs on another build of the corpus get lines of
 their own, because their samples of held-out documents differ.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -129,6 +131,7 @@ def rows(runs: list[dict]) -> list[dict]:
         heldout = f"{mean(values):.4f}" if values else "none yet"
         row = {
             "model": run["model"],
+            "mixer": MODELS[run["model"]].title,
             "parameters": f"{run['parameters']:,}",
             "learning rate": f"{run['lr']:g}",
             "seeds": ", ".join(str(one["seed"]) for one in group),
@@ -145,6 +148,31 @@ def rows(runs: list[dict]) -> list[dict]:
             row[f"all held-out, {length:,} tokens"] = f"{mean(of_length):.4f}" if of_length else ""
         found.append(row)
     return found
+
+
+def positions(runs: list[dict]) -> list[dict]:
+    """Return the table of losses by position: column -> text.
+
+    The losses are those of the best groups in their longest sequences, in nats per token. A line is a range of
+    positions, and each range is as long as everything before it.
+    """
+    chosen = {name_of(group): at_length(group) for group in best(grouped(runs)) if any(run["lengths"] for run in group)}
+    if not chosen:
+        return []
+    length = max(length for length, _ in chosen.values())
+    cells = len(next(losses for at, losses in chosen.values() if at == length))
+    ends = [0, *(2**power for power in range(cells.bit_length()) if 2**power <= cells)]
+    return [
+        {"tokens before": f"{start * length // cells:,} to {end * length // cells:,}"}
+        | {name: f"{mean(losses[start:end]):.4f}" for name, (at, losses) in chosen.items() if at == length}
+        for start, end in itertools.pairwise(ends)
+    ]
+
+
+def at_length(group: list[dict]) -> tuple[int, list[float]]:
+    """Return the length of the longest held-out sequences of a group, and their losses by position, over the seeds."""
+    longest = [max(run["lengths"], key=lambda one: one["length"]) for run in group if run["lengths"]]
+    return longest[0]["length"], [mean(at) for at in zip(*(one["by_position"] for one in longest), strict=True)]
 
 
 def picture(runs: list[dict], path: Path):
@@ -165,7 +193,7 @@ def picture(runs: list[dict], path: Path):
             x = [mean(point[column] for point in at) / (1 if column else 1e6) for at in points]
             values = [[point[2] for point in at] for at in points]
             colour = colours[id(group)]
-            axes.plot(x, list(map(mean, values)), ".-", color=colour, label=f"{name_of(group)}, {group[0]['lr']:g}")
+            axes.plot(x, list(map(mean, values)), ".-", color=colour, label=name_of(group))
             axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.2)
         # The first losses are so high that the last ones would lie on each other.
         top = max((run["heldout"][len(run["heldout"]) // 3][2] for group in groups for run in group), default=1)
@@ -181,19 +209,18 @@ def picture(runs: list[dict], path: Path):
 
 
 def name_of(group: list[dict]) -> str:
-    """Return the name of a model, with the number of its seeds if there are several."""
-    return group[0]["model"] + (f", {len(group)} seeds" if len(group) > 1 else "")
+    """Return the title of a model and its learning rate, with the number of its seeds if there are several."""
+    run = group[0]
+    return f"{MODELS[run['model']].title}, {run['lr']:g}" + (f", {len(group)} seeds" if len(group) > 1 else "")
 
 
 def draw_positions(axes, groups: list[list[dict]], colours: dict[int, tuple]):
     """Draw the held-out loss by position in the longest sequences, as the mean over the seeds of each group."""
     for group in groups:
-        longest = [max(run["lengths"], key=lambda one: one["length"]) for run in group if run["lengths"]]
-        if longest:
-            values = [mean(at) / math.log(2) for at in zip(*(one["by_position"] for one in longest), strict=True)]
-            step = longest[0]["length"] / len(values)
-            places = [(number + 0.5) * step for number in range(len(values))]
-            axes.plot(places, values, color=colours[id(group)])
+        if any(run["lengths"] for run in group):
+            length, losses = at_length(group)
+            places = [(number + 0.5) * length / len(losses) for number in range(len(losses))]
+            axes.plot(places, [loss / math.log(2) for loss in losses], color=colours[id(group)])
     axes.axvline(groups[0][0]["seq_length"], color="gray", linestyle=":", label="length in training")
     axes.set(xlabel="position", ylabel="held-out bits per token", xscale="log")
     axes.grid(alpha=0.3)
@@ -215,11 +242,11 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    found = {"rows": rows(runs), "runs": runs, "sweep": swept}
+    found = {"rows": rows(runs), "positions": positions(runs), "sweep rows": rows(swept), "runs": runs, "sweep": swept}
     args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found["rows"]))
-    if swept:
-        print("\n" + table(rows(swept)))
+    for lines in (found["rows"], found["positions"], found["sweep rows"]):
+        if lines:
+            print(table(lines) + "\n")
     if args.picture:
         picture(runs, args.picture)
 

@@ -55,37 +55,39 @@ class Model:
     """The settings in which a model differs from the others.
 
     Attributes:
+        title: the name in tables and pictures.
         flags: Megatron's flags of the mixers. Names in braces stand for values of the size.
         more: a and b, if a layer's mixer has a * hidden^2 + b * hidden more parameters than attention.
         runner: flags of megatron_run.py.
     """
 
+    title: str
     flags: str = ""
     more: tuple[float, float] = (0, 0)
     runner: tuple[str, ...] = ()
 
 
 MODELS = {
-    # The mixers. A plain name is the form that the ablations change.
-    "attention": Model(),
-    "hgrn2": Model(HGRN2),
-    "hybrid": Model(f"{HGRN2} --hgrn2-layer-pattern HHH*"),
-    "gdn": Model(f"{GDN} --linear-attention-freq {{layers}}", (1, 0)),
-    "gdn-hybrid": Model(f"{GDN} --linear-attention-freq 4", (0.75, 0)),
+    # The mixers. A plain name is the form that the ablations change. A hybrid's fourth layers have attention.
+    "attention": Model("attention"),
+    "hgrn2": Model("HGRN2", HGRN2),
+    "hybrid": Model("HGRN2 hybrid", f"{HGRN2} --hgrn2-layer-pattern HHH*"),
+    "gdn": Model("gated delta net", f"{GDN} --linear-attention-freq {{layers}}", (1, 0)),
+    "gdn-hybrid": Model("gated delta net hybrid", f"{GDN} --linear-attention-freq 4", (0.75, 0)),
     # Its mixer has 2 * hidden channels, a state of 128 and heads of 64 channels.
-    "mamba2": Model(f"{MAMBA} --hybrid-layer-pattern {{mamba}}", (2 + 1 / 32, 2 * 128), ("--hybrid-model",)),
+    "mamba2": Model("Mamba2", f"{MAMBA} --hybrid-layer-pattern {{mamba}}", (2 + 1 / 32, 2 * 128), ("--hybrid-model",)),
     # Forget gates without lower bounds.
-    "hgrn2-no-bounds": Model(f"{HGRN2} --hgrn2-lower-bounds none"),
+    "hgrn2-no-bounds": Model("HGRN2 without lower bounds", f"{HGRN2} --hgrn2-lower-bounds none"),
     # Smaller states. At the size 125m, hgrn2 has the expand ratio 128.
-    "hgrn2-expand-16": Model("--spec hgrn2 --hgrn2-expand-ratio 16"),
-    "hgrn2-expand-32": Model("--spec hgrn2 --hgrn2-expand-ratio 32"),
-    "hgrn2-expand-64": Model("--spec hgrn2 --hgrn2-expand-ratio 64"),
-    # HGRN2 layers for each attention layer. The model hybrid has 3.
-    "hybrid-1-1": Model(f"{HGRN2} --hgrn2-layer-pattern H*"),
-    "hybrid-5-1": Model(f"{HGRN2} --hgrn2-layer-pattern HHHHH*"),
-    "hybrid-7-1": Model(f"{HGRN2} --hgrn2-layer-pattern HHHHHHH*"),
+    "hgrn2-expand-16": Model("HGRN2, expand ratio 16", "--spec hgrn2 --hgrn2-expand-ratio 16"),
+    "hgrn2-expand-32": Model("HGRN2, expand ratio 32", "--spec hgrn2 --hgrn2-expand-ratio 32"),
+    "hgrn2-expand-64": Model("HGRN2, expand ratio 64", "--spec hgrn2 --hgrn2-expand-ratio 64"),
+    # Other numbers of HGRN2 layers for each attention layer
+    "hybrid-1-1": Model("HGRN2 hybrid 1:1", f"{HGRN2} --hgrn2-layer-pattern H*"),
+    "hybrid-5-1": Model("HGRN2 hybrid 5:1", f"{HGRN2} --hgrn2-layer-pattern HHHHH*"),
+    "hybrid-7-1": Model("HGRN2 hybrid 7:1", f"{HGRN2} --hgrn2-layer-pattern HHHHHHH*"),
     # The model hgrn2 with the same first weights, computed by flash-linear-attention.
-    "hgrn2-fla": Model(HGRN2, runner=("--fla",)),
+    "hgrn2-fla": Model("HGRN2 of fla", HGRN2, runner=("--fla",)),
 }
 # layers, hidden size, attention heads, expand ratio, sequence, micro-batch, batch, iterations, vocabulary's multiple
 SIZES = {

@@ -107,6 +107,17 @@ def test_models_train_alike_and_are_drawn(runs, tmp_path):
         assert model == "hybrid-1-1" or f"**{bits:.4f}**" in printed
     # the gates were measured with the loss by position, in each of the 4 layers
     assert [len(run["gates"]) for run in found.values()] == [4 * (model == "hgrn2") for model in TRAINED]
+    # the ranges of positions take all of a sequence together
+    (longest,) = (run["lengths"][-1] for run in found.values() if run["lengths"])
+    parts = [
+        [int(word.replace(",", "")) for word in line["tokens before"].split(" to ")] for line in drawn["positions"]
+    ]
+    assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])] and parts[-1][1] == longest["length"]
+    total = sum(
+        (end - start) * float(line["HGRN2, 0.005"])
+        for (start, end), line in zip(parts, drawn["positions"], strict=True)
+    )
+    assert total / longest["length"] == pytest.approx(longest["loss"], abs=1e-3)
     # the first batch is the same, and no model knows anything of it
     first = [run["training"][0][1] for run in found.values()]
     assert max(first) - min(first) < 0.1
