@@ -3,9 +3,15 @@
 import functools
 
 import torch
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 # compute capabilities of GPUs with 99 KiB of shared memory for a block (CUDA programming guide)
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+TRANSFORMS = (
+    "the HGRN2 operators have no forward-mode derivatives, and cannot be differentiated by torch.func (grad, jvp, "
+    "jacrev, ..): call backward() or torch.autograd.grad, or use recurrent_hgrn2, the recurrence token by token"
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,6 +24,7 @@ def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
         ValueError: an argument is wrong. The message names the first one.
     """
     check_inputs(q, f, v)
+    check_transforms(q, f, v, lower_bound, initial_state)
     B, _, H, K = q.shape
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q)
@@ -26,6 +33,44 @@ def check_chunk(q, f, v, lower_bound, initial_state, cu_seqlens):
     if initial_state is not None:
         N = B if cu_seqlens is None else len(cu_seqlens) - 1
         check_like_state("initial_state", initial_state, (N, H, K, v.shape[-1]), q)
+
+
+def check_transforms(*tensors):
+    """Check that no argument is differentiated in a way that the operators do not have.
+
+    PyTorch itself would leave out the tangents of forward-mode derivatives without a message.
+
+    Raises:
+        NotImplementedError: an argument has a tangent, or is differentiated by torch.func.
+    """
+    compiled = torch.compiler.is_compiling()
+    if forward_ad._current_level >= 0 and (compiled or any(map(_has_tangent, tensors))):
+        raise NotImplementedError(TRANSFORMS)
+    if not compiled and _functorch.peek_interpreter_stack() is not None and any(map(_is_differentiated, tensors)):
+        raise NotImplementedError(TRANSFORMS)
+
+
+def _has_tangent(x):
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _is_differentiated(x):
+    """Return whether x belongs to a transform of torch.func that differentiates, at any level of transforms."""
+    while x is not None and _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_gradtrackingtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def check_scale(scale):
+    """Check that the scale is a number.
+
+    Raises:
+        ValueError: it is a tensor, whose gradient would be lost.
+    """
+    if isinstance(scale, torch.Tensor):
+        raise ValueError("scale must be a number, got a tensor, which would get no gradient: multiply the output by it")
 
 
 def split_fused(qfv):

@@ -9,7 +9,9 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
+BATCHED = "this backward takes no batched gradients (is_grads_batched, vmap): compute the gradients one after the other"
 OPERATORS = (
     "the HGRN2 operators have no second derivatives: leave create_graph out, or use recurrent_hgrn2, the recurrence "
     "token by token, which can be differentiated any number of times"
@@ -31,6 +33,8 @@ def once_differentiable(instead: str) -> Callable:
         def once(ctx, *gradients):
             # read once: activation checkpointing recomputes the tensors at the first read, and refuses a second one
             saved = ctx.saved_tensors
+            if any(x is not None and (is_batchedtensor(x) or is_legacy_batchedtensor(x)) for x in gradients):
+                raise NotImplementedError(BATCHED)
             if not torch.is_grad_enabled():
                 return backward(ctx, saved, *gradients)
             with torch.no_grad():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hgrn2_kernels import torch_ops
-from hgrn2_kernels.checks import check_chunk, check_kernels, split_fused
+from hgrn2_kernels.checks import check_chunk, check_kernels, check_scale, split_fused
 from hgrn2_kernels.inputs import Inputs
 
 
@@ -71,7 +71,8 @@ def chunk_hgrn2(
     Raises:
         ValueError: a shape, dtype, device or boundary is not as described, or the kernels cannot run (a head has more
             than 256 channels, the scale is 0, or the GPU has a compute capability below 8.0).
-        NotImplementedError: a gradient is differentiated again. `recurrent_hgrn2` has second derivatives.
+        NotImplementedError: a gradient is differentiated again, or an argument has a forward-mode derivative or is
+            differentiated by torch.func. `recurrent_hgrn2` has all of these.
 
     Source:
         Qin et al., HGRN2, arXiv 2404.07904. Raw projections and the scale are as in the published weights:
@@ -159,5 +160,6 @@ def chunk_hgrn2_pytorch(
 
 
 def _inputs(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
+    check_scale(scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return Inputs(q, f, v, lower_bound, initial_state, cu_seqlens, scale)

@@ -74,5 +74,6 @@ def _one_sequence(q, f, v, lower_bound, scale, h):
     o = [v[:0]]
     for q_t, k_t, v_t, forget_t in zip(q, k, v, forget, strict=True):
         h = forget_t[..., None] * h + k_t[..., None] * v_t[:, None]
-        o.append(torch.einsum("hk,hkv->hv", q_t, h)[None])
+        # a product and a sum, because autocast would round the operands of a matrix product
+        o.append((q_t[..., None] * h).sum(-2)[None])
     return torch.cat(o), h

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_kernels import op, torch_ops
-from hgrn2_kernels.checks import check_cu_seqlens, check_inputs, check_kernels, check_like_state, shape_of
+from hgrn2_kernels.checks import (
+    check_cu_seqlens,
+    check_inputs,
+    check_kernels,
+    check_like_state,
+    check_transforms,
+    shape_of,
+)
 from hgrn2_kernels.chunkwise import ChunkLayout
 from hgrn2_kernels.gate import log_forget, log_forget_backward
 from hgrn2_kernels.strides import dense_like
@@ -38,12 +45,13 @@ def shard_states(
 
     Raises:
         ValueError: a shape, dtype, device or boundary is not as described.
-        NotImplementedError: a gradient is differentiated again.
+        NotImplementedError: a derivative is asked for that `chunk_hgrn2` does not have.
 
     Source:
         Qin et al., HGRN2, arXiv 2404.07904, section 3.2, unrolled over the tokens of a shard.
     """
     check_inputs(f, f, v)
+    check_transforms(f, v, lower_bound)
     if lower_bound is not None:
         check_like_state("lower_bound", lower_bound, f.shape[2:], f)
     if cu_seqlens is not None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_kernels import torch_ops
-from hgrn2_kernels.checks import check_inputs, check_like_state, shape_of
+from hgrn2_kernels.checks import check_inputs, check_like_state, check_scale, check_transforms, shape_of
 from hgrn2_kernels.gate import forget_gate
 
 
@@ -45,11 +45,14 @@ def step_hgrn2(
 
     Raises:
         ValueError: a shape, dtype, device or stride is not as described, or an input requires a gradient.
+        NotImplementedError: an input has a forward-mode derivative, or is differentiated by torch.func.
 
     Source:
         Qin et al., HGRN2, arXiv 2404.07904, section 3.2; raw projections and the scale are as in `chunk_hgrn2`.
     """
     check_inputs(q, f, v)
+    check_transforms(q, f, v, lower_bound, state)
+    check_scale(scale)
     _check_state(state, slots, q, v)
     if lower_bound is not None:
         check_like_state("lower_bound", lower_bound, q.shape[2:], q)
@@ -70,8 +73,7 @@ def _advance(q, f, v, lower_bound, state, slots, scale):
         from hgrn2_kernels.step_kernel import launch_step
 
         return launch_step(q, f, v, lower_bound, state, slots, scale)
-    with torch.autocast(q.device.type, enabled=False):
-        return _step(q, f, v, lower_bound, state, slots, scale)
+    return _step(q, f, v, lower_bound, state, slots, scale)
 
 
 torch_ops.define(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from hgrn2_kernels import chunkwise
 from hgrn2_kernels.inputs import Inputs
@@ -179,8 +180,9 @@ def _apart(qfv):
 
 
 def is_eager(x: Tensor) -> bool:
-    """Return whether x is an ordinary tensor that nothing traces."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Return whether x is an ordinary tensor, and nothing traces or transforms (torch.func) the call."""
+    ordinary = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return ordinary and peek_interpreter_stack() is None
 
 
 def chunk(inputs: Inputs, output_final_state, save_states=False, kernels=True):

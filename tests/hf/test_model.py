@@ -137,6 +137,30 @@ def test_the_cache_goes_on_and_does_not_grow(kind):
     assert_close(scores(ids, cache=cache), scores(ids))
 
 
+@pytest.mark.parametrize("kind", ["pure", "hybrid", "window"])
+def test_padding_that_comes_as_a_single_token_changes_nothing(kind):
+    model, ids = build(kind), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, parts = None, []
+    with torch.no_grad():
+        for t in range(9):
+            given = dict(attention_mask=mask[:, : t + 1], position_ids=positions[:, t : t + 1])
+            step = model(ids[:, t : t + 1], **given, cache=cache, use_cache=True)
+            cache, parts = step.cache, [*parts, step.logits]
+        logits = torch.cat(parts, 1)
+        assert_close(logits[:1], model(ids[:1]).logits)
+        assert_close(logits[1:, 4:], model(ids[1:, 4:]).logits)
+    if kind != "pure":
+        settings = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=PAD)
+        assert torch.equal(model.generate(ids, **settings, prefill_chunk_size=1), model.generate(ids, **settings))
+    # with a static cache, generate makes the masks
+    embedded = torch.empty(2, 1, 0)
+    masks = model.create_masks_for_generate(embedded, mask[:, :3], config=model.config, cache=None)
+    assert masks["linear_attention"].tolist() == [[1], [0]]
+
+
 def test_padding_on_the_right_leaves_the_state():
     model, ids = build("pure"), tokens(2, TIME)
     mask = torch.ones_like(ids)
@@ -179,6 +203,7 @@ def test_wrong_arguments_are_refused():
         "either input_ids or inputs_embeds": {},
         "cu_seqlens needs a batch of one row": {"input_ids": ids, "cu_seqlens": packed},
         "packed sequences have no cache": {"input_ids": ids[:1], "cu_seqlens": packed, "use_cache": True},
+        "cu_seq_lens_q and seq_idx alone": {"input_ids": ids[:1], "cu_seq_lens_q": packed, "seq_idx": packed},
         "attention_mask has 4 dimensions": {"input_ids": ids, "attention_mask": torch.ones(2, 1, TIME, TIME)},
     }.items():
         with pytest.raises(ValueError, match=message):

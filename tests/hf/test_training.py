@@ -63,6 +63,41 @@ def test_gradients_with_checkpointing_and_padding(kind):
             assert_close(p.grad, alone[name], 1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_after_a_cache_has_the_gradient_for_constant_states(kind):
+    model, ids = build(kind).double(), tokens(2, TIME)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).cache
+
+    def loss():
+        # the loss of transformers is fp32, which is too coarse for the difference of two losses
+        logits = model(ids[:, 8:], cache=copy.deepcopy(cache)).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 9:].flatten())
+
+    loss().backward()
+    with torch.no_grad():
+        direction = [1e-5 * torch.randn_like(p) for p in model.parameters()]
+        along = sum((d * p.grad).sum() for d, p in zip(direction, model.parameters(), strict=True))
+        values = []
+        for sign in (1, -2):
+            torch._foreach_add_(list(model.parameters()), direction, alpha=sign)
+            values.append(loss())
+    # rotary positions are fp32
+    assert_close((values[0] - values[1]) / 2, along, 1e-3)
+
+
+def test_a_cache_is_refused_with_gradient_checkpointing():
+    model, ids = build("pure").train(), tokens(2, TIME)
+    cache = model(ids[:, :4], use_cache=True).cache
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(ids[:, 4:], cache=cache)
+    # without gradients nothing is computed twice
+    with torch.no_grad():
+        assert_close(model(ids[:, 4:], cache=cache).logits, model(ids).logits[:, 4:])
+    assert model(ids, use_cache=True).cache is None
+
+
 @pytest.mark.parametrize("kind", ["hybrid"])
 def test_compiled_it_is_one_graph_with_the_same_results(kind):
     model, ids = build(kind), tokens(2, TIME)

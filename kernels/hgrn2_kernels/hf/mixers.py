@@ -79,6 +79,9 @@ class HGRN2Mixer(nn.Module):
         state = cache.get_recurrent_state(self.layer_idx)
         if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
             return step_hgrn2(q, f, v, lower_bound, state)
+        if state is not None and torch.is_grad_enabled():
+            # the backward needs this state, and the cache gets the next one in its place
+            state = state.clone()
         o, final = chunk_hgrn2(q, f, v, lower_bound, initial_state=state, output_final_state=True)
         layer = cache.layers[self.layer_idx]
         assert final is not None and isinstance(layer, LinearAttentionLayer)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hgrn2_kernels.hf.configuration import HGRN2Config
 from hgrn2_kernels.hf.mixers import Attention, HGRN2Mixer
-from hgrn2_kernels.hf.packing import boundaries, positions_of
+from hgrn2_kernels.hf.packing import boundaries, check_packing, padding_of, positions_of
 
 HGRN2 = "linear_attention"
 
@@ -127,6 +127,9 @@ class HGRN2Model(HGRN2PreTrainedModel):
         Several sequences can be packed behind each other. Then give `position_ids` that begin again with each
         sequence, or `cu_seqlens`, and neither a mask nor a cache.
 
+        The states in a cache carry no gradient. So a loss on tokens after a cache has no gradient with respect to the
+        tokens before, as in truncated backpropagation through time.
+
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, S] with 1 at tokens and 0 at padding on either side. S is T and the tokens before.
@@ -145,6 +148,14 @@ class HGRN2Model(HGRN2PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
+        check_packing(position_ids, cu_seqlens, kwargs)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError(
+                    "gradient checkpointing computes each layer twice, which would advance the states in the cache "
+                    "twice: give no cache, or call model.gradient_checkpointing_disable() or model.eval()"
+                )
+            use_cache = False
         if cu_seqlens is not None:
             if B != 1 or attention_mask is not None or cache is not None:
                 raise ValueError(
@@ -193,8 +204,9 @@ class HGRN2Model(HGRN2PreTrainedModel):
                     cache=cache,
                     position_ids=position_ids,
                 )
-                for kind in set(self.config.layer_types)
+                for kind in set(self.config.layer_types) - {HGRN2}
             }
+            masks[HGRN2] = padding_of(attention_mask, x.shape[1])
         mask = masks.get(HGRN2)
         return masks | {HGRN2: None if mask is None else mask == 0}
 
@@ -223,6 +235,12 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs) -> dict:
+        """Return the mask of each kind of layer. transformers itself would leave out that of a single token."""
+        masks = create_masks_for_generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        return masks | {HGRN2: padding_of(attention_mask, inputs_embeds.shape[1])}
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, is_first_iteration=False, **kwargs

@@ -1,7 +1,38 @@
-"""Sequences that are packed behind each other: where they begin, and the positions of their tokens."""
+"""Padding, and sequences that are packed behind each other: where they begin, and the positions of their tokens."""
 
 import torch
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
+
+
+def padding_of(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Return the part [B, T] of a mask [B, S] for the last T tokens, or None if it has no padding there.
+
+    Outside of traced code this waits for the device. transformers has the same function for its recurrent layers, but
+    that function takes a single token for one that was generated, and so never for padding.
+    """
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, -length:]
+    return None if not is_tracing(mask) and bool((mask != 0).all()) else mask.contiguous()
+
+
+def check_packing(position_ids: Tensor | None, cu_seqlens: Tensor | None, given: dict) -> None:
+    """Check that packed sequences are not described only by arguments that HGRN2 layers do not read.
+
+    Args:
+        position_ids, cu_seqlens: arguments of the model.
+        given: its other arguments, by name.
+
+    Raises:
+        ValueError: such an argument stands alone.
+    """
+    alone = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if given.get(name) is not None]
+    if alone and position_ids is None and cu_seqlens is None:
+        raise ValueError(
+            f"{' and '.join(alone)} alone would mix the packed sequences in HGRN2 layers: give position_ids that begin "
+            "again at 0 with each sequence (return_position_ids=True of the collator), or cu_seqlens"
+        )
 
 
 @torch.compiler.disable
