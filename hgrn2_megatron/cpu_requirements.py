@@ -17,9 +17,10 @@ def _saves_a_stage_without_experts(s: Settings) -> bool:
     if stages == 1 or (s.expert_model_parallel_size or 1) == 1 or not (s.save or s.load):
         return False
     if s.hybrid_layer_pattern:
-        main, _ = split_heads(s.hybrid_layer_pattern)
+        main, heads = split_heads(s.hybrid_layer_pattern)
         layers, segments = [symbol == EXPERTS for symbol in main], main.split(PIPE)
         chunks = [EXPERTS in segment for segment in segments] if len(segments) > 1 else _divided(layers, stages)
+        chunks[-1] = chunks[-1] or EXPERTS in "".join(heads)
     else:
         layers = [has_experts(s.moe_layer_freq or 1, layer) for layer in range(s.num_layers or 0)]
         per_chunk = s.num_layers_per_virtual_pipeline_stage

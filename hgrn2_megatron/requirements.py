@@ -16,11 +16,11 @@ from hgrn2_megatron import (
     muon,
     offloading,
     precision,
+    sequence_requirements,
     stack_requirements,
 )
 from hgrn2_megatron.config import (
     ATTENTION,
-    DELTA_NET,
     EXPERTS,
     HEAD,
     HGRN2Config,
@@ -57,8 +57,7 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     if settings.use_megatron_fsdp:
         refuse(settings, fsdp.NOT_WITH_FSDP, "--use-megatron-fsdp cannot be used with {}")
     cuda_graphs.check(settings, hgrn2)
-    _check_packing(settings, hgrn2)
-    _check_context_parallel(settings, hgrn2)
+    sequence_requirements.check(settings, hgrn2)
     _check_dimensions(settings, hgrn2)
     # All GPUs of a run are alike. The first check is before a rank has chosen its own.
     capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else None
@@ -232,51 +231,6 @@ def _check_unsupported(s: Settings, table: tuple):
                 "--transformer-impl is transformer_engine, but Transformer Engine cannot be imported: "
                 "install transformer-engine[pytorch], or give --transformer-impl local"
             )
-
-
-# The rows have the same parts as in UNSUPPORTED.
-NOT_PACKED_IN_A_PIPELINE = (
-    (lambda s: (s.micro_batch_size or 1) > 1, "--micro-batch-size", "give --micro-batch-size 1"),
-    (lambda s: (s.eval_micro_batch_size or 1) > 1, "--eval-micro-batch-size", "give --eval-micro-batch-size 1"),
-)
-
-
-def _check_packing(s: Settings, hgrn2: HGRN2Config):
-    if not (s.sft or s.dataloader_inter_document_masking):
-        return
-    flag = "--sft" if s.sft else "--dataloader-inter-document-masking"
-    if has_own_attention(s, hgrn2):
-        raise UsageError(
-            f"{flag} packs sequences, which Megatron's own attention layers do not support: give --transformer-impl "
-            "transformer_engine, or a layer pattern without attention"
-        )
-    if (s.pipeline_model_parallel_size or 1) > 1:
-        refuse(
-            s,
-            NOT_PACKED_IN_A_PIPELINE,
-            f"{flag} packs a micro-batch into one sequence, which no pipeline takes with {{}} above 1",
-        )
-
-
-def _check_context_parallel(s: Settings, hgrn2: HGRN2Config):
-    if (s.context_parallel_size or 1) == 1:
-        return
-    if has_own_attention(s, hgrn2):
-        raise UsageError(
-            f"--context-parallel-size is {s.context_parallel_size}, but Megatron's own attention layers support only "
-            "1: give --transformer-impl transformer_engine, or a layer pattern without attention"
-        )
-    if (hgrn2.has_attention or DELTA_NET in hgrn2.layer_pattern) and s.dataloader_inter_document_masking and not s.sft:
-        raise UsageError(
-            f"--dataloader-inter-document-masking with --context-parallel-size {s.context_parallel_size} divides the "
-            "whole stream of documents among the ranks, but attention layers and gated delta nets expect each document "
-            "to be divided by itself: give a layer pattern without them"
-        )
-
-
-def has_own_attention(s: Settings, hgrn2: HGRN2Config) -> bool:
-    """Return whether the model has attention layers of Megatron's own, which support less than Transformer Engine's."""
-    return hgrn2.has_attention and s.transformer_impl == "local"
 
 
 def _check_dimensions(s: Settings, hgrn2: HGRN2Config):

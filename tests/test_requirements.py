@@ -13,6 +13,8 @@ from hgrn2_megatron.requirements import NOT_WITH_CHUNKED_LOSS, UNSUPPORTED, UNSU
     [
         {},
         {"sft": True, "micro_batch_size": 2},
+        {"sft": True, "pipeline_model_parallel_size": 4, "micro_batch_size": 1},
+        {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 1},
         {"context_parallel_size": 2},
         {"context_parallel_size": 2, "sft": True},
         {"context_parallel_size": 2, "dataloader_inter_document_masking": True},
@@ -73,6 +75,18 @@ REFUSED = [
     (
         {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},
         "--dataloader-inter-document-masking .* give --micro-batch-size 1",
+    ),
+    *(
+        (
+            {"dataloader_inter_document_masking": True, "micro_batch_size": 1} | pipeline,
+            "--dataloader-inter-document-masking .* give --pipeline-model-parallel-size 2 without virtual stages",
+        )
+        for pipeline in (
+            {"pipeline_model_parallel_size": 4},
+            {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+            {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        )
     ),
     (
         {"hybrid_context_parallel": True, "train_iters": 8},

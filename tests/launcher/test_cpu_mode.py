@@ -81,6 +81,7 @@ NEED_CUDA = [
     (dict(moe_token_dispatcher_type="alltoall", **EP2, tensor_model_parallel_size=2, num_experts=4), ALL_TO_ALL),
     (dict(**EP2, **PP2, save="here", num_experts=4, num_layers=2, moe_layer_freq=[0, 1]), NO_EXPERTS),
     (dict(**EP2, **PP2, load="here", num_experts=4, hybrid_layer_pattern="M-M-|*EME"), NO_EXPERTS),
+    (dict(**EP2, **PP2, load="here", num_experts=4, hybrid_layer_pattern="M-|ME/ME"), NO_EXPERTS),
     ({"moe_routing_trace_path": "trace"}, "--moe-routing-trace-path"),
     ({"use_te_activation_func": True}, "--use-te-activation-func"),
     ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
@@ -123,6 +124,12 @@ def test_what_needs_cuda_is_refused_by_flag_without_it_alone(changes, flag, monk
 def test_experts_that_a_cpu_can_train_and_save(changes, monkeypatch):
     monkeypatch.setattr(cpu, "installed", lambda: True)
     check(gpt_settings(**dict(**EP2, **PP2, save="here", num_experts=4, num_layers=2, moe_layer_freq=1) | changes))
+
+
+@pytest.mark.parametrize("pattern", ["ME|M-/ME", "ME|M-|ME|M-/ME"])
+def test_experts_of_a_head_are_those_of_the_last_stage(pattern, monkeypatch):
+    monkeypatch.setattr(cpu, "installed", lambda: True)
+    check(stack_settings(**EP2, **PP2, save="here", num_experts=4, hybrid_layer_pattern=pattern), stack=True)
 
 
 def test_a_coalesced_exchange_ends_with_its_block():
