@@ -149,7 +149,6 @@ TABLES = {
         "2026-11-29-language-model",
         ["mixer", "parameters", "tokens", "seconds", "tokens/s", "held-out bits per byte", *ALL_HELD_OUT],
     ),
-    "second-seed": ("2026-11-29-hgrn2-seed-2", ["mixer", "tokens", "seconds", "tokens/s", *ALL_HELD_OUT]),
     "trained-gates": (
         "2026-11-29-hgrn2-gates",
         ["layer", "mean forget gate", "largest decay of a chunk, powers of two", "within the limit"]
@@ -162,9 +161,14 @@ TABLES = {
             f"tokens {part}" for part in ("1 to 16", "17 to 64", "65 to 128", "129 to 256", "257 to 512", "513 to 1024")
         ],
     ),
-    "rivals-start": (
-        "2026-11-29-rivals-start",
-        ["model", "parameters", "tokens", "seconds", "held-out bits per byte"],
+    "rivals": (
+        "2026-11-29-rivals",
+        ["mixer", "parameters", "tokens", "seconds", "tokens/s", "held-out bits per byte", *ALL_HELD_OUT],
+    ),
+    "rivals-positions": ("2026-11-29-rivals#positions", None),
+    "rivals-sweep": (
+        "2026-11-29-rivals#sweep rows",
+        ["mixer", "learning rate", "seconds", "tokens/s", "held-out bits per byte"],
     ),
     "mixers-positions": (
         "2026-11-29-language-model-positions",

@@ -14,11 +14,11 @@ train() {
     --no-checkpoints --turn "$TURN" --until "$UNTIL" "${@:4}" -- ${MEGATRON:-} $(cat "$WORK/flags" 2> /dev/null)
 }
 
-# MODEL: the sweep of a model, one run for each learning rate. A run has a tenth of the iterations of a full one.
+# MODEL RATE ..: the sweep of a model, one run for each learning rate. A run has a tenth of the iterations of a full one.
 sweep() {
   local lr
   # all of them start now, and they take turns
-  for lr in 5e-4 1e-3 2e-3; do
+  for lr in "${@:2}"; do
     LR=$lr train sweep "$1" 1 --iterations 240 --evaluations 2 > "$WORK/log/sweep.$1.$lr.log" 2>&1 &
   done
   wait

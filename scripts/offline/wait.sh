@@ -3,8 +3,8 @@
 #
 #   scripts/offline/wait.sh SECONDS [FOLDER]
 #
-# FOLDER gets log.tar.xz with all logs. From a minute before the deadline on, it also gets caches.tar.xz with what the
-# machine has compiled and tuned.
+# FOLDER gets log.tar.xz with all logs. When no job is left, and from a minute before the deadline on, it also gets
+# caches.tar.xz with what the machine has compiled and tuned.
 #
 # The program ends early when no job is left. It fails at once where nothing has been installed: that is a new machine,
 # which has replaced the one that got the first pieces.
@@ -25,8 +25,9 @@ for log in log/[0-9s]*.log; do
   [ -e "$log" ] && echo "$log: $(grep -v "^ *warnings.warn\|Warning: " "$log" | tail -n 1)"
 done
 if [ $# -gt 1 ]; then
-  tar cJf "$2/log.tar.xz" --exclude index log
-  if [ $left -lt 60 ]; then
+  # status 1 says that a log has grown meanwhile
+  tar cJf "$2/log.tar.xz" --warning=no-file-changed --exclude index log || [ $? -eq 1 ]
+  if [ $left -lt 60 ] || grep -qs "no job is left" log/jobs.log; then
     find cache-* -type f -newer ready/base -print0 | tar cJf "$2/caches.tar.xz" --null -T -
   fi
 fi

@@ -1,7 +1,0 @@
-# 260 of these seconds are for fla, which tunes its kernels where the caches do not have the results
-# seconds: 1500
-# needs: base data te triton
-# turn
-. scripts/offline/env.sh
-export TRITON_CACHE_DIR=$WORK/cache-3.9.0 PYTHONPATH=$WORK/triton-3.9.0:$WORK/fla-site:$PYTHONPATH
-train full gdn 2 --iterations 2304 --lengths 2048 32768
