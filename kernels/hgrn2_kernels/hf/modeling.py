@@ -127,8 +127,8 @@ class HGRN2Model(HGRN2PreTrainedModel):
         Several sequences can be packed behind each other. Then give `position_ids` that begin again with each
         sequence, or `cu_seqlens`, and neither a mask nor a cache.
 
-        The states in a cache carry no gradient. So a loss on tokens after a cache has no gradient with respect to the
-        tokens before, as in truncated backpropagation through time.
+        The states in a cache are constants for autograd, as in truncated backpropagation through time. The keys and
+        values of attention layers are not.
 
         Args:
             input_ids: [B, T] int64.
