@@ -1,4 +1,4 @@
-"""The launcher: `torchrun ... -m hgrn2_megatron pretrain_gpt.py --spec hgrn2 ...` runs any unmodified Megatron script.
+"""The launcher: `torchrun ... -m hgrn2_megatron pretrain_gpt.py --spec hgrn2 ...` runs an unmodified Megatron script.
 
 It accepts the one-word spec, and refuses a spec that cannot be imported. It adds the `--hgrn2-*` flags and sets the
 defaults of an HGRN2 block. On a machine without a CUDA device it turns the CPU mode on.

@@ -16,15 +16,16 @@ def _saves_a_stage_without_experts(s: Settings) -> bool:
     stages = s.pipeline_model_parallel_size or 1
     if stages == 1 or (s.expert_model_parallel_size or 1) == 1 or not (s.save or s.load):
         return False
+    parts = stages * (s.num_virtual_stages_per_pipeline_rank or 1)
     if s.hybrid_layer_pattern:
         main, heads = split_heads(s.hybrid_layer_pattern)
         layers, segments = [symbol == EXPERTS for symbol in main], main.split(PIPE)
-        chunks = [EXPERTS in segment for segment in segments] if len(segments) > 1 else _divided(layers, stages)
+        chunks = [EXPERTS in segment for segment in segments] if len(segments) > 1 else _divided(layers, parts)
         chunks[-1] = chunks[-1] or EXPERTS in "".join(heads)
     else:
         layers = [has_experts(s.moe_layer_freq or 1, layer) for layer in range(s.num_layers or 0)]
         per_chunk = s.num_layers_per_virtual_pipeline_stage
-        chunks = _divided(layers, len(layers) // per_chunk if per_chunk else stages)
+        chunks = _divided(layers, len(layers) // per_chunk if per_chunk else parts)
     return any(chunks) and not all(any(chunks[stage::stages]) for stage in range(stages))
 
 

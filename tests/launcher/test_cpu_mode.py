@@ -115,6 +115,7 @@ def test_what_needs_cuda_is_refused_by_flag_without_it_alone(changes, flag, monk
         {"moe_layer_freq": [1, 1]},
         # each stage has a virtual stage with experts
         {"moe_layer_freq": [0, 1] * 2, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 2},
+        {"moe_layer_freq": [0, 0, 1, 1], "num_layers": 4, "num_virtual_stages_per_pipeline_rank": 2},
         {"moe_layer_freq": [0, 1], "save": None},
         {"moe_layer_freq": [0, 1], "expert_model_parallel_size": 1},
         {"moe_token_dispatcher_type": "alltoall", "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
