@@ -25,7 +25,7 @@ def _check_packing(s: Settings, hgrn2: HGRN2Config):
     if not (s.sft or s.dataloader_inter_document_masking):
         return
     flag = "--sft" if s.sft else "--dataloader-inter-document-masking"
-    if _has_own_attention(s, hgrn2):
+    if has_own_attention(s, hgrn2):
         raise UsageError(
             f"{flag} packs sequences, which Megatron's own attention layers do not support: give --transformer-impl "
             "transformer_engine, or a layer pattern without attention"
@@ -57,7 +57,7 @@ def _has_middle_stages(s: Settings) -> bool:
 def _check_context_parallel(s: Settings, hgrn2: HGRN2Config):
     if (s.context_parallel_size or 1) == 1:
         return
-    if _has_own_attention(s, hgrn2):
+    if has_own_attention(s, hgrn2):
         raise UsageError(
             f"--context-parallel-size is {s.context_parallel_size}, but Megatron's own attention layers support only "
             "1: give --transformer-impl transformer_engine, or a layer pattern without attention"
@@ -70,6 +70,6 @@ def _check_context_parallel(s: Settings, hgrn2: HGRN2Config):
         )
 
 
-def _has_own_attention(s: Settings, hgrn2: HGRN2Config) -> bool:
+def has_own_attention(s: Settings, hgrn2: HGRN2Config) -> bool:
     """Return whether the model has attention layers of Megatron's own, which support less than Transformer Engine's."""
     return hgrn2.has_attention and s.transformer_impl == "local"

@@ -70,7 +70,8 @@ def chunk_hgrn2(
 
     Raises:
         ValueError: a shape, dtype, device or boundary is not as described, or the kernels cannot run (a head has more
-            than 256 channels, the scale is 0, or the GPU has a compute capability below 8.0).
+            than 256 channels, or than 128 in fp32 on a GPU with 99 KiB of shared memory; the scale is 0; or the GPU has
+            a compute capability below 8.0).
         NotImplementedError: a gradient is differentiated again, or an argument has a forward-mode derivative or is
             differentiated by torch.func. `recurrent_hgrn2` has all of these.
 

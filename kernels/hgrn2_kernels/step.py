@@ -44,7 +44,8 @@ def step_hgrn2(
         o: [N, T, H, V] dtype of v.
 
     Raises:
-        ValueError: a shape, dtype, device or stride is not as described, or an input requires a gradient.
+        ValueError: a shape, dtype, device or stride is not as described, or an input requires a gradient while
+            gradients are enabled.
         NotImplementedError: an input has a forward-mode derivative, or is differentiated by torch.func.
 
     Source:

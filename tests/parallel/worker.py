@@ -197,10 +197,10 @@ def use_reference_attention():
     from megatron.core.models.backends import LocalSpecProvider
     from reference_attention import ReferenceAttention
 
-    from hgrn2_megatron import requirements
+    from hgrn2_megatron import sequence_requirements
 
     LocalSpecProvider.core_attention = lambda self: ReferenceAttention
-    requirements.has_own_attention = lambda settings, hgrn2: False
+    sequence_requirements.has_own_attention = lambda settings, hgrn2: False
 
 
 def move_short_documents():

@@ -132,7 +132,8 @@ class HGRN2Model(HGRN2PreTrainedModel):
 
         Args:
             input_ids: [B, T] int64.
-            attention_mask: [B, S] with 1 at tokens and 0 at padding on either side. S is T and the tokens before.
+            attention_mask: [B, S] with 1 at tokens and 0 at padding on either side. S is T plus the
+                number of tokens in the cache.
             position_ids: [B or 1, T] int64, position of each token in its sequence. Only attention layers read their
                 values.
             cache: cache of the tokens before.

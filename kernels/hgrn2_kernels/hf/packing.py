@@ -18,7 +18,7 @@ def padding_of(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def check_packing(position_ids: Tensor | None, cu_seqlens: Tensor | None, given: dict) -> None:
-    """Check that packed sequences are not described only by arguments that HGRN2 layers do not read.
+    """Raise an error if the only description of packed sequences is one that HGRN2 layers do not read.
 
     Args:
         position_ids, cu_seqlens: arguments of the model.
