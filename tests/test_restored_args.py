@@ -1,4 +1,4 @@
-"""What --use-checkpoint-args takes from a checkpoint, whose model may have the other form."""
+"""Args that --use-checkpoint-args takes from a checkpoint, also from one of the other form of the model."""
 
 import argparse
 import sys

@@ -69,6 +69,15 @@ def test_gated_delta_nets_need_a_gpu_and_their_package(monkeypatch):
         ({"hybrid_layer_pattern": "M-/*-", "context_parallel_size": 2}, "--context-parallel-size .* only 1"),
         (
             {
+                "hybrid_layer_pattern": "M-|M-|M-|M-",
+                "pipeline_model_parallel_size": 2,
+                "dataloader_inter_document_masking": True,
+                "micro_batch_size": 1,
+            },
+            "--dataloader-inter-document-masking .* without virtual stages",
+        ),
+        (
+            {
                 "hybrid_layer_pattern": "M-/M-",
                 "context_parallel_size": 2,
                 "dataloader_inter_document_masking": True,

@@ -63,14 +63,15 @@ def _is_differentiated(x):
     return False
 
 
-def check_scale(scale):
-    """Check that the scale is a number.
+def checked_scale(scale, q):
+    """Return the scale, or its default for heads as wide as those of q if it is None.
 
     Raises:
         ValueError: it is a tensor, whose gradient would be lost.
     """
     if isinstance(scale, torch.Tensor):
         raise ValueError("scale must be a number, got a tensor, which would get no gradient: multiply the output by it")
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def split_fused(qfv):

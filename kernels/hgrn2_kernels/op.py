@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hgrn2_kernels import torch_ops
-from hgrn2_kernels.checks import check_chunk, check_kernels, check_scale, split_fused
+from hgrn2_kernels.checks import check_chunk, check_kernels, checked_scale, split_fused
 from hgrn2_kernels.inputs import Inputs
 
 
@@ -161,6 +161,4 @@ def chunk_hgrn2_pytorch(
 
 
 def _inputs(q, f, v, lower_bound, initial_state, cu_seqlens, scale):
-    check_scale(scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Inputs(q, f, v, lower_bound, initial_state, cu_seqlens, scale)
+    return Inputs(q, f, v, lower_bound, initial_state, cu_seqlens, checked_scale(scale, q))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hgrn2_kernels import op
-from hgrn2_kernels.checks import check_chunk, check_kernels, check_scale, split_fused
+from hgrn2_kernels.checks import check_chunk, check_kernels, checked_scale, split_fused
 from hgrn2_kernels.inputs import Inputs
 from hgrn2_kernels.once import OPERATORS, once_differentiable
 from hgrn2_kernels.op import chunk_hgrn2_pytorch
@@ -117,8 +117,7 @@ def chunk_hgrn2_sharded(
     """
     q, f, v = split_fused(qfv)
     check_chunk(q, f, v, lower_bound, None, None if pieces is None else pieces.cu_seqlens)
-    check_scale(scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checked_scale(scale, q)
     if op.implementation(q.device, q.dtype) == "triton":
         check_kernels(q, v, scale)
     if is_eager(qfv):

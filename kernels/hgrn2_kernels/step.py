@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_kernels import torch_ops
-from hgrn2_kernels.checks import check_inputs, check_like_state, check_scale, check_transforms, shape_of
+from hgrn2_kernels.checks import check_inputs, check_like_state, check_transforms, checked_scale, shape_of
 from hgrn2_kernels.gate import forget_gate
 
 
@@ -53,7 +53,6 @@ def step_hgrn2(
     """
     check_inputs(q, f, v)
     check_transforms(q, f, v, lower_bound, state)
-    check_scale(scale)
     _check_state(state, slots, q, v)
     if lower_bound is not None:
         check_like_state("lower_bound", lower_bound, q.shape[2:], q)
@@ -63,7 +62,7 @@ def step_hgrn2(
             "step_hgrn2 has no gradient, but an input requires one: decode under torch.no_grad() or "
             "torch.inference_mode(), and train with chunk_hgrn2"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checked_scale(scale, q)
     advance = _advance if torch_ops.is_eager(q) else torch.ops.hgrn2.step
     return advance(q, f, v, lower_bound, state, slots, scale)
 
