@@ -33,6 +33,7 @@ PRIVATE_CALL = (
 # hashes of the source with which these releases of Triton start a compiled kernel, see source_hash
 LAUNCHER_3_6 = "4d6f2fe45eb73e40a951bda912b0cb01fdb5f3234ea0db61aa7f0fa24e0adf30"
 LAUNCHER_3_8 = "fb59527d0cc4d54afb7c4703e8fa879c6c17e5ccc198a0410e3afc6e7506d696"
+LAUNCHER_3_9 = "d86f4c71a297973505bcd7503894b843750b93a6f08c618b03cd01cb41e1f3c2"
 
 
 class Launch:
@@ -89,7 +90,7 @@ class Launch:
         # the arguments of PRIVATE_CALL, without metadata of the launch and without hooks
         self.compiled, self.metadata, self.in_one_tuple = (function, packed, *nothing), (), False
         known = source_hash(type(launcher))
-        if known not in (LAUNCHER_3_6, LAUNCHER_3_8) or needs_more(launcher):
+        if known not in (LAUNCHER_3_6, LAUNCHER_3_8, LAUNCHER_3_9) or needs_more(launcher):
             return
         flags = launcher.launch_cooperative_grid, launcher.launch_pdl
         if known == LAUNCHER_3_6:
@@ -138,7 +139,7 @@ def source_hash(launcher: type) -> str:
     module = inspect.getmodule(launcher)
     try:
         parts = [launcher.__call__, module.wrap_handle_tensordesc, module.make_tensordesc_arg]
-        # Triton 3.8 keeps a part in another module
+        # Triton 3.8 and 3.9 keep a part in another module
         parts += filter(None, [getattr(module, "wrap_handle_tensordesc_impl", None)])
         return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
     except (AttributeError, OSError, TypeError):

@@ -121,7 +121,7 @@ class AnotherLauncher(CudaLauncher):
 
 @pytest.mark.parametrize(
     ("launcher", "size", "times"),
-    [(CudaLauncher, 0, 1 if TRITON_RELEASE in ((3, 6), (3, 8)) else 2), (AnotherLauncher, 0, 2), (CudaLauncher, 8, 2)],
+    [(CudaLauncher, 0, 1 if TRITON_RELEASE in ((3, 6), (3, 8), (3, 9)) else 2), (AnotherLauncher, 0, 2), (CudaLauncher, 8, 2)],
     ids=["known", "another launcher", "a kernel with memory of its own"],
 )
 def test_descriptors_keep_the_drivers_form(launcher, size, times, monkeypatch):
@@ -137,10 +137,10 @@ def test_descriptors_keep_the_drivers_form(launcher, size, times, monkeypatch):
 
     def launch(*arguments):
         *arguments, last = arguments
-        # Triton 3.8 puts the arguments of the kernel into one sequence
+        # Triton 3.8 and 3.9 put the arguments of the kernel into one sequence
         calls.append([*arguments, *last] if isinstance(last, list | tuple) else [*arguments, last])
 
-    # Triton 3.6 and 3.8 have two names for the same function
+    # Triton 3.6 and later releases have two names for the same function
     utils = types.SimpleNamespace(fill_tma_descriptor=fill, fill_tma_descriptor_tiled=fill)
     monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(utils=utils))
     monkeypatch.setattr(triton.runtime._allocation, "_allocator", types.SimpleNamespace(get=lambda: lambda *size: size))
@@ -149,7 +149,7 @@ def test_descriptors_keep_the_drivers_form(launcher, size, times, monkeypatch):
     launcher = object.__new__(launcher)
     vars(launcher).update(global_scratch_size=size, global_scratch_align=1, profile_scratch_size=0, num_ctas=1)
     vars(launcher).update(profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=True)
-    # only Triton 3.8 reads these three
+    # Triton 3.6 does not read these three
     vars(launcher).update(gsan_enabled=False, arg_annotations="annotations", kernel_signature=b"signature")
     signature = {0: "tensordesc<bf16[1, 64, 1, 128]>", 1: "*fp32", 2: "i32"}
     launcher.launch = wrap_handle_tensordesc(launch, signature, metadata)
