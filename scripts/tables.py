@@ -161,13 +161,18 @@ TABLES = {
             f"tokens {part}" for part in ("1 to 16", "17 to 64", "65 to 128", "129 to 256", "257 to 512", "513 to 1024")
         ],
     ),
-    "rivals": (
-        "2026-11-29-rivals",
-        ["mixer", "parameters", "tokens", "seconds", "tokens/s", "held-out bits per byte", *ALL_HELD_OUT],
+    "needle": (
+        "2026-11-29-needle",
+        ["mixer", "learned", "learning rate", "bytes"] + [f"depth {part}%" for part in (0, 25, 50, 75, 100)] + ["mean"],
     ),
-    "rivals-positions": ("2026-11-29-rivals#positions", None),
-    "rivals-sweep": (
-        "2026-11-29-rivals#sweep rows",
+    "six-mixers": (
+        "2026-11-29-six-mixers",
+        ["mixer", "parameters", "learning rate", "seconds", "tokens/s", "held-out bits per byte", *ALL_HELD_OUT],
+    ),
+    "six-mixers-seeds": ("2026-11-29-six-mixers#seeds", None),
+    "six-mixers-positions": ("2026-11-29-six-mixers#positions", None),
+    "six-mixers-sweep": (
+        "2026-11-29-six-mixers#sweep rows",
         ["mixer", "learning rate", "seconds", "tokens/s", "held-out bits per byte"],
     ),
     "mixers-positions": (

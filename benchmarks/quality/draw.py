@@ -156,7 +156,8 @@ def positions(runs: list[dict]) -> list[dict]:
     The losses are those of the best groups in their longest sequences, in nats per token. A line is a range of
     positions, and each range is as long as everything before it.
     """
-    chosen = {name_of(group): at_length(group) for group in best(grouped(runs)) if any(run["lengths"] for run in group)}
+    groups = [group for group in best(grouped(runs)) if any(run["lengths"] for run in group)]
+    chosen = dict(zip(names(groups), map(at_length, groups), strict=True))
     if not chosen:
         return []
     length = max(length for length, _ in chosen.values())
@@ -185,15 +186,16 @@ def picture(runs: list[dict], path: Path):
     groups = [group for group in best(grouped(runs)) if all(run["heldout"] for run in group)]
     palette = plt.get_cmap("tab20" if len(groups) > 10 else "tab10")
     colours = {id(group): palette(number % 20) for number, group in enumerate(groups)}
+    labels = names(groups)
     columns = 3 if any(run["lengths"] for run in runs) else 2
     figure, sides = plt.subplots(1, columns, figsize=(4 * columns, 3.4 + 0.1 * len(groups)), layout="constrained")
     for column, (axes, label) in enumerate(zip(sides[:2], ("million tokens", "seconds of training"), strict=True)):
-        for group in groups:
+        for group, name in zip(groups, labels, strict=True):
             points = list(zip(*(run["heldout"] for run in group), strict=False))
             x = [mean(point[column] for point in at) / (1 if column else 1e6) for at in points]
             values = [[point[2] for point in at] for at in points]
             colour = colours[id(group)]
-            axes.plot(x, list(map(mean, values)), ".-", color=colour, label=name_of(group))
+            axes.plot(x, list(map(mean, values)), ".-", color=colour, label=name)
             axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.2)
         # The first losses are so high that the last ones would lie on each other.
         top = max((run["heldout"][len(run["heldout"]) // 3][2] for group in groups for run in group), default=1)
@@ -202,16 +204,20 @@ def picture(runs: list[dict], path: Path):
         axes.grid(alpha=0.3)
     if columns == 3:
         draw_positions(sides[2], groups, colours)
-    handles, labels = sides[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.legend(sides[0].get_lines(), labels, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def name_of(group: list[dict]) -> str:
-    """Return the title of a model and its learning rate, with the number of its seeds if there are several."""
-    run = group[0]
-    return f"{MODELS[run['model']].title}, {run['lr']:g}" + (f", {len(group)} seeds" if len(group) > 1 else "")
+def names(groups: list[list[dict]]) -> list[str]:
+    """Return the titles of the models, with the learning rate where rates differ and the number of seeds above one."""
+    rates = {group[0]["lr"] for group in groups}
+    return [
+        MODELS[group[0]["model"]].title
+        + (f", {group[0]['lr']:g}" if len(rates) > 1 else "")
+        + (f", {len(group)} seeds" if len(group) > 1 else "")
+        for group in groups
+    ]
 
 
 def draw_positions(axes, groups: list[list[dict]], colours: dict[int, tuple]):

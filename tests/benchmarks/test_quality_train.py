@@ -114,7 +114,7 @@ def test_models_train_alike_and_are_drawn(runs, tmp_path):
     ]
     assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])] and parts[-1][1] == longest["length"]
     total = sum(
-        (end - start) * float(line["HGRN2, 0.005"])
+        (end - start) * float(line["HGRN2"])
         for (start, end), line in zip(parts, drawn["positions"], strict=True)
     )
     assert total / longest["length"] == pytest.approx(longest["loss"], abs=1e-3)
@@ -137,6 +137,11 @@ def test_seeds_share_a_line_with_their_mean_and_difference(runs, tmp_path):
     seeds, mean = lines["hybrid-1-1"], f"**{(one + two) / 2:.4f}**"
     assert (seeds["seeds"], seeds["between seeds"]) == ("1, 2", f"{two - one:.4f}")
     assert seeds["held-out bits per byte"] == mean and not lines["hgrn2"]["between seeds"]
+    # a name has the rate only where rates differ
+    groups = draw.best(draw.grouped([run for run in found if run["model"] in ("hgrn2", "hybrid-1-1")]))
+    assert draw.names(groups) == ["HGRN2", "HGRN2 hybrid 1:1, 2 seeds"]
+    groups[0][0]["lr"] = 0.01
+    assert draw.names(groups) == ["HGRN2, 0.01", "HGRN2 hybrid 1:1, 0.005, 2 seeds"]
 
 
 def test_runs_of_an_earlier_file_are_drawn_too(runs, tmp_path):
