@@ -13,6 +13,7 @@ The distance between two runs is the difference of their training losses, for ea
 if its distance from ours, in the mean and at its largest, is at most twice that between ours and noise.
 
 With one GPU the runs go one after the other, and with several GPUs side by side. A run that is done is not repeated.
+With --runs the program trains some of them only. The JSON file is written by the call after which all three are done.
 The tokens/s are those of the median iteration, in which fla's tuning of its kernels does not count.
 """
 
@@ -37,24 +38,32 @@ DIGITS = 2e-6
 RUNS = {"ours": "hgrn2", "noise": "hgrn2", "fla": "hgrn2-fla"}
 
 
+def folder_of(args: argparse.Namespace, name: str) -> Path:
+    return run_folder(args.out / name, RUNS[name], args.lr, args.seed)
+
+
+def has_run(args: argparse.Namespace, name: str) -> bool:
+    """Return whether one of the runs is done."""
+    log = merged(folder_of(args, name), SIZES[args.size]["seq"])
+    return is_done(log) and log.last == args.iterations
+
+
 def run(args: argparse.Namespace, name: str, gpu: str):
     """Train one of the runs on a GPU, if it is not done yet.
 
     Raises:
         ValueError: the run failed.
     """
-    size, model = SIZES[args.size], RUNS[name]
-    folder = run_folder(args.out / name, model, args.lr, args.seed)
-    log = merged(folder, size["seq"])
-    if is_done(log) and log.last == args.iterations:
+    if has_run(args, name):
         return
+    size, model = SIZES[args.size], RUNS[name]
     words = f"{model} --data {args.data} --out {args.out / name} --size {args.size} --lr {args.lr:g} --seed {args.seed}"
     words += f" --iterations {args.iterations} --evaluations 1 --no-checkpoints --every {args.every}"
     if name == "noise":
         words += f" -- --micro-batch-size {size['micro'] // 2}"
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *words.split()]
     if subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}).returncode:
-        raise ValueError(f"the run {name} failed: see the lines above and {folder}")
+        raise ValueError(f"the run {name} failed: see the lines above and {folder_of(args, name)}")
 
 
 def distance(one: dict[int, float], other: dict[int, float]) -> dict[str, float]:
@@ -94,7 +103,7 @@ def verdict(losses: dict[str, dict[int, float]]) -> dict:
 
 def compare(args: argparse.Namespace) -> dict:
     """Write the JSON file of three runs that are done, and return the verdict."""
-    folders = {name: run_folder(args.out / name, model, args.lr, args.seed) for name, model in RUNS.items()}
+    folders = {name: folder_of(args, name) for name in RUNS}
     found = {name: read(folder) for name, folder in folders.items()}
     losses = {name: merged(folder, SIZES[args.size]["seq"]).losses for name, folder in folders.items()}
     about = verdict(losses)
@@ -127,6 +136,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--gpus", nargs="+", default=["0"])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="the runs to train")
     parser.add_argument("--every", type=int, default=50, help="iterations from one printed line to the next")
     args = parser.parse_args()
     try:
@@ -142,7 +152,11 @@ def main():
                     free.append(gpu)
 
             # fla comes first, because its code is the one that may not run on a new machine.
-            list(pool.map(start, reversed(RUNS)))
+            list(pool.map(start, sorted(args.runs, key=list(RUNS).index, reverse=True)))
+        missing = [name for name in RUNS if not has_run(args, name)]
+        if missing:
+            print(f"{args.json} is not written yet: train {' and '.join(missing)} too")
+            return
         found = compare(args)
     except ValueError as error:
         parser.error(str(error))

@@ -38,7 +38,7 @@ from training_log import LAUNCH, TrainingLog, bits, device_flags, run_lines  # n
 
 BLOCK = (
     "--normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --swiglu --hidden-dropout 0 "
-    "--attention-dropout 0 --position-embedding-type rope --cross-entropy-loss-fusion "
+    "--attention-dropout 0 --position-embedding-type {positions} --cross-entropy-loss-fusion "
     # The fusion of gradient accumulation needs Apex in attention's output layer. Causal attention needs no mask tensor.
     "--no-gradient-accumulation-fusion --no-create-attention-mask-in-dataloader"
 )
@@ -59,12 +59,14 @@ class Model:
         flags: Megatron's flags of the mixers. Names in braces stand for values of the size.
         more: a and b, if a layer's mixer has a * hidden^2 + b * hidden more parameters than attention.
         runner: flags of megatron_run.py.
+        positions: positions in the attention layers, as --position-embedding-type names them.
     """
 
     title: str
     flags: str = ""
     more: tuple[float, float] = (0, 0)
     runner: tuple[str, ...] = ()
+    positions: str = "rope"
 
 
 MODELS = {
@@ -86,6 +88,10 @@ MODELS = {
     "hybrid-1-1": Model("HGRN2 hybrid 1:1", f"{HGRN2} --hgrn2-layer-pattern H*"),
     "hybrid-5-1": Model("HGRN2 hybrid 5:1", f"{HGRN2} --hgrn2-layer-pattern HHHHH*"),
     "hybrid-7-1": Model("HGRN2 hybrid 7:1", f"{HGRN2} --hgrn2-layer-pattern HHHHHHH*"),
+    # Attention layers that know positions only from the HGRN2 layers below them
+    "hybrid-no-positions": Model(
+        "HGRN2 hybrid without positions", f"{HGRN2} --hgrn2-layer-pattern HHH*", positions="none"
+    ),
     # The model hgrn2 with the same first weights, computed by flash-linear-attention.
     "hgrn2-fla": Model("HGRN2 of fla", HGRN2, runner=("--fla",)),
 }
@@ -177,7 +183,8 @@ def flags_of(
         --make-vocab-size-divisible-by 64 --vocab-size {vocab} --tokenizer-type NullTokenizer
     """
     paths = ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "heldout-sample")]
-    return [*difference, *f"{BLOCK} {TRAINING} {shape}".split(), *paths]
+    block = BLOCK.format(positions=MODELS[model].positions)
+    return [*difference, *f"{block} {TRAINING} {shape}".split(), *paths]
 
 
 def run_folder(out: Path, model: str, lr: float, seed: int) -> Path:

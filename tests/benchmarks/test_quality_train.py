@@ -68,7 +68,7 @@ def train(data, out, model, *more):
 
 
 # attention is what the others are compared with, and each other model changes another flag
-TRAINED = ("attention", "hgrn2", "hgrn2-no-bounds", "hgrn2-expand-16", "hybrid-1-1")
+TRAINED = ("attention", "hgrn2", "hgrn2-no-bounds", "hgrn2-expand-16", "hybrid-1-1", "hybrid-no-positions")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Launch the kernels of benchmarks/fla_model.py: those of fla's model before and after for_fla.replace.
+"""Launch the kernels of benchmarks/fla_model.py and of beside_fla.py: fla's model, also after for_fla.replace.
 
 hgrn2_kernels.hf launches the same kernels as fla's model after for_fla.replace.
 """
@@ -22,12 +22,20 @@ torch.Tensor.cpu = lambda x: x
 SIZES = fla_model.Sizes(layers=2)
 
 
+# the model of benchmarks/quality/beside_fla.py
+QUALITY = fla_model.Sizes(layers=2, hidden=768, vocab=32768, training=((32, 2048),))
+
+
+def train(model, sizes):
+    model.train()
+    for batch, length in sizes.training:
+        data = fla_model.tokens(batch, length, sizes.vocab)
+        model(data, labels=data).loss.backward()
+
+
 def run(model):
     fla_model.results(model, SIZES)
-    model.train()
-    for batch, length in SIZES.training:
-        data = fla_model.tokens(batch, length, SIZES.vocab)
-        model(data, labels=data).loss.backward()
+    train(model, SIZES)
     model.eval()
     with torch.inference_mode():
         for batch, length in SIZES.prefill:
@@ -40,6 +48,7 @@ def run(model):
 
 
 fla_model.results(fla_model.build(SIZES, torch.float32, "fused_recurrent"), SIZES)
+train(fla_model.build(QUALITY, torch.bfloat16), QUALITY)
 model = fla_model.build(SIZES, torch.bfloat16)
 run(model)
 for_fla.replace(model)

@@ -1,8 +1,8 @@
-# The best rate of the sweep for these models
+# The rates 5e-4 and 1e-3 are done
 # seconds: 720
 # needs: base data te
 # turn
 # each: hybrid hgrn2
 . scripts/offline/env.sh
-export LR=5e-4
+export LR=2e-3
 train full "$1" 2 --iterations 2304 --lengths 2048 32768
