@@ -114,8 +114,7 @@ def test_models_train_alike_and_are_drawn(runs, tmp_path):
     ]
     assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])] and parts[-1][1] == longest["length"]
     total = sum(
-        (end - start) * float(line["HGRN2"])
-        for (start, end), line in zip(parts, drawn["positions"], strict=True)
+        (end - start) * float(line["HGRN2"]) for (start, end), line in zip(parts, drawn["positions"], strict=True)
     )
     assert total / longest["length"] == pytest.approx(longest["loss"], abs=1e-3)
     # the first batch is the same, and no model knows anything of it
