@@ -60,6 +60,19 @@ NOT_WITH_FSDP = (
         "give --no-gradient-accumulation-fusion",
     ),
     (
+        # Megatron looks for the weights in a wrapper that a model without an optimizer does not have. This row comes
+        # first, because Megatron sets --no-load-optim beside --skip-train.
+        lambda s: s.load and s.skip_train,
+        "--load and --skip-train",
+        "drop --skip-train, and give the checkpoint's iteration as --train-iters, with which a run only evaluates",
+    ),
+    (
+        # Megatron would copy the weights of the model to the optimizer, and Megatron-FSDP does not implement it.
+        lambda s: s.pretrained_checkpoint or (s.load and (s.finetune or s.no_load_optim)),
+        "--pretrained-checkpoint, or --load with --finetune or --no-load-optim",
+        "drop the flag, because Megatron-FSDP loads a model only together with its optimizer",
+    ),
+    (
         lambda s: s.megatron_fsdp_version == 2,
         "--megatron-fsdp-version 2",
         "give 1, because the second version was never run with HGRN2 layers",

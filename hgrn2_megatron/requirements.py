@@ -87,6 +87,11 @@ def _check_block(s: Settings, hgrn2: HGRN2Config):
             "the channel mixer of an HGRN2 block is a SiLU-gated linear unit, but the flags ask for another one: "
             "give --swiglu, and drop --quick-geglu and --squared-relu"
         )
+    if s.glu_linear_offset or s.activation_func_clamp_value is not None:
+        raise UsageError(
+            "--glu-linear-offset and --activation-func-clamp-value change the channel mixer, which is a plain SiLU-gated "
+            "linear unit in an HGRN2 block: drop both flags"
+        )
     if s.position_embedding_type in ("learned_absolute", "relative"):
         raise UsageError(
             f"--position-embedding-type is {s.position_embedding_type}, but HGRN2 has no learned positions: "

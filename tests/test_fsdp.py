@@ -23,6 +23,10 @@ from hgrn2_megatron.requirements import check
             {"hgrn2_loss_chunk_size": 8, "gradient_accumulation_fusion": True},
             "--hgrn2-loss-chunk-size .* give --no-gradient-accumulation-fusion",
         ),
+        ({"load": "x", "bf16": True, "finetune": True}, "--pretrained-checkpoint, or --load with --finetune"),
+        ({"load": "x", "bf16": True, "no_load_optim": True}, "--no-load-optim"),
+        ({"pretrained_checkpoint": "x"}, "--pretrained-checkpoint, .*: drop the flag"),
+        ({"load": "x", "bf16": True, "skip_train": True}, "--load and --skip-train: drop --skip-train, .* --train-iters"),
         ({"megatron_fsdp_version": 2}, "--megatron-fsdp-version 2: give 1"),
     ],
 )

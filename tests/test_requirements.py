@@ -36,6 +36,8 @@ REFUSED = [
     ({"swiglu": False}, "--swiglu"),
     ({"quick_geglu": True}, "--quick-geglu"),
     ({"gated_linear_unit": True, "activation_func": F.gelu}, "--swiglu"),
+    ({"glu_linear_offset": 1.0}, "--glu-linear-offset .* drop both"),
+    ({"activation_func_clamp_value": 0.0}, "--activation-func-clamp-value"),
     ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type"),
     ({"layernorm_zero_centered_gamma": True}, "--apply-layernorm-1p"),
     ({"apply_residual_connection_post_layernorm": True}, "--apply-residual"),

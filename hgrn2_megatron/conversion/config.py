@@ -190,6 +190,8 @@ NOT_IN_FLA = {
     "add_bias_linear": "biases of linear layers (--disable-bias-linear)",
     "use_mup": "--use-mup",
     "apply_layernorm_1p": "--apply-layernorm-1p",
+    "glu_linear_offset": "--glu-linear-offset",
+    "activation_func_clamp_value": "--activation-func-clamp-value",
 }
 NOT_IN_FLA_ATTENTION = {
     "add_qkv_bias": "--add-qkv-bias",

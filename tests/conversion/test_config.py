@@ -55,6 +55,8 @@ def test_flags_that_only_fuse_are_taken(tmp_path):
         ({"num_experts": 4, "hybrid_layer_pattern": "M-*-ME"}, "--num-experts"),
         ({"qk_layernorm": True}, "--qk-layernorm"),
         ({"add_qkv_bias": True}, "--add-qkv-bias"),
+        ({"glu_linear_offset": 1.0}, "--glu-linear-offset"),
+        ({"activation_func_clamp_value": 0.5}, "--activation-func-clamp-value"),
         ({"window_size": (64, 0)}, "--window-size"),
         ({"kv_channels": 32}, "--kv-channels"),
         ({"rotary_percent": 0.5}, "--rotary-percent"),
