@@ -89,8 +89,8 @@ def _check_block(s: Settings, hgrn2: HGRN2Config):
         )
     if s.glu_linear_offset or s.activation_func_clamp_value is not None:
         raise UsageError(
-            "--glu-linear-offset and --activation-func-clamp-value change the channel mixer, which is a plain SiLU-gated "
-            "linear unit in an HGRN2 block: drop both flags"
+            "--glu-linear-offset and --activation-func-clamp-value change the SiLU-gated linear unit of an HGRN2 "
+            "block: drop both flags"
         )
     if s.position_embedding_type in ("learned_absolute", "relative"):
         raise UsageError(

@@ -156,7 +156,7 @@ TABLES = {
     ),
     "state-tracking": (
         "2026-11-29-state-tracking",
-        ["machine", "a guess", "mixer"]
+        ["machine", "a guess", "mixer", "learning rate"]
         + [
             f"tokens {part}" for part in ("1 to 16", "17 to 64", "65 to 128", "129 to 256", "257 to 512", "513 to 1024")
         ],
@@ -238,24 +238,25 @@ def of_columns(file: str, columns: list[str] | None) -> str:
 
 def readme_performance() -> str:
     """Return README's one table: training and the operator compared with attention, and fla's model with its own."""
-    long, new = "2026-11-27-throughput-32768", "2026-11-29-throughput"
-    training = {(file, row["run"]): row.get("tokens/s") for file in (long, new) for row in rows_of(file)}
+    long, plain, new = "2026-11-27-throughput-32768", "2026-11-27-throughput", "2026-11-29-throughput"
+    training = {(file, row["run"]): row.get("tokens/s") for file in (long, plain, new) for row in rows_of(file)}
     rows = []
     for setting, words, file in (
         ("4096", "training, sequences of 4096", new),
         ("16384 selective", "training, 16384, selective recompute", new),
+        ("16384", "training, 16384, no recompute", plain),
         ("32768 full", "training, 32768, full recompute", long),
     ):
         own, other = (training[file, f"{model}, {setting}"] for model in ("HGRN2", "attention"))
         rows.append([words, gpu_of(file), f"{own:,} tokens/s", f"attention: {other:,}", f"{own / other:.2f}", file])
     now, model = "2026-11-29-hopper", "2026-11-29-fla-model"
-    ordinary = [row for row in rows_of(now) if row["gates"] == "ordinary"]
-    kernels = {(row["shape"], row["operator"]): row["forward + backward ms"] for row in ordinary}
-    for shape, words in (
-        ("8x4096x16", "operator, 8 sequences of 4096"),
-        ("1x32768x16", "operator, 1 sequence of 32768"),
+    kernels = {(row["shape"], row["gates"], row["operator"]): row["forward + backward ms"] for row in rows_of(now)}
+    for shape, gates, words in (
+        ("8x4096x16", "fresh model", "operator, 8 sequences of 4096, a fresh model's gates"),
+        ("8x4096x16", "trained model", "operator, 8 sequences of 4096, a trained model's gates"),
+        ("1x32768x16", "ordinary", "operator, 1 sequence of 32768, random gates"),
     ):
-        own, other = kernels[shape, KEPT], kernels[shape, "attention"]
+        own, other = kernels[shape, gates, KEPT], kernels[shape, "ordinary", "attention"]
         rows.append([words, gpu_of(now), f"{own:.2f} ms", f"cuDNN attention: {other:.2f}", f"{other / own:.1f}", now])
     step = {row["model"]: row["tokens/s"] for row in rows_of(model) if row["run"] == "training step, 4 x 4096"}
     # fla was measured twice

@@ -26,7 +26,10 @@ from hgrn2_megatron.requirements import check
         ({"load": "x", "bf16": True, "finetune": True}, "--pretrained-checkpoint, or --load with --finetune"),
         ({"load": "x", "bf16": True, "no_load_optim": True}, "--no-load-optim"),
         ({"pretrained_checkpoint": "x"}, "--pretrained-checkpoint, .*: drop the flag"),
-        ({"load": "x", "bf16": True, "skip_train": True}, "--load and --skip-train: drop --skip-train, .* --train-iters"),
+        (
+            {"load": "x", "bf16": True, "skip_train": True},
+            "--load and --skip-train: drop --skip-train, .*--train-iters",
+        ),
         ({"megatron_fsdp_version": 2}, "--megatron-fsdp-version 2: give 1"),
     ],
 )

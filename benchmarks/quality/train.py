@@ -78,6 +78,9 @@ MODELS = {
     "gdn-hybrid": Model("gated delta net hybrid", f"{GDN} --linear-attention-freq 4", (0.75, 0)),
     # Its mixer has 2 * hidden channels, a state of 128 and heads of 64 channels.
     "mamba2": Model("Mamba2", f"{MAMBA} --hybrid-layer-pattern {{mamba}}", (2 + 1 / 32, 2 * 128), ("--hybrid-model",)),
+    "mamba2-hybrid": Model(
+        "Mamba2 hybrid", f"{MAMBA} --hybrid-layer-pattern {{mamba_hybrid}}", (1.5 + 3 / 128, 192), ("--hybrid-model",)
+    ),
     # Forget gates without lower bounds.
     "hgrn2-no-bounds": Model("HGRN2 without lower bounds", f"{HGRN2} --hgrn2-lower-bounds none"),
     # Smaller states. At the size 125m, hgrn2 has the expand ratio 128.
@@ -131,14 +134,21 @@ def mixer_flags(model: str, size: str) -> list[str]:
     """
     s = SIZES[size]
     layers, hidden = s["layers"], s["hidden"]
-    words = dict(heads=hidden // s["head"], head=s["head"], layers=f"[1]*{layers}", mamba="M-" * layers)
+    words = dict(
+        heads=hidden // s["head"],
+        head=s["head"],
+        layers=f"[1]*{layers}",
+        mamba="M-" * layers,
+        mamba_hybrid="M-M-M-*-" * (layers // 4),
+    )
     flags = MODELS[model].flags.format(**words).split()
     given = dict(zip(flags, flags[1:], strict=False))
     pattern, ratio = given.get("--hgrn2-layer-pattern", "H"), int(given.get("--hgrn2-expand-ratio", 1))
-    if layers % len(pattern):
-        fits = [name for name in SIZES if SIZES[name]["layers"] % len(pattern) == 0]
+    repeats = 4 if model == "mamba2-hybrid" else len(pattern)
+    if layers % repeats:
+        fits = [name for name in SIZES if SIZES[name]["layers"] % repeats == 0]
         raise ValueError(
-            f"{model} repeats {len(pattern)} layers, and the size {size} has {layers}: give --size {' or '.join(fits)}"
+            f"{model} repeats {repeats} layers, and the size {size} has {layers}: give --size {' or '.join(fits)}"
         )
     if hidden % ratio:
         raise ValueError(

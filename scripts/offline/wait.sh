@@ -6,8 +6,8 @@
 # FOLDER gets log.tar.xz with all logs. When no job is left, and from a minute before the deadline on, it also gets
 # caches.tar.xz with what the machine has compiled and tuned.
 #
-# The program ends early when no job is left. It fails at once where nothing has been installed: that is a new machine,
-# which has replaced the one that got the first pieces.
+# The program ends early when no job is left. It fails at once where the installation has not begun. Then the pieces
+# base and caches are not complete, or this is a new machine, which has replaced the one that got the first pieces.
 set -euo pipefail
 WORK=${WORK:-/tmp/offline}
 cd "$WORK" 2> /dev/null && [ -e begun.base ] || {

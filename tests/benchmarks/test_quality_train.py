@@ -271,7 +271,8 @@ def test_glus_make_up_for_larger_mixers():
     # Megatron's Mamba2: z, x, B, C and dt of a projection, the output's, a convolution of 4 over x, B and C
     mamba = hidden * (4 * hidden + 256 + 24) + 2 * hidden**2 + 4 * (2 * hidden + 256)
     gdn = 5 * hidden**2 + hidden * 2 * 6 + 4 * 3 * hidden
-    for model, mixer in (("mamba2", mamba), ("gdn", gdn)):
+    hybrid = (3 * mamba + 4 * hidden**2) / 4
+    for model, mixer in (("mamba2", mamba), ("mamba2-hybrid", hybrid), ("gdn", gdn)):
         layer = mixer + 3 * hidden * quality.glu_width(model, hidden)
         assert layer == pytest.approx(of_attention, rel=5e-3)
 
@@ -285,6 +286,8 @@ def test_sizes_that_cannot_have_a_model_are_refused():
         assert isinstance(quality.mixer_flags(model, size), list)
     with pytest.raises(ValueError, match="hybrid-7-1 repeats 8 layers, and the size 125m has 12: give --size 100m$"):
         quality.mixer_flags("hybrid-7-1", "125m")
+    with pytest.raises(ValueError, match="mamba2-hybrid repeats 4 layers, and the size toy has 2: give --size "):
+        quality.mixer_flags("mamba2-hybrid", "toy")
     with pytest.raises(ValueError, match="heads of 64 channels, which do not divide the 32 channels of the size toy"):
         quality.mixer_flags("hgrn2-expand-64", "toy")
 
