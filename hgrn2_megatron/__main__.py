@@ -21,6 +21,10 @@ USAGE = """usage: [torchrun ...] -m hgrn2_megatron SCRIPT [Megatron's flags] --s
                                             or a Megatron checkpoint to a Hugging Face model"""
 
 
+# Megatron's scripts that take --spec and build neither a GPT nor a HybridModel
+OTHER_MODELS = ("pretrain_bert.py", "pretrain_t5.py", "pretrain_vlm.py")
+
+
 def check_spec(spec: list[str] | None) -> None:
     """Refuse a spec that is unknown or cannot be imported. Megatron 0.19 would silently train attention instead.
 
@@ -65,7 +69,7 @@ def launch(argv: list[str]) -> None:
     """Run `argv[0]` as a script, with the rest of `argv` as its command line, after Megatron has learned of HGRN2.
 
     Raises:
-        UsageError: the script is not a file, or its `--spec` is wrong.
+        UsageError: the script is not a file, it builds a model that cannot have HGRN2 layers, or its `--spec` is wrong.
     """
     script = argv[0]
     if not os.path.isfile(script):
@@ -80,7 +84,13 @@ def launch(argv: list[str]) -> None:
     from hgrn2_megatron import arguments, megatron_hooks
 
     sys.argv = argv
-    check_spec(arguments.spec_of(argv[1:]))
+    spec = arguments.spec_of(argv[1:])
+    check_spec(spec)
+    if arguments.is_hgrn2_spec(spec) and os.path.basename(script) in OTHER_MODELS:
+        raise UsageError(
+            f"--spec {spec[0]} is for a GPT or a HybridModel, and {script} builds another model: run "
+            "pretrain_hybrid.py or pretrain_gpt.py"
+        )
     megatron_hooks.install_arguments(cpu.DEFAULTS if cpu.needed() else {})
     runpy.run_path(script, run_name="__main__")
 

@@ -65,5 +65,15 @@ def test_a_script_that_is_not_there():
     assert done.returncode == 2 and "pretrain_gtp.py is not a file" in done.stdout
 
 
+@pytest.mark.parametrize("spec", [["hgrn2"], ["hgrn2_megatron.spec", "hgrn2_stack"], []], ids=str)
+def test_a_script_that_builds_another_model(spec, tmp_path):
+    script = tmp_path / "pretrain_t5.py"
+    script.write_text("print('this script ran')")
+    done = harness.python("-m", "hgrn2_megatron", str(script), *(["--spec", *spec] if spec else []))
+    if spec:
+        assert done.returncode == 2 and "pretrain_t5.py builds another model: run pretrain_hybrid.py" in done.stdout
+    assert ("this script ran" in done.stdout) == (not spec)
+
+
 def test_usage():
     assert "--spec hgrn2" in harness.python("-m", "hgrn2_megatron", "--help").stdout
