@@ -86,7 +86,7 @@ def launch(argv: list[str]) -> None:
     sys.argv = argv
     spec = arguments.spec_of(argv[1:])
     check_spec(spec)
-    if arguments.is_hgrn2_spec(spec) and os.path.basename(script) in OTHER_MODELS:
+    if spec and arguments.is_hgrn2_spec(spec) and os.path.basename(script) in OTHER_MODELS:
         raise UsageError(
             f"--spec {spec[0]} is for a GPT or a HybridModel, and {script} builds another model: run "
             "pretrain_hybrid.py or pretrain_gpt.py"
