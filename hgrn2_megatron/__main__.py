@@ -12,7 +12,7 @@ import sys
 
 from hgrn2_megatron.config import UsageError
 
-USAGE = """usage: [torchrun ...] -m hgrn2_megatron SCRIPT [Megatron's flags] --spec hgrn2 [--hgrn2-* flags]
+USAGE = """usage: torchrun ... -m hgrn2_megatron SCRIPT [Megatron's flags] --spec hgrn2 [--hgrn2-* flags]
        python -m hgrn2_megatron doctor      check this machine and the HGRN2 operator on it
        python -m hgrn2_megatron patch MEGATRON_LM [--check | --reverse]
                                             make --spec hgrn2 work in a checkout without this launcher
@@ -43,7 +43,9 @@ def check_spec(spec: list[str] | None) -> None:
             _import_spec(module, name)
         # Some Megatron scripts know the word "local". A patched Megatron knows the names of the entry points.
         case [word] if word != "local" and word not in _names_of_entry_points():
-            raise UsageError(f"--spec {word} is not known: did you mean --spec hgrn2?")
+            raise UsageError(
+                f"--spec {word} is not known: give --spec hgrn2 to a GPT, or --spec hgrn2_stack to a HybridModel"
+            )
 
 
 def _names_of_entry_points() -> set[str]:
@@ -114,7 +116,8 @@ def main() -> None:
             return command.main(sys.argv[2:])
         launch(sys.argv[1:])
     except UsageError as error:
-        print(f"hgrn2_megatron: error: {error}", file=sys.stderr, flush=True)
+        # in one call, so that the lines of several ranks do not mix
+        sys.stderr.write(f"hgrn2_megatron: error: {error}\n")
         sys.exit(2)
 
 

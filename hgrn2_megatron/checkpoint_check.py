@@ -162,7 +162,8 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
     pairs["--hgrn2-lower-bounds"] = (here.lower_bounds, saved.lower_bounds)
     pairs["--hgrn2-norm-eps"] = (here.norm_eps, saved.norm_eps)
     pairs |= _block_flags(args, checkpoint_args, ATTENTION in layers.symbols)
-    advice = "give the checkpoint's value, or drop the flag and add --use-checkpoint-args, or train without --load"
+    drop = "drop the flag" if args.use_checkpoint_args else "drop the flag and add --use-checkpoint-args"
+    advice = f"give the checkpoint's value, or {drop}, or train without --load"
     positions = {flag: pairs.pop(flag) for flag in POSITION_FLAGS if flag in pairs}
     refuse_differences(pairs, advice)
     # a model may get other positions on purpose, for example for longer sequences

@@ -7,6 +7,7 @@ from megatron.core.dist_checkpointing.serialization import load_content_metadata
 
 from hgrn2_megatron import checkpoint, checkpoint_check, restored_args
 from hgrn2_megatron.arguments import is_hgrn2_spec
+from hgrn2_megatron.config import UsageError
 from hgrn2_megatron.patching import wrap
 from hgrn2_megatron.settings import megatron_release
 
@@ -85,6 +86,10 @@ def _without_padding(buffer) -> dict:
     }
 
 
+def _knows_layers(args) -> bool:
+    return bool(args.num_layers or getattr(args, "hybrid_layer_pattern", None))
+
+
 def install_checkpoint() -> None:
     """Wrap the two functions that read checkpoints, to refuse or adapt checkpoints of other models.
 
@@ -108,6 +113,13 @@ def install_checkpoint() -> None:
                 result = load_args_from_checkpoint(args, *rest, **kwargs)
             finally:
                 restoring.pop()
+            # Megatron reads --load last, after --pretrained-checkpoint
+            of_load = not rest and not kwargs
+            if of_load and not isinstance(result, tuple) and not _knows_layers(args):
+                raise UsageError(
+                    f"--load {args.load} has no checkpoint from which --use-checkpoint-args could take the model: "
+                    "correct the folder, or give the model's flags"
+                )
             if isinstance(result, tuple) and (is_hgrn2_spec(before.spec) or is_hgrn2_spec(args.spec)):
                 restored_args.restore(args, before, result[1])
             return result

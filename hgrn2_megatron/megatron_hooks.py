@@ -204,6 +204,7 @@ def install_training() -> None:
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as megatron_arguments
     from megatron.core.transformer import TransformerConfig
+    from megatron.training.utils import print_rank_0
 
     def make_validation(validate_args):
         def wrapped(args, *rest, **kwargs):
@@ -211,11 +212,9 @@ def install_training() -> None:
             if arguments.is_hgrn2_spec(args.spec):
                 arguments.fill_silent(args)
                 requirements.check(Settings(args), stack=arguments.is_stack_spec(args.spec))
-            elif getattr(args, "hgrn2_loss_chunk_size", None) is not None:
-                raise UsageError(
-                    f"--hgrn2-loss-chunk-size {args.hgrn2_loss_chunk_size} would do nothing without --spec hgrn2: give "
-                    "the spec, or drop the flag"
-                )
+            else:
+                for warning in requirements.check_without_spec(args):
+                    print_rank_0(f"HGRN2 warning: {warning}")
             return validate_args(args, *rest, **kwargs)
 
         return wrapped

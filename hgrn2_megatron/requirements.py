@@ -3,6 +3,9 @@
 docs/reference/refusals.md lists every refusal.
 """
 
+import dataclasses
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 
@@ -68,6 +71,35 @@ def check(settings: Settings, stack: bool = False) -> list[str]:
     if cpu.installed():
         refuse(settings, cpu_requirements.NEEDS_CUDA, "{} does not work on a machine without CUDA")
     return _warnings(settings, hgrn2, stack)
+
+
+def check_without_spec(args) -> list[str]:
+    """Refuse flags with which a run without HGRN2 layers would fail or surprise, because its --spec was forgotten.
+
+    Args:
+        args: Megatron's args.
+
+    Returns:
+        Warnings about flags of the plugin that do nothing.
+
+    Raises:
+        UsageError: the flags need --spec.
+    """
+    s = Settings(args)
+    if s.hgrn2_loss_chunk_size is not None:
+        raise UsageError(
+            f"--hgrn2-loss-chunk-size {s.hgrn2_loss_chunk_size} would do nothing without --spec hgrn2: give the spec, "
+            "or drop the flag"
+        )
+    if "M" in (s.hybrid_layer_pattern or "") and s.spec is None and not find_spec("mamba_ssm"):
+        raise UsageError(
+            "M in --hybrid-layer-pattern is Mamba without a --spec, and mamba-ssm is not installed: give --spec "
+            "hgrn2_stack to train HGRN2, or install mamba-ssm"
+        )
+    settings = {field.name: getattr(s, f"hgrn2_{field.name}") for field in dataclasses.fields(HGRN2Config)}
+    given = [name for name, value in settings.items() if value not in (None, getattr(HGRN2Config, name))]
+    flags = ", ".join(f"--hgrn2-{name.replace('_', '-')}" for name in given)
+    return [f"without --spec hgrn2 no layer is HGRN2, and these flags have no effect: {flags}"] if flags else []
 
 
 def _check_block(s: Settings, hgrn2: HGRN2Config):
@@ -207,8 +239,7 @@ UNSUPPORTED_IN_GPT = (
     (
         lambda s: s.hybrid_layer_pattern,
         "--hybrid-layer-pattern in a GPT",
-        "give --hgrn2-layer-pattern to pretrain_gpt.py, or give --spec hgrn2_megatron.spec hgrn2_stack to "
-        "pretrain_hybrid.py",
+        "give --spec hgrn2_stack in pretrain_hybrid.py, or --hgrn2-layer-pattern in pretrain_gpt.py",
     ),
     (
         lambda s: (

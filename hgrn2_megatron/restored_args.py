@@ -26,7 +26,7 @@ def restore(args: argparse.Namespace, before: argparse.Namespace, checkpoint_arg
     This copies the plugin's flags. The form of the model is the one that --spec on the command line names. Without the
     flag it is the form that the script builds, or the checkpoint's if that is not known. If the checkpoint has the
     other form, the layers are translated. If the checkpoint's hybrid layer pattern does not fit this run's pipeline
-    stages, its `|` are removed.
+    stages, its `|` are removed. From an attention model this does not take the dropout.
 
     Args:
         args: Megatron's args of this run, with what Megatron copied; changed in place.
@@ -48,6 +48,9 @@ def restore(args: argparse.Namespace, before: argparse.Namespace, checkpoint_arg
         args.mtp_num_layers = before.mtp_num_layers
     if pattern and not stages_fit(pattern, args.pipeline_model_parallel_size):
         args.hybrid_layer_pattern = pattern.replace(PIPE, "")
+    if not saved_is_hgrn2:
+        # An HGRN2 model starts from an attention model, which may have been trained with dropout.
+        args.hidden_dropout, args.attention_dropout = before.hidden_dropout, before.attention_dropout
     # Every run through the launcher saves the plugin's flags, but they mean something only for an HGRN2 model.
     for name in CHECKPOINT_ARGS if saved_is_hgrn2 else ("layernorm_epsilon",):
         if name == "hgrn2_layer_pattern" and stack != saved.stack:

@@ -25,6 +25,9 @@ def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Names
         position_embedding_type="rope",
         transformer_impl="local",
         finetune=True,
+        use_checkpoint_args=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
         no_load_optim=False,
     )
     return argparse.Namespace(**values | changes)

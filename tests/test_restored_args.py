@@ -31,7 +31,12 @@ def test_checkpoint_args_of_another_model():
     )
     args = restored(ours, args_of(**saved))
     assert {name: getattr(args, name) for name in saved} == saved
-    theirs = attention_stack_of("*-*-*-*-")
+    theirs = attention_stack_of("*-*-*-*-", hidden_dropout=0.1, attention_dropout=0.2)
+    # Megatron has copied these
+    copied = dict(hidden_dropout=0.1, attention_dropout=0.2)
+    args = restored(ours, theirs, spec=theirs.spec, hybrid_layer_pattern="*-*-*-*-", num_layers=8, **copied)
+    assert (args.hidden_dropout, args.attention_dropout) == (0.0, 0.0)
+    assert restored(ours, args_of(**copied), **copied).hidden_dropout == 0.1
     args = restored(ours, theirs, spec=theirs.spec, hybrid_layer_pattern="*-*-*-*-", num_layers=8)
     assert (args.spec, args.hybrid_layer_pattern, args.num_layers) == (ours.spec, None, 4)
 

@@ -1,5 +1,7 @@
 """Mistakes a user makes: the launcher stops before the first iteration and names the flag to change."""
 
+from importlib.util import find_spec
+
 import harness
 import pytest
 import torch
@@ -42,6 +44,11 @@ def launch(flags: str):
             "--cuda-graph-impl local cannot be used with --num-experts",
         ),
         ("--hgrn2-loss-chunk-size 8", "--hgrn2-loss-chunk-size 8 would do nothing without --spec hgrn2"),
+        pytest.param(
+            "--hybrid-layer-pattern M-M-",
+            "M in --hybrid-layer-pattern is Mamba without a --spec, and mamba-ssm is not installed: give --spec hgrn2",
+            marks=pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="mamba-ssm is installed"),
+        ),
         ("--spec hgrn2_stack --hybrid-layer-pattern M-D-", "--hybrid-layer-pattern 'M-D-'"),
     ],
 )
@@ -58,6 +65,18 @@ def test_the_command_of_these_tests_is_right_without_the_mistake():
     assert done.returncode == 0, done.stdout[-2000:]
     assert "HGRN2: 2 of 2 layers, expand 32, lower bounds learned, op=pytorch" in done.stdout
     assert "iteration        1/" in done.stdout
+
+
+def test_a_folder_without_a_checkpoint_to_take_the_model_from(tmp_path):
+    words = f"{RUN} {STEPS} --use-checkpoint-args --load {tmp_path}/nowhere".split()
+    done = harness.python("-m", "hgrn2_megatron", "examples/pretrain_hybrid.py", *words)
+    assert done.returncode == 2 and f"error: --load {tmp_path}/nowhere has no checkpoint from which" in done.stdout
+
+
+def test_flags_of_the_plugin_without_a_spec_are_named():
+    done = harness.torchrun(1, "-m", "hgrn2_megatron", SCRIPT, *f"{SIZES} {RUN} {STEPS}".split())
+    warning = "HGRN2 warning: without --spec hgrn2 no layer is HGRN2, and these flags have no effect: --hgrn2-expand-"
+    assert done.returncode == 0 and f"{warning}ratio\n" in done.stdout, done.stdout[-2000:]
 
 
 def test_a_script_that_is_not_there():
