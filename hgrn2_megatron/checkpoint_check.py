@@ -162,7 +162,8 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
     pairs["--hgrn2-lower-bounds"] = (here.lower_bounds, saved.lower_bounds)
     pairs["--hgrn2-norm-eps"] = (here.norm_eps, saved.norm_eps)
     pairs |= _block_flags(args, checkpoint_args, ATTENTION in layers.symbols)
-    drop = "drop the flag" if args.use_checkpoint_args else "drop the flag and add --use-checkpoint-args"
+    given = getattr(args, "use_checkpoint_args", False)
+    drop = "drop the flag" if given else "drop the flag and add --use-checkpoint-args"
     advice = f"give the checkpoint's value, or {drop}, or train without --load"
     positions = {flag: pairs.pop(flag) for flag in POSITION_FLAGS if flag in pairs}
     refuse_differences(pairs, advice)

@@ -204,7 +204,6 @@ def install_training() -> None:
     import megatron.training.argument_utils as argument_utils
     import megatron.training.arguments as megatron_arguments
     from megatron.core.transformer import TransformerConfig
-    from megatron.training.utils import print_rank_0
 
     def make_validation(validate_args):
         def wrapped(args, *rest, **kwargs):
@@ -213,8 +212,10 @@ def install_training() -> None:
                 arguments.fill_silent(args)
                 requirements.check(Settings(args), stack=arguments.is_stack_spec(args.spec))
             else:
-                for warning in requirements.check_without_spec(args):
-                    print_rank_0(f"HGRN2 warning: {warning}")
+                warnings = requirements.check_without_spec(args)
+                # the ranks are not connected yet
+                for warning in warnings if args.rank == 0 else ():
+                    print(f"HGRN2 warning: {warning}", flush=True)
             return validate_args(args, *rest, **kwargs)
 
         return wrapped
