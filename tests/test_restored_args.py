@@ -36,9 +36,8 @@ def test_checkpoint_args_of_another_model():
     copied = dict(hidden_dropout=0.1, attention_dropout=0.2)
     args = restored(ours, theirs, spec=theirs.spec, hybrid_layer_pattern="*-*-*-*-", num_layers=8, **copied)
     assert (args.hidden_dropout, args.attention_dropout) == (0.0, 0.0)
-    assert restored(ours, args_of(**copied), **copied).hidden_dropout == 0.1
-    args = restored(ours, theirs, spec=theirs.spec, hybrid_layer_pattern="*-*-*-*-", num_layers=8)
     assert (args.spec, args.hybrid_layer_pattern, args.num_layers) == (ours.spec, None, 4)
+    assert restored(ours, args_of(**copied), **copied).hidden_dropout == 0.1
 
 
 def test_checkpoint_args_of_the_other_form():

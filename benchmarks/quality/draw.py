@@ -186,16 +186,15 @@ def picture(runs: list[dict], path: Path):
     groups = [group for group in best(grouped(runs)) if all(run["heldout"] for run in group)]
     palette = plt.get_cmap("tab20" if len(groups) > 10 else "tab10")
     colours = {id(group): palette(number % 20) for number, group in enumerate(groups)}
-    labels = names(groups)
     columns = 3 if any(run["lengths"] for run in runs) else 2
     figure, sides = plt.subplots(1, columns, figsize=(4 * columns, 3.4 + 0.1 * len(groups)), layout="constrained")
     for column, (axes, label) in enumerate(zip(sides[:2], ("million tokens", "seconds of training"), strict=True)):
-        for group, name in zip(groups, labels, strict=True):
+        for group in groups:
             points = list(zip(*(run["heldout"] for run in group), strict=False))
             x = [mean(point[column] for point in at) / (1 if column else 1e6) for at in points]
             values = [[point[2] for point in at] for at in points]
             colour = colours[id(group)]
-            axes.plot(x, list(map(mean, values)), ".-", color=colour, label=name)
+            axes.plot(x, list(map(mean, values)), ".-", color=colour)
             axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.2)
         # The first losses are so high that the last ones would lie on each other.
         top = max((run["heldout"][len(run["heldout"]) // 3][2] for group in groups for run in group), default=1)
@@ -204,7 +203,7 @@ def picture(runs: list[dict], path: Path):
         axes.grid(alpha=0.3)
     if columns == 3:
         draw_positions(sides[2], groups, colours)
-    figure.legend(sides[0].get_lines(), labels, loc="outside lower center", ncols=6)
+    figure.legend(sides[0].get_lines(), names(groups), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
