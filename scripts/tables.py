@@ -169,6 +169,21 @@ TABLES = {
         "2026-11-29-six-mixers",
         ["mixer", "parameters", "learning rate", "seconds", "tokens/s", "held-out bits per byte", *ALL_HELD_OUT],
     ),
+    "ablations": (
+        "2026-11-30-ablations",
+        ["mixer", "parameters", "seeds", "tokens/s"]
+        + [f"{what}, {n} tokens" for n in ("2,048", "32,768") for what in ("all held-out", "between seeds")],
+    ),
+    "ablations-positions": (
+        "2026-11-30-ablations#positions",
+        ["tokens before", "HGRN2, 2 seeds", "HGRN2 hybrid 1:1, 2 seeds", "HGRN2 hybrid, 2 seeds", "HGRN2 hybrid 5:1"]
+        + ["HGRN2 hybrid without positions, 2 seeds"],
+    ),
+    "beside-fla": (
+        "2026-11-29-beside-fla",
+        ["run", "parameters", "tokens/s", "mean loss at the end", "mean distance", "held-out bits per byte"],
+    ),
+    "beside-fla-tenths": ("2026-11-29-beside-fla#tenths", None),
     "six-mixers-seeds": ("2026-11-29-six-mixers#seeds", None),
     "six-mixers-positions": ("2026-11-29-six-mixers#positions", None),
     "six-mixers-sweep": (
@@ -182,6 +197,7 @@ TABLES = {
 }
 # columns that do not show their numbers as they stand, with commas between thousands
 FORMATS = {name: ".1e" for name in ("loss apart", "norm apart")}
+FORMATS |= {name: ".4f" for name in ("mean loss at the end", "mean distance")}
 FORMATS |= {
     name: ".2f"
     for name in (

@@ -2,8 +2,8 @@
 
     python benchmarks/quality/beside_fla.py --data data --out runs/fla --json fla.json [--gpus 0 1 2] [--lr 1e-3]
 
-It needs fla 0.6.0 (flash-linear-attention and fla-core), which may be a folder in PYTHONPATH. Three runs start from the
-same weights, and read the same batches in the same order in the same loop (fla_twin.py):
+The run of fla needs fla 0.6.0 (flash-linear-attention and fla-core), which may be a folder in PYTHONPATH. Three runs
+start from the same weights, and read the same batches in the same order in the same loop (fla_twin.py):
 
     ours       Megatron's model with the layers of this project
     noise      the same with micro-batches of half the size, so that sums are rounded in another order
@@ -20,6 +20,7 @@ The tokens/s are those of the median iteration, in which fla's tuning of its ker
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,22 @@ def verdict(losses: dict[str, dict[int, float]]) -> dict:
     return {"fla from ours": fla, "noise from ours": noise, "within noise": within}
 
 
+def tenths(losses: dict[str, dict[int, float]]) -> list[dict]:
+    """Return a table of mean losses: a line for each tenth of the iterations, and a column for each of RUNS.
+
+    Args:
+        losses: iteration -> loss in nats per token, for each of RUNS. All have the same iterations.
+    """
+    iterations = sorted(losses["ours"])
+    size = -(-len(iterations) // 10)
+    pieces = [iterations[start : start + size] for start in range(0, len(iterations), size)]
+    return [
+        {"iterations": f"{piece[0]} to {piece[-1]}"}
+        | {name: f"{statistics.fmean(one[i] for i in piece):.4f}" for name, one in losses.items()}
+        for piece in pieces
+    ]
+
+
 def compare(args: argparse.Namespace) -> dict:
     """Write the JSON file of three runs that are done, and return the verdict."""
     folders = {name: folder_of(args, name) for name in RUNS}
@@ -122,7 +139,7 @@ def compare(args: argparse.Namespace) -> dict:
         )
     rows[0]["mean distance"] = 0.0
     curves = {name: [losses[name][iteration] for iteration in sorted(losses[name])] for name in RUNS}
-    report.write(args.json, rows, verdict=about, flags=found["ours"]["flags"], losses=curves)
+    report.write(args.json, rows, tenths=tenths(losses), verdict=about, flags=found["ours"]["flags"], losses=curves)
     return about
 
 
@@ -140,7 +157,9 @@ def main():
     parser.add_argument("--every", type=int, default=50, help="iterations from one printed line to the next")
     args = parser.parse_args()
     try:
-        check_packages(RUNS["fla"])
+        for name in args.runs:
+            if not has_run(args, name):
+                check_packages(RUNS[name])
         free = list(args.gpus)
         with ThreadPoolExecutor(len(free)) as pool:
 

@@ -120,6 +120,11 @@ def best(groups: list[list[dict]]) -> list[list[dict]]:
     return list(chosen.values())
 
 
+def spread(values: list[float]) -> str:
+    """Return the difference between the highest and the lowest value, or nothing if there is only one."""
+    return f"{max(values) - min(values):.4f}" if len(values) > 1 else ""
+
+
 def rows(runs: list[dict]) -> list[dict]:
     """Return the lines of the table: column -> text. The best learning rate of each model is bold."""
     groups = grouped(runs)
@@ -139,13 +144,14 @@ def rows(runs: list[dict]) -> list[dict]:
             "seconds": f"{mean(one['seconds'] for one in group):,.0f}",
             "tokens/s": f"{mean(one['tokens_per_second'] or 0 for one in group):,.0f}",
             "held-out bits per byte": f"**{heldout}**" if id(group) in bold else heldout,
-            "between seeds": f"{max(values) - min(values):.4f}" if len(values) > 1 else "",
+            "between seeds": spread(values),
         }
         if not all(one["done"] for one in group):
             row["held-out bits per byte"] += ", not done"
         for length in lengths:
             of_length = [x["bits_per_byte"] for one in group for x in one["lengths"] if x["length"] == length]
             row[f"all held-out, {length:,} tokens"] = f"{mean(of_length):.4f}" if of_length else ""
+            row[f"between seeds, {length:,} tokens"] = spread(of_length)
         found.append(row)
     return found
 
@@ -203,7 +209,10 @@ def picture(runs: list[dict], path: Path):
         axes.grid(alpha=0.3)
     if columns == 3:
         draw_positions(sides[2], groups, colours)
-    figure.legend(sides[0].get_lines(), names(groups), loc="outside lower center", ncols=6)
+    titles = names(groups)
+    # an inch holds about 14 letters
+    fit = max(1, 14 * 4 * columns // (max(map(len, titles), default=0) + 6))
+    figure.legend(sides[0].get_lines(), titles, loc="outside lower center", ncols=fit)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

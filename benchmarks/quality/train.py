@@ -83,10 +83,11 @@ MODELS = {
     ),
     # Forget gates without lower bounds.
     "hgrn2-no-bounds": Model("HGRN2 without lower bounds", f"{HGRN2} --hgrn2-lower-bounds none"),
-    # Smaller states. At the size 125m, hgrn2 has the expand ratio 128.
+    # Other states. At the size 125m, hgrn2 has the expand ratio 128.
     "hgrn2-expand-16": Model("HGRN2, expand ratio 16", "--spec hgrn2 --hgrn2-expand-ratio 16"),
     "hgrn2-expand-32": Model("HGRN2, expand ratio 32", "--spec hgrn2 --hgrn2-expand-ratio 32"),
     "hgrn2-expand-64": Model("HGRN2, expand ratio 64", "--spec hgrn2 --hgrn2-expand-ratio 64"),
+    "hgrn2-expand-256": Model("HGRN2, expand ratio 256", "--spec hgrn2 --hgrn2-expand-ratio 256"),
     # Other numbers of HGRN2 layers for each attention layer
     "hybrid-1-1": Model("HGRN2 hybrid 1:1", f"{HGRN2} --hgrn2-layer-pattern H*"),
     "hybrid-5-1": Model("HGRN2 hybrid 5:1", f"{HGRN2} --hgrn2-layer-pattern HHHHH*"),

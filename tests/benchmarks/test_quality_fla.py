@@ -51,6 +51,8 @@ def test_fla_and_megatron_train_alike(tmp_path):
     assert [len(losses[name]) for name in ("ours", "noise", "fla")] == [ITERATIONS] * 3
     assert [row["run"] for row in found["rows"]] == ["ours", "noise", "fla"]
     assert len({row["parameters"] for row in found["rows"]}) == 1 and found["rows"][2]["tokens/s"] > 0
+    assert [line["iterations"] for line in found["tenths"]] == [f"{i} to {i}" for i in range(1, ITERATIONS + 1)]
+    assert found["tenths"][-1]["fla"] == f"{losses['fla'][-1]:.4f}"
     # The model learns something, and both sides learn the same.
     assert losses["ours"][-1] < losses["ours"][0] - 0.2
     assert about["fla from ours"]["first"] <= 2e-6 and about["fla from ours"]["largest"] < 5e-5
@@ -72,6 +74,9 @@ def test_the_verdict_takes_the_mean_and_the_largest_distance():
     assert not verdict(noise, ("fla", {1: 0.025, 2: 0.025, 3: 0.025, 4: 0.025}))["within noise"]
     # Runs that are equal up to the digits of the log are within the noise.
     assert verdict(("noise", dict.fromkeys(ours, 0.0)), ("fla", dict.fromkeys(ours, 1e-6)))["within noise"]
+    halves = beside_fla().tenths({"ours": {i: float(i) for i in range(1, 21)}})
+    assert halves[0] == {"iterations": "1 to 2", "ours": "1.5000"}
+    assert halves[-1] == {"iterations": "19 to 20", "ours": "19.5000"}
     with pytest.raises(ValueError, match="different iterations, {'ours': 4, 'noise': 4, 'fla': 3}"):
         verdict(noise, ("fla", {1: 0.0, 2: 0.0, 3: 0.0}))
 

@@ -1,4 +1,4 @@
-"""Launch the operator in the shapes of benchmarks/quality (768 channels) and of benchmarks/pretrain.py (16 heads)."""
+"""Launch the operator in the shapes of benchmarks/quality (768 or 640 channels) and of benchmarks/pretrain.py."""
 
 import torch
 
@@ -13,11 +13,13 @@ def run(batch: int, length: int, heads: int, save_states: bool, train: bool, hea
         o.sum().backward()
 
 
-run(32, 2048, 6, save_states=True, train=True)
-run(16, 2048, 6, save_states=True, train=False)
-run(1, 32768, 6, save_states=True, train=False)
+# the sizes 125m and 100m
+for heads in (6, 5):
+    run(32, 2048, heads, save_states=True, train=True)
+    run(16, 2048, heads, save_states=True, train=False)
+    run(1, 32768, heads, save_states=True, train=False)
 # the models with other expand ratios
-for head in (16, 32, 64):
+for head in (16, 32, 64, 256):
     run(32, 2048, 768 // head, save_states=True, train=True, head=head)
     run(16, 2048, 768 // head, save_states=True, train=False, head=head)
 for save_states in (True, False):

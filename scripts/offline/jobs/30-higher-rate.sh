@@ -2,7 +2,6 @@
 # seconds: 720
 # needs: base data te
 # turn
-# each: hybrid hgrn2
 . scripts/offline/env.sh
 export LR=2e-3
-train full "$1" 2 --iterations 2304 --lengths 2048 32768
+train full hybrid 2 --iterations 2304 --lengths 2048 32768

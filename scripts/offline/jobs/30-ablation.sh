@@ -1,7 +1,0 @@
-# A third as many tokens as in the full runs
-# seconds: 240
-# needs: base data te
-# turn
-# each: hgrn2 hgrn2-no-bounds hgrn2-expand-64 hgrn2-expand-32 hgrn2-expand-16 hybrid hybrid-no-positions hybrid-1-1 hybrid-5-1
-. scripts/offline/env.sh
-train ablations "$1" 1 --iterations 768 --lengths 2048 32768
