@@ -1,4 +1,4 @@
-"""Small models for transformers with random weights, of every kind that fla's format has."""
+"""Small models for transformers with random weights, of every kind that the format has."""
 
 import harness
 import torch
@@ -14,6 +14,7 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "no bounds": {"use_lower_bound": False, "expand_ratio": None, "num_heads": 2},
     "hybrid": {"attn": ATTENTION},
+    "no positions": {"attn": ATTENTION | {"rope_theta": None}},
     "window": {"attn": WINDOW},
 }
 

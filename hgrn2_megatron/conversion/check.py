@@ -1,7 +1,8 @@
 """Check of a conversion: it compares the logits of the Hugging Face folder and of the Megatron checkpoint.
 
 Both sides get the same tokens. The logits of the Hugging Face folder come from fla's model, written here in plain
-PyTorch with a recurrence over single tokens. The logits of the checkpoint come from Megatron's model.
+PyTorch with a recurrence over single tokens. Its attention layers may be without positions. The logits of the
+checkpoint come from Megatron's model.
 """
 
 import argparse
@@ -90,7 +91,8 @@ def hf_logits(args: argparse.Namespace, read: Callable[[str], Tensor], tokens: T
             y = norm("attn.g", recurrent_hgrn2(q, f, v, bound)[0].flatten(2), hgrn2.norm_eps)
         else:
             q, k, v = (linear(f"attn.{name}", y).unflatten(2, (-1, args.kv_channels)).transpose(1, 2) for name in "qkv")
-            q, k = (_rotate(part, args.rotary_base) for part in (q, k))
+            if args.position_embedding_type == "rope":
+                q, k = (_rotate(part, args.rotary_base) for part in (q, k))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
         x = x + linear("attn.o", y)
         y = norm("mlp", x)

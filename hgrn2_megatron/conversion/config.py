@@ -123,7 +123,8 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
         swiglu=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        position_embedding_type="rope" if layers else "none",
+        # null is attention without positions in hgrn2_kernels.hf; fla refuses it
+        position_embedding_type="rope" if layers and attention.get("rope_theta", True) is not None else "none",
         add_position_embedding=True,
         rotary_base=attention.get("rope_theta") or 10000,
         rotary_percent=1.0,
@@ -243,12 +244,17 @@ def hf_config(args: argparse.Namespace, vocab_size: int, dtype: str, token_ids: 
             raise UsageError(f"{flag} is set in the checkpoint: fla's format for HGRN2 models cannot express it")
     attn = None
     if layers:
-        needed = {"position_embedding_type": "rope", "kv_channels": d // args.num_attention_heads}
-        for name, value in (needed | {"rotary_percent": 1.0, "softmax_type": "vanilla"}).items():
-            if getattr(args, name, None) not in (None, value):
-                flag = f"--{name.replace('_', '-')}"
+        needed = {
+            "position_embedding_type": ("rope", "none"),
+            "kv_channels": (d // args.num_attention_heads,),
+            "rotary_percent": (1.0,),
+            "softmax_type": ("vanilla",),
+        }
+        for name, values in needed.items():
+            if getattr(args, name, None) not in (None, *values):
                 raise UsageError(
-                    f"{flag} is {getattr(args, name)} in the checkpoint: it must be {value} in fla's HGRN2 models"
+                    f"--{name.replace('_', '-')} is {getattr(args, name)} in the checkpoint: it must be "
+                    f"{' or '.join(map(str, values))} to be converted"
                 )
         attn = {
             "layers": layers,
@@ -256,7 +262,7 @@ def hf_config(args: argparse.Namespace, vocab_size: int, dtype: str, token_ids: 
             "num_kv_heads": query_groups(args),
             "qkv_bias": False,
             "window_size": None,
-            "rope_theta": float(args.rotary_base),
+            "rope_theta": None if args.position_embedding_type == "none" else float(args.rotary_base),
         }
     return {
         "architectures": ["HGRN2ForCausalLM"],

@@ -14,6 +14,8 @@ def test_what_a_config_leaves_out_is_as_in_fla():
     assert (args.vocab_size, args.padded_vocab_size, args.hgrn2_expand_ratio) == (32000, 32000, 128)
     assert args.untie_embeddings_and_output_weights and args.hgrn2_lower_bounds == "learned"
     assert megatron_args({"model_type": "hgrn2", "hidden_ratio": 3}).ffn_hidden_size == 4096
+    hybrid = megatron_args({"model_type": "hgrn2", "attn": {"layers": [1], "num_heads": 16}})
+    assert (hybrid.position_embedding_type, hybrid.rotary_base) == ("rope", 10000)
 
 
 REFUSED = [
@@ -60,7 +62,7 @@ def test_flags_that_only_fuse_are_taken(tmp_path):
         ({"window_size": (64, 0)}, "--window-size"),
         ({"kv_channels": 32}, "--kv-channels"),
         ({"rotary_percent": 0.5}, "--rotary-percent"),
-        ({"position_embedding_type": "none"}, "--position-embedding-type"),
+        ({"position_embedding_type": "yarn"}, "--position-embedding-type is yarn .* must be rope or none"),
         ({"hybrid_layer_pattern": "M-*-M-|M-"}, r"decoder.layers.6\S* is missing"),
         ({"hybrid_layer_pattern": "M-*-"}, r"decoder.layers.4\S* has no place"),
         ({"ffn_hidden_size": 32}, r"decoder.layers.1.mlp.linear_fc1.weight has shape \(192, 64\)"),

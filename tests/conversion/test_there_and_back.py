@@ -36,6 +36,7 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "no bounds": {"use_lower_bound": False},
     "hybrid": HYBRID,
+    "no positions": {"attn": ATTENTION | {"rope_theta": None}},
     "vocabulary that fits": {"vocab_size": 256},
     "several files": {"files": 3},
     "bf16": {"dtype": torch.bfloat16},

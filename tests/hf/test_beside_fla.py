@@ -7,14 +7,14 @@ import torch
 pytest.importorskip("fla_models")
 
 import fla_models
-from fla.models import HGRN2ForCausalLM
+from fla.models import HGRN2Config, HGRN2ForCausalLM
 from hf_models import MODELS, TIME, assert_close, build, tokens
 from transformers import AutoConfig
 
 from hgrn2_kernels import hf
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "no positions"])
 @torch.no_grad()
 def test_folders_and_logits_are_flas(kind, tmp_path):
     hf.register(exist_ok=True)
@@ -34,3 +34,9 @@ def test_folders_and_logits_are_flas(kind, tmp_path):
     mask[1, :9] = 0
     logits, expected = (m(ids, attention_mask=mask, use_cache=False).logits[mask.bool()] for m in (ours, theirs))
     assert_close(logits, expected, 1e-4)
+
+
+def test_fla_refuses_a_model_without_positions():
+    """It must not compute with positions that the model was not trained with."""
+    with pytest.raises(ValueError, match="'rope_theta' must be positive"):
+        HGRN2Config(**build("no positions").config.to_dict())

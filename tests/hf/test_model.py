@@ -16,13 +16,16 @@ from hgrn2_megatron.conversion.config import hf_config, megatron_args
 from hgrn2_megatron.conversion.weights import weights
 
 
-@pytest.mark.parametrize(("kind", "pattern"), [("pure", "M-M-M-"), ("hybrid", "M-*-M-")])
+@pytest.mark.parametrize(("kind", "pattern"), [("pure", "M-M-M-"), ("hybrid", "M-*-M-"), ("no positions", "M-*-M-")])
 def test_an_exported_folder_gives_megatrons_logits(kind, pattern, tmp_path):
     harness.start_megatron()
-    groups = {"num_query_groups": 2} if kind == "hybrid" else {}
-    megatron = harness.build_model(hybrid_layer_pattern=pattern, **groups)
+    changes = {} if kind == "pure" else {"num_query_groups": 2}
+    if kind == "no positions":
+        changes["position_embedding_type"] = "none"
+    megatron = harness.build_model(hybrid_layer_pattern=pattern, **changes)
     randomize(megatron)
-    attn = ATTENTION | {"rope_theta": 10000.0} if kind == "hybrid" else None
+    theta = {"hybrid": 10000.0, "no positions": None}
+    attn = ATTENTION | {"rope_theta": theta[kind]} if kind in theta else None
     args = megatron_args(SIZES | {"model_type": "hgrn2", "max_position_embeddings": harness.SEQ, "attn": attn})
     args.padded_vocab_size = VOCAB
     saved = {x.key: x.data for x in megatron.sharded_state_dict().values() if hasattr(x, "key")}
@@ -42,7 +45,7 @@ def test_an_exported_folder_gives_megatrons_logits(kind, pattern, tmp_path):
     assert_close(model(ids, use_cache=False, logits_to_keep=3).logits, expected[:, -3:])
 
 
-@pytest.mark.parametrize("kind", ["pure", "tied", "no bounds", "hybrid"])
+@pytest.mark.parametrize("kind", ["pure", "tied", "no bounds", "hybrid", "no positions"])
 def test_a_saved_folder_is_in_flas_format_and_loads_bit_for_bit(kind, tmp_path):
     # Megatron imports fla where it is installed, and fla registers its own classes
     hf.register(exist_ok=True)
@@ -64,7 +67,7 @@ def test_a_saved_folder_is_in_flas_format_and_loads_bit_for_bit(kind, tmp_path):
     assert type(half) is hf.HGRN2Model and half.dtype == half(ids).last_hidden_state.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["pure", "hybrid", "window"])
+@pytest.mark.parametrize("kind", ["pure", "hybrid", "no positions", "window"])
 def test_padding_and_packing_change_nothing(kind):
     model, ids, n = build(kind), tokens(2, TIME), 13
     whole = model(ids).logits
@@ -109,7 +112,7 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(kind):
     assert torch.equal(static[:, 9:], together[:, :12])
 
 
-@pytest.mark.parametrize("kind", ["pure", "hybrid", "window"])
+@pytest.mark.parametrize("kind", ["pure", "hybrid", "no positions", "window"])
 def test_the_cache_goes_on_and_does_not_grow(kind):
     model, ids = build(kind), tokens(2, TIME)
     expected, first = model(ids).logits, model(ids[:, :8], use_cache=True)
@@ -185,6 +188,7 @@ def test_padding_on_the_right_leaves_the_state():
         ({"attn": ATTENTION | {"layers": [3]}}, "attn layers is .3.: the model has 3 layers"),
         ({"attn": [ATTENTION, ATTENTION]}, "attn layers is .*named twice"),
         ({"attn": ATTENTION | {"num_heads": 5}}, "attn num_heads is 5"),
+        ({"attn": ATTENTION | {"rope_theta": 0}}, "attn rope_theta is 0: .* None for no positions"),
         ({"attn": ATTENTION | {"num_kv_heads": 3}}, "attn num_kv_heads is 3"),
         ({"attn": ATTENTION | {"window_size": 0}}, "attn window_size is 0"),
         ({"attn": [WINDOW[0], ATTENTION | {"window_size": 7}]}, r"attn window_size is \[5, 7\]"),

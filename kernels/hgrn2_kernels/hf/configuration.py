@@ -27,7 +27,8 @@ class HGRN2Config(PreTrainedConfig):
         norm_eps: epsilon of all norms except that of an HGRN2 layer, which has 1e-5 as in fla.
         attn: the attention layers, a dict or a list of dicts with the keys `layers` (a list of layers, counted from 0),
             `num_heads`, `num_kv_heads`, `qkv_bias`, `window_size` (number of tokens that a token sees, with itself;
-            None means all) and `rope_theta`. None means that all layers are HGRN2 layers.
+            None means all) and `rope_theta` (base of the rotary positions; None means no positions, which fla
+            refuses). None instead of the dict means that all layers are HGRN2 layers.
         use_l2warp: whether fla adds a penalty on large logits to the gradient of the loss. There is none here, so a
             loss is refused as long as the field is true.
 
@@ -138,6 +139,8 @@ class HGRN2Config(PreTrainedConfig):
             _refuse("attn num_heads", heads, f"hidden_size {d} / num_heads must be an even number; change one of them")
         if groups < 1 or heads % groups:
             _refuse("attn num_kv_heads", groups, f"it must divide num_heads {heads}; change one of the two")
+        if spec["rope_theta"] is not None and not 0 < spec["rope_theta"] < float("inf"):
+            _refuse("attn rope_theta", spec["rope_theta"], "it must be above 0 and finite, or None for no positions")
         if spec["window_size"] is not None and spec["window_size"] < 1:
             _refuse("attn window_size", spec["window_size"], "it must be at least 1, or None for no window")
 

@@ -92,7 +92,7 @@ class HGRN2Mixer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions, as fla's hybrid models have it.
+    """Causal attention with rotary positions, as fla's hybrid models have it, or without positions.
 
     Args:
         config: settings of the model. Its `attn` describes this layer.
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = d // spec["num_heads"]
         self.num_key_value_groups = spec["num_heads"] // spec["num_kv_heads"]
-        self.rope_theta, self.sliding_window = float(spec["rope_theta"]), spec["window_size"]
+        self.rope_theta, self.sliding_window = spec["rope_theta"], spec["window_size"]
         width, bias = spec["num_kv_heads"] * self.head_dim, spec["qkv_bias"]
         self.q_proj = nn.Linear(d, d, bias=bias)
         self.k_proj = nn.Linear(d, width, bias=bias)
@@ -133,7 +133,8 @@ class Attention(nn.Module):
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in projections)
-        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        if self.rope_theta is not None:
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -146,7 +147,7 @@ class Attention(nn.Module):
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate channel j of x [B, H, T, D] together with channel j + D/2, in fp32."""
         half = self.head_dim // 2
-        frequencies = self.rope_theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        frequencies = float(self.rope_theta) ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angles = positions[:, None, :, None] * frequencies
         a, b = x.float().chunk(2, -1)
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1).to(x.dtype)
