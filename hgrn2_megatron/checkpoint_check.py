@@ -9,7 +9,7 @@ import dataclasses
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from hgrn2_megatron.arguments import is_hgrn2_spec, is_stack_spec
-from hgrn2_megatron.config import ATTENTION, CHANNEL_MIXERS, EXPERTS, HGRN2Config, UsageError
+from hgrn2_megatron.config import ATTENTION, CHANNEL_MIXERS, EXPERTS, HGRN2Config, UsageError, query_groups
 from hgrn2_megatron.forms import Layers, gpt_pattern
 from hgrn2_megatron.restored_args import HYBRID_SCRIPT, gpt_layers
 
@@ -127,10 +127,10 @@ def check(
     if saved_is_hgrn2:
         check_same_model(args, checkpoint_args)
         check_tensor_parallel_size(args, checkpoint_args)
-        _check_expert_parallel_size(args, checkpoint_args)
         _check_heads(args, Layers.of(args), Layers.of(checkpoint_args))
         _check_form(args, checkpoint_args, distributed, optimizer_format)
         if not release:
+            _check_expert_parallel_size(args, checkpoint_args)
             _check_optimizer(args, checkpoint_args, optimizer_format)
     else:
         _check_attention(args, checkpoint_args, distributed)
@@ -325,10 +325,6 @@ def _block_flags(args, checkpoint_args, has_attention: bool) -> dict[str, tuple]
     # A flag that the other run's Megatron release does not know counts as off.
     pairs = {flag: tuple(getattr(run, name, None) or False for run in runs) for flag, name in flags.items()}
     if has_attention:
-        pairs["--num-query-groups"] = tuple(map(_num_query_groups, runs))
+        pairs["--num-query-groups"] = tuple(map(query_groups, runs))
         pairs["--position-embedding-type"] = tuple(getattr(run, "position_embedding_type", None) for run in runs)
     return pairs
-
-
-def _num_query_groups(args) -> int:
-    return args.num_query_groups if args.group_query_attention else args.num_attention_heads

@@ -46,6 +46,11 @@ def split_heads(pattern: str) -> tuple[str, list[str]]:
     return main, heads
 
 
+def query_groups(args: Any) -> int:
+    """Return the number of heads of keys and values in an attention layer."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
 def has_experts(frequency: int | list[int], layer: int) -> bool:
     """Return whether Megatron's `moe_layer_freq` gives experts to a layer of a GPT. `layer` counts from 0."""
     return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])

@@ -159,11 +159,12 @@ def _megatron() -> tuple[str, str | None]:
         return "missing", "it is missing: install megatron-core"
     from hgrn2_megatron import cpu
 
-    cpu.install()
-    import megatron.core
-
-    release = _release_of(megatron.core)
+    release = _version("megatron-core") or "unknown"
     try:
+        cpu.install()
+        import megatron.core
+
+        release = _release_of(megatron.core)
         # the hooks check Megatron's functions before they wrap them
         import hgrn2_megatron.spec  # noqa: F401
         from hgrn2_megatron import megatron_hooks

@@ -25,7 +25,7 @@ class LowerBounds(torch.nn.Module):
     The parameter is stored flat, because Megatron applies weight decay to two-dimensional parameters and not to
     one-dimensional ones. It has the model's dtype, because Megatron's plain mixed-precision optimizer cannot save a
     parameter that is fp32 in a bf16 model. That optimizer keeps an fp32 copy of every parameter, also of this one. The
-    bounds themselves are fp32.
+    bounds themselves are fp32, or fp64 in an fp64 model.
 
     Every model chunk of every pipeline stage holds a replica, even a chunk without HGRN2 layers. Before a step Megatron
     sums the gradients of the replicas, as it does for the embedders of diffusion models. Only one replica counts in the
@@ -82,9 +82,10 @@ class LowerBounds(torch.nn.Module):
             layer: 0-based number of the block in the whole model.
 
         Returns:
-            [H/tp, K] fp32 in [0, 1).
+            [H/tp, K] fp32 in [0, 1), or fp64 in an fp64 model.
         """
-        probs = torch.softmax(self.weight.view(self.num_layers, -1), dim=0, dtype=torch.float32)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        probs = torch.softmax(self.weight.view(self.num_layers, -1), dim=0, dtype=dtype)
         return probs[1 : layer + 1].sum(0).view(-1, self.head_dim)
 
     def tie(self, hidden_states: Tensor) -> Tensor:

@@ -244,7 +244,9 @@ def _is_given(settings: Any, name: str, default: Any) -> bool:
     match name:
         # Megatron or the launcher sets these values if the user gives none.
         case "kv_channels":
-            return value != settings.hidden_size // settings.num_attention_heads
+            # Megatron itself reports that one of the other two is missing
+            sizes = settings.hidden_size, settings.num_attention_heads
+            return None not in sizes and value != sizes[0] // sizes[1]
         case "num_query_groups":
             return value != settings.num_attention_heads
         case "position_embedding_type":

@@ -1,7 +1,8 @@
 """Patches of Megatron for HGRN2 models. The docstring of each function says what it wraps, and why at that place.
 
-The patches of GPTModel and HybridModel are in model_hooks.py, the patches for checkpoints in checkpoint_hooks.py, and
-the patches for a machine without CUDA in cpu.py. All of them check their targets with patching.py.
+Other files have the patches of GPTModel and HybridModel (model_hooks.py), for checkpoints (checkpoint_hooks.py), for
+Megatron-FSDP (fsdp.py), for offloading (offloading.py), for the loss by chunks (chunked_loss.py) and for a machine
+without CUDA (cpu.py). All of them check their targets with patching.py.
 """
 
 import argparse

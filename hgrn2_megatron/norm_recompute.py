@@ -48,8 +48,8 @@ def recompute_in_backward(x: Tensor, user: Tensor) -> None:
             return recompute().as_strided(*packed)
 
     for saved in _saved_tensors_between(x.grad_fn, user.grad_fn):
-        # Skip a tensor that has hooks of other code. If PyTorch is too old to show hooks, skip all tensors.
-        if getattr(saved, "unpack_hook", saved) is not None:
+        # a tensor that has hooks of other code
+        if saved.unpack_hook is not None:
             continue
         data = saved.data
         if type(data) is Tensor and data.dtype == x.dtype and data.untyped_storage().data_ptr() == memory:

@@ -37,6 +37,10 @@ def test_only_weights_move_between_runs_with_and_without_expert_parallelism(here
     check(here, saved, no_load_optim=True)
     check(here, saved, num_experts=None)
     check(2, 4)
+    # the args of a converted checkpoint do not have it
+    converted = args_of(**EXPERTS, finetune=False)
+    del converted.expert_model_parallel_size
+    checkpoint_check.check(args_of(**EXPERTS, finetune=False), converted, True, release=True)
 
 
 def test_both_forms_of_a_model_load_each_others_checkpoints():

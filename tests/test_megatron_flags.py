@@ -167,6 +167,15 @@ def test_a_model_without_a_command_line_warns_of_what_it_is_given_alone(monkeypa
     assert warned(stack_settings(**given, hybrid_layer_pattern="M-"), stack=True) == warned(gpt_settings(**given))
 
 
+@pytest.mark.parametrize("missing", ["num_attention_heads", "hidden_size"])
+def test_a_size_that_is_missing_is_left_to_megatron(missing, monkeypatch):
+    monkeypatch.setattr(requirements, "global_args", lambda: None)
+    settings = gpt_settings(kv_channels=48, num_attention_heads=4)
+    assert warned(settings) == ["--kv-channels"]
+    object.__setattr__(settings, missing, None)
+    assert warned(settings) == []
+
+
 FLAGS = (
     "--qk-layernorm --window-size 8,0 --softmax-type off-by-one --attention-output-gate --kv-channels 16 "
     "--group-query-attention --num-query-groups 1 --use-rope-scaling --mamba-state-dim 64 --moe-layer-freq 2 "

@@ -17,8 +17,8 @@ from torch import Tensor
 from hgrn2_kernels import recurrent_hgrn2
 from hgrn2_megatron import cpu
 from hgrn2_megatron.arguments import BLOCK, HGRN2TransformerConfig, is_stack_spec
-from hgrn2_megatron.config import HGRN2Config, UsageError
-from hgrn2_megatron.conversion.config import as_gpt, megatron_args, query_groups
+from hgrn2_megatron.config import HGRN2Config, UsageError, query_groups
+from hgrn2_megatron.conversion.config import as_gpt, megatron_args
 from hgrn2_megatron.conversion.files import HFTensors, checkpoint_folder, read_args, read_json
 from hgrn2_megatron.forms import Layers
 

@@ -222,6 +222,8 @@ def tokenizer_folder(source: Path, args: argparse.Namespace) -> Path | None:
 
 def _copy_tokenizer(source: Path, out: Path):
     out.mkdir(parents=True, exist_ok=True)
+    if out.samefile(source):
+        return
     for path in itertools.chain.from_iterable(map(source.glob, TOKENIZER_FILES)):
         if path.is_file():
             shutil.copy(path, out)

@@ -9,16 +9,11 @@ import dataclasses
 from typing import Any
 
 from hgrn2_megatron.arguments import GPT, MODULE, STACK, full_spec, glu_width, is_hgrn2_spec, is_stack_spec
-from hgrn2_megatron.config import ATTENTION, HGRN2, HGRN2Config, UsageError
+from hgrn2_megatron.config import ATTENTION, HGRN2, HGRN2Config, UsageError, query_groups
 from hgrn2_megatron.forms import gpt_pattern, stack_pattern
 
 # Megatron's default for --make-vocab-size-divisible-by. Every usual TP size divides it.
 VOCAB_MULTIPLE = 128
-
-
-def query_groups(args: argparse.Namespace) -> int:
-    """Return the number of heads of keys and values in an attention layer."""
-    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
 def _refuse(field: str, value: Any, reason: str):
@@ -164,6 +159,9 @@ def _attention(attn: Any, hidden_size: int, depth: int) -> dict[str, Any]:
             _refuse("attn", spec, f"it must name its layers, each below {depth}, and its num_heads")
     if not specs:
         return {"layers": []}
+    # a field that is missing in one of several descriptions has fla's default there
+    specs = [{"qkv_bias": False, "rope_theta": 10000.0} | spec for spec in specs]
+    specs = [spec | {"num_kv_heads": spec.get("num_kv_heads") or spec["num_heads"]} for spec in specs]
     merged = specs[0] | {"layers": [layer for spec in specs for layer in spec["layers"]]}
     for spec in specs:
         for name, value in spec.items():
@@ -175,7 +173,7 @@ def _attention(attn: Any, hidden_size: int, depth: int) -> dict[str, Any]:
                     value,
                     f"it is {merged.get(name)} in other attention layers, and must be the same in all of them",
                 )
-    heads, groups = merged["num_heads"], merged.get("num_kv_heads") or merged["num_heads"]
+    heads, groups = merged["num_heads"], merged["num_kv_heads"]
     if hidden_size % heads or heads % groups:
         _refuse(
             "attn num_heads",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,12 @@ class HFTensors:
 
         Before February 2025 fla stored both as one matrix under the gate's name, with the gate in the upper half.
         """
-        for gate, ((rows, *rest), dtype) in list(self.stored.items()):
+        for gate, (shape, dtype) in list(self.stored.items()):
             up = gate.replace("gate_proj", "up_proj")
-            if not gate.endswith("mlp.gate_proj.weight") or up in self.stored or rows != 2 * width:
+            if not gate.endswith("mlp.gate_proj.weight") or up in self.stored or shape[:1] != (2 * width,):
                 continue
-            for name, half in ((gate, slice(width)), (up, slice(width, rows))):
-                self.stored[name] = ((width, *rest), dtype)
+            for name, half in ((gate, slice(width)), (up, slice(width, 2 * width))):
+                self.stored[name] = ((width, *shape[1:]), dtype)
                 self._where[name] = (self._where[gate][0], gate, half)
 
     def read(self, name: str) -> Tensor:
@@ -105,7 +106,7 @@ class MegatronTensors:
         self._reader = dcp.FileSystemReader(folder)
         try:
             metadata = self._reader.read_metadata()
-        except OSError as error:
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise UsageError(f"{folder} is not a complete checkpoint, give another one: {error}") from error
         self.stored = {
             name: (tuple(entry.size), entry.properties.dtype)
@@ -172,6 +173,8 @@ def read_args(folder: Path) -> argparse.Namespace:
     register_safe_globals()
     try:
         return load_common_state_dict(str(folder))["args"]
+    except (EOFError, RuntimeError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        raise UsageError(f"{folder}: common.pt or metadata.json is damaged, copy it again: {error}") from error
     except (CheckpointingException, CheckpointException, KeyError) as error:
         raise UsageError(
             f"{folder} does not describe its model, because it has no args: give a checkpoint that a training run saved"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hgrn2_megatron.arguments import is_stack_spec
-from hgrn2_megatron.config import HGRN2Config
-from hgrn2_megatron.conversion.config import as_gpt, query_groups
+from hgrn2_megatron.config import HGRN2Config, query_groups
+from hgrn2_megatron.conversion.config import as_gpt
 from hgrn2_megatron.forms import stack_name
 
 

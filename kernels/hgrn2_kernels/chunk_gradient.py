@@ -42,7 +42,6 @@ def gradient_of(
     bound,
     states,
     dstates,
-    bands,
     dq,
     df,
     dbound,
@@ -79,7 +78,6 @@ def gradient_of(
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     BK: tl.constexpr,
-    BF: tl.constexpr,
     BV: tl.constexpr,
     AHEAD: tl.constexpr,
     DT: tl.constexpr,
@@ -313,11 +311,11 @@ def chunk_gradient_kernel(
         if form == FORM:
             # fmt: off
             gradient_of(
-                item, n_bands, q, f, v, do, bound, states, dstates, bands, dq, df, dbound, sums, ones, cu_seqlens,
+                item, n_bands, q, f, v, do, bound, states, dstates, dq, df, dbound, sums, ones, cu_seqlens,
                 chunk_sequence, chunk_first, stride_qb, stride_qt, stride_qh, stride_fb, stride_ft, stride_fh,
                 stride_vb, stride_vt, stride_vh, stride_dob, stride_dot, stride_doh, stride_dqb, stride_dqt,
                 stride_dqh, stride_dfb, stride_dft, stride_dfh, inverse_scale, T, NT, NC, H, K, V, C, LEVELS, BK,
-                BF, BV, AHEAD, DT, BOUNDED, PACKED, FULL, FORM,
+                BV, AHEAD, DT, BOUNDED, PACKED, FULL, FORM,
             )
             # fmt: on
             return

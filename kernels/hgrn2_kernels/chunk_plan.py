@@ -121,13 +121,11 @@ class Segments:
     per_sequence: int = 1
 
     @classmethod
-    def of(cls, chunks: Chunks, C: int, programs: int, fill: int) -> "Segments":
-        """Cut chunks of C tokens, for `programs` programs per segment and `fill` programs on a GPU."""
-        wanted = triton.cdiv(fill, chunks.N * programs)
+    def of(cls, chunks: Chunks, C: int, wanted: int, least: int) -> "Segments":
+        """Cut each sequence of chunks of C tokens into `wanted` segments, or not at all if these are below `least`."""
         if chunks.per_row:
             wanted = min(wanted, chunks.per_row // 8)
-        # the additional pass over the segments costs as much as two segments gain
-        if wanted < 3:
+        if wanted < least:
             return cls(chunks.N, chunks.NC)
         if chunks.per_row:
             length = triton.cdiv(chunks.per_row, wanted)
@@ -145,6 +143,11 @@ class Segments:
     def tabled(self) -> bool:
         """Return whether a table says which sequence a segment belongs to."""
         return self.per_sequence == 0
+
+
+def keeps_entering(segments: Segments, tokens: int, K: int, V: int, itemsize: int) -> bool:
+    """Return whether the states that enter the segments are small enough to be kept for the backward."""
+    return segments.cut and segments.count * K * V * 4 <= ENTERING_SHARE * tokens * (2 * K + V) * itemsize
 
 
 def table(cu_seqlens: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -207,8 +210,8 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
     chunks = Chunks.of(B, T, N, config.C)
     blocks = config.blocks(K)
     state_programs = H * blocks * triton.cdiv(V, config.state_BV)
-    segments = Segments.of(chunks, config.C, state_programs, fill)
-    entering = segments.count * K * V * 4
+    # the additional pass over the segments costs as much as two segments gain
+    segments = Segments.of(chunks, config.C, triton.cdiv(fill, chunks.N * state_programs), least=3)
     numbers = dict(
         **strides("q", stride_q),
         **strides("f", stride_f),
@@ -234,7 +237,7 @@ def _plan(device, dtype, shape, V, stride_q, stride_f, bounded, scale, N, fill):
         state_programs=state_programs,
         output_programs=chunks.NC * H,
         gradient_programs=chunks.NC * H * triton.cdiv(K, config.gradient[0]),
-        keeps_entering=segments.cut and entering <= ENTERING_SHARE * B * T * (2 * K + V) * dtype.itemsize,
+        keeps_entering=keeps_entering(segments, B * T, K, V, dtype.itemsize),
         H=H,
         K=K,
         V=V,

@@ -15,11 +15,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from hgrn2_kernels.beyond_triton import BeyondLaunches
-from hgrn2_kernels.chunk_plan import ENTERING_SHARE, Chunks, Plan, Segments
+from hgrn2_kernels.chunk_plan import Chunks, Plan, Segments, keeps_entering
 from hgrn2_kernels.chunk_triton import CACHED_LAUNCHES
 from hgrn2_kernels.hopper_backward import hopper_backward_kernel
 from hgrn2_kernels.hopper_forward import hopper_forward_kernel
@@ -116,17 +115,7 @@ def cut(chunks: Chunks, C: int, H: int) -> Segments:
     A kernel here takes as long as its slowest multiprocessor. Two segments per sequence save half of that time, which
     is more than the additional pass over the segments costs.
     """
-    wanted = PROGRAMS // (chunks.N * H)
-    if chunks.per_row:
-        wanted = min(wanted, chunks.per_row // 8)
-    if wanted < 2:
-        return Segments(chunks.N, chunks.NC)
-    if chunks.per_row:
-        length = triton.cdiv(chunks.per_row, wanted)
-        per_sequence = triton.cdiv(chunks.per_row, length)
-        return Segments(chunks.N * per_sequence, length, per_sequence)
-    length = max(8, triton.cdiv(chunks.NC, chunks.N * wanted))
-    return Segments(Chunks.of(1, chunks.T, chunks.N, C * length).NC, length, 0)
+    return Segments.of(chunks, C, PROGRAMS // (chunks.N * H), least=2)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -135,11 +124,10 @@ def _plan(plan: Plan) -> Plan:
     chunks = plan.chunks
     segments = cut(chunks, plan.config.C, plan.H)
     tokens = chunks.T if plan.packed else chunks.T * chunks.N
-    entering = segments.count * plan.K * plan.V * 4
     return dataclasses.replace(
         plan,
         segments=segments,
-        keeps_entering=segments.cut and entering <= ENTERING_SHARE * tokens * (2 * plan.K + plan.V) * 2,
+        keeps_entering=keeps_entering(segments, tokens, plan.K, plan.V, itemsize=2),
         # the gradient of the bound has more parts here, see _backward
         numbers=plan.numbers | {"NC": chunks.NC + segments.count},
     )

@@ -85,38 +85,40 @@ class Launch:
 
     def _keep(self, compiled):
         """Keep what later calls start: the launcher of a compiled kernel, or the C function that it calls."""
-        launcher = self.run = compiled.run
+        launcher = run = compiled.run
         function, packed, nothing = compiled.function, compiled.packed_metadata, (None, None, None)
         # the arguments of PRIVATE_CALL, without metadata of the launch and without hooks
-        self.compiled, self.metadata, self.in_one_tuple = (function, packed, *nothing), (), False
+        arguments, metadata, in_one_tuple = (function, packed, *nothing), (), False
         known = source_hash(type(launcher))
-        if known not in (LAUNCHER_3_6, LAUNCHER_3_8, LAUNCHER_3_9) or needs_more(launcher):
-            return
-        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
-        if known == LAUNCHER_3_6:
-            self.compiled = function, *flags, None, None, packed, *nothing
-        else:
-            types = launcher.arg_annotations, launcher.kernel_signature
-            self.compiled, self.in_one_tuple = (function, *flags, packed, *nothing, None, None, *types), True
-        self.run = launcher.launch
-        if inspect.isfunction(self.run):
-            # a function in Python stands before the C function, and makes the driver's form of descriptors
-            outer = inspect.getclosurevars(self.run)
-            self.run, self.metadata = (outer.nonlocals[name] for name in ("launcher", "tensordesc_meta"))
-            make = inspect.getmodule(type(launcher)).make_tensordesc_arg
-            self.make = make if known == LAUNCHER_3_6 else functools.partial(make, _=None)
-            self.keys = [str(sorted(x.items())) for x in self.metadata]
-            self.key = str(self.keys)
+        if known in (LAUNCHER_3_6, LAUNCHER_3_8, LAUNCHER_3_9) and not needs_more(launcher):
+            flags, run = (launcher.launch_cooperative_grid, launcher.launch_pdl), launcher.launch
+            if known == LAUNCHER_3_6:
+                arguments = function, *flags, None, None, packed, *nothing
+            else:
+                types = launcher.arg_annotations, launcher.kernel_signature
+                arguments, in_one_tuple = (function, *flags, packed, *nothing, None, None, *types), True
+            if inspect.isfunction(run):
+                # a function in Python stands before the C function, and makes the driver's form of descriptors
+                outer = inspect.getclosurevars(run)
+                run, metadata = (outer.nonlocals[name] for name in ("launcher", "tensordesc_meta"))
+                make = inspect.getmodule(type(launcher)).make_tensordesc_arg
+                self.make = make if known == LAUNCHER_3_6 else functools.partial(make, _=None)
+                self.keys = [str(sorted(x.items())) for x in metadata]
+                self.key = str(self.keys)
+        self.compiled, self.metadata, self.in_one_tuple = arguments, metadata, in_one_tuple
+        # last, because another thread launches as soon as it finds it
+        self.run = run
 
     def _made(self, descriptors) -> list:
         """Return the driver's form of the descriptors. They keep it, all together and each one alone."""
         if self.key not in descriptors.made:
-            forms = descriptors.made[self.key] = []
+            forms = []
             for descriptor, metadata, key in zip(descriptors, self.metadata, self.keys, strict=True):
                 made = descriptor.__dict__.setdefault("made", {})
                 if key not in made:
                     made[key] = self.make(descriptor, metadata)
                 forms += made[key]
+            descriptors.made[self.key] = forms
         return descriptors.made[self.key]
 
 

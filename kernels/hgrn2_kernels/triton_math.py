@@ -221,11 +221,7 @@ def bands_of(whole, DT: tl.constexpr):
 
 @triton.jit
 def form_of(n_bands):
-    """Return the form of a chunk with n_bands bands.
-
-    The form is -1 for a chunk that needs none. 0 bands mean that the chunk lies after the packed sequences, and a
-    negative number means that another kernel has computed the chunk.
-    """
+    """Return the form of a chunk with n_bands bands, or -1 with 0 bands: the chunk lies after the packed sequences."""
     return tl.where(n_bands < 1, -1, tl.where(n_bands == 1, FAST, tl.where(n_bands <= BANDS, BANDED, EXACT)))
 
 

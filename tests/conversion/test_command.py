@@ -1,5 +1,6 @@
 """The command convert: its flags, the folders that it reads and writes, and its errors."""
 
+import argparse
 import json
 
 import harness
@@ -43,6 +44,23 @@ def test_a_source_that_the_checkpoint_would_replace(tmp_path):
 def test_the_folder_of_one_iteration_will_do(checkpoint, tmp_path):
     convert(checkpoint / "release", tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_folder_that_has_the_tokenizer_already(checkpoint, tmp_path):
+    # a run that took its tokenizer from the folder that is now written
+    exported = convert(checkpoint, tmp_path / "exported")
+    trained = change(
+        checkpoint,
+        tmp_path / "trained",
+        lambda tensors, args: (tensors, argparse.Namespace(**vars(args) | {"tokenizer_model": str(exported)})),
+    )
+    convert(trained, exported, "--overwrite")
+    assert_equal(read_hf(exported), read_hf(checkpoint.parent / "hf"))
+    assert (exported / "config.json").is_file() and (exported / "tokenizer.json").is_file()
+    # a model that lies where the checkpoint has its tokenizer
+    inside = convert(checkpoint, tmp_path / "megatron" / "tokenizer")
+    back = convert(convert(inside, tmp_path / "megatron", "--overwrite"), tmp_path / "back")
+    assert_equal(read_hf(back), read_hf(checkpoint.parent / "hf"))
 
 
 def test_what_is_there_is_not_overwritten(checkpoint, tmp_path):

@@ -16,6 +16,9 @@ def test_what_a_config_leaves_out_is_as_in_fla():
     assert megatron_args({"model_type": "hgrn2", "hidden_ratio": 3}).ffn_hidden_size == 4096
     hybrid = megatron_args({"model_type": "hgrn2", "attn": {"layers": [1], "num_heads": 16}})
     assert (hybrid.position_embedding_type, hybrid.rotary_base) == ("rope", 10000)
+    named = {"layers": [2], "num_heads": 16, "num_kv_heads": 16, "qkv_bias": False, "rope_theta": 10000.0}
+    two = megatron_args({"model_type": "hgrn2", "attn": [{"layers": [1], "num_heads": 16}, named]})
+    assert two.hybrid_layer_pattern == "M-*-*-" + 21 * "M-" and two.rotary_base == 10000
 
 
 REFUSED = [
@@ -31,6 +34,12 @@ REFUSED = [
     ({"attn": ATTENTION | {"qkv_bias": True}}, "attn qkv_bias"),
     ({"attn": ATTENTION | {"num_heads": 5}}, "attn num_heads"),
     ({"attn": [ATTENTION, ATTENTION | {"layers": [2], "rope_theta": 1e4}]}, "attn rope_theta"),
+    ({"attn": [ATTENTION, {"layers": [2], "num_heads": 4, "num_kv_heads": 2}]}, "attn rope_theta is 10000"),
+    ({"attn": [ATTENTION, {"layers": [2], "num_heads": 4, "rope_theta": 5e3}]}, "attn num_kv_heads is 4"),
+    (
+        {"attn": [{"layers": [1], "num_heads": 4}, {"layers": [2], "num_heads": 4, "rope_theta": None}]},
+        "is None: it is",
+    ),
     ({"attn": ATTENTION | {"layers": [3]}}, "must name its layers, each below 3"),
     ({"model_type": "gla"}, "model_type"),
 ]

@@ -1,6 +1,7 @@
 """The files of both sides: several with an index, tensors that do not fit, and files that are cut off or missing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def test_small_files_have_an_index(tmp_path):
     [
         (lambda w: w.pop("model.layers.2.mlp.up_proj.weight"), "model.layers.2.mlp.up_proj.weight is missing"),
         (lambda w: w.update({"model.layers.7.extra": torch.ones(2)}), "model.layers.7.extra has no place"),
+        (lambda w: w.update({"scale": torch.tensor(1.0)}), "scale has no place"),
         (
             lambda w: w.update({"model.lower_bounds": torch.ones(4, HIDDEN)}),
             r"model.lower_bounds has shape \(4, 64\), but its config requires \(3, 64\)",
@@ -55,3 +57,20 @@ def test_a_checkpoint_that_is_cut_off(damage, tmp_path):
     assert_refused("does not describe its model", folder, tmp_path / "out")
     (folder / "release" / ".metadata").unlink()
     assert_refused("is not a complete checkpoint", folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", [0, 0.5], ids=["empty", "half"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (".metadata", "is not a complete checkpoint"),
+        ("common.pt", "is damaged, copy it again"),
+        ("metadata.json", "is damaged, copy it again"),
+    ],
+)
+def test_the_description_of_a_checkpoint_that_is_cut_off(file, message, part, checkpoint, tmp_path):
+    folder = tmp_path / "megatron"
+    shutil.copytree(checkpoint, folder)
+    whole = (folder / "release" / file).read_bytes()
+    (folder / "release" / file).write_bytes(whole[: int(part * len(whole))])
+    assert_refused(message, folder, tmp_path / "out")

@@ -166,3 +166,22 @@ def test_descriptors_keep_the_drivers_form(launcher, size, times, monkeypatch):
     assert len(made) == times
     launcher(3, 1, 1, 77, 7, "packed", None, None, None, tiles, x.data_ptr(), 5)
     assert calls[0] == calls[1] == calls[2] and made[0] == made[-1]
+
+
+def test_a_descriptor_that_could_not_be_made_is_made_again():
+    made = []
+
+    def make(descriptor, metadata):
+        made.append(descriptor)
+        if len(made) == 2:
+            raise RuntimeError("the driver failed once")
+        return [descriptor]
+
+    launch = object.__new__(Launch)
+    vars(launch).update(key="both", keys=["first", "second"], metadata=[{}, {}], make=make)
+    first, second = types.SimpleNamespace(), types.SimpleNamespace()
+    descriptors = Descriptors([first, second])
+    with pytest.raises(RuntimeError, match="failed once"):
+        launch._made(descriptors)
+    assert launch._made(descriptors) == [first, second]
+    assert made == [first, second, second]

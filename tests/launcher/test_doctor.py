@@ -69,6 +69,12 @@ def test_a_machine_without_megatron_gets_a_report(monkeypatch):
     assert "install megatron-core" in " ".join(map(str, doctor._megatron()))
 
 
+def test_a_megatron_that_the_cpu_mode_does_not_know_gets_a_report():
+    program = "import megatron.core.inference.communication_utils as utils; del utils._is_cuda; "
+    done = harness.python("-c", f"{program}from hgrn2_megatron import doctor; doctor.main()")
+    assert "WRONG  megatron-core" in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize(
     ("capability", "operator", "widths"),
     [((7, 5), "none for this GPU", None), ((8, 9), "op=triton", "128 in float32 and 256 in bfloat16")],

@@ -48,6 +48,15 @@ def test_bounds_of_a_bf16_model_are_fp32(bounds):
     torch.testing.assert_close(bound.flatten(), table[1] + table[2], rtol=1e-6, atol=0)
 
 
+def test_a_model_in_fp64_has_bounds_in_fp64():
+    harness.start_megatron()
+    model = harness.build_model(params_dtype=torch.float64).double()
+    tokens, positions = harness.batch()
+    logits = model(tokens, positions, None)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, model.float()(tokens, positions, None).double(), rtol=1e-4, atol=1e-4)
+
+
 def test_checkpoint_entry_says_depth_and_width_and_hands_out_the_parameter_itself(bounds):
     (factory,) = bounds.sharded_state_dict("decoder.hgrn2_bounds.").values()
     assert factory.data is bounds.weight
