@@ -130,6 +130,11 @@ NEEDS_CUDA = (
     ),
     (lambda s: s.record_memory_history, "--record-memory-history", "drop the flag, because there is no GPU memory"),
     (
+        lambda s: s.log_memory_to_tensorboard,
+        "--log-memory-to-tensorboard",
+        "drop the flag, because there is no GPU memory",
+    ),
+    (
         lambda s: s.profile and not s.use_pytorch_profiler,
         "--profile",
         "give --use-pytorch-profiler too, because Megatron's other profiler needs CUDA",

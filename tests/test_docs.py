@@ -229,7 +229,10 @@ def script_flags() -> set[str]:
     for path in (ROOT / name for name in files() if name.endswith(".py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument" and node.args:
-                found |= flags_of(strings_of(node.args[0], {}))
+                flags = flags_of(strings_of(node.args[0], {}))
+                found |= flags
+                if any(getattr(word.value, "attr", "") == "BooleanOptionalAction" for word in node.keywords):
+                    found |= {f"--no-{flag.removeprefix('--')}" for flag in flags}
     return found
 
 

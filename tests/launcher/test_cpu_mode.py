@@ -89,6 +89,7 @@ NEED_CUDA = [
     ({"symmetric_ar_type": "two_shot"}, "--symmetric-ar-type"),
     ({"gpu_sniff_test_interval": 1}, "--gpu-sniff-test-interval"),
     ({"record_memory_history": True}, "--record-memory-history"),
+    ({"log_memory_to_tensorboard": True}, "--log-memory-to-tensorboard"),
     ({"profile": True}, "--profile"),
     ({"optimizer": "muon", "use_distributed_optimizer": True, "world_size": 2}, MUON),
     ({"optimizer": "dist_muon", "world_size": 2, "context_parallel_size": 2}, MUON),
