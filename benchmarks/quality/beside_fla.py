@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import report  # noqa: E402
-from draw import read  # noqa: E402
+from draw import pieces_of, read  # noqa: E402
 from train import SIZES, check_packages, is_done, merged, run_folder  # noqa: E402
 
 # fla may be this many times as far from ours as the run that differs in rounding only.
@@ -108,13 +108,10 @@ def tenths(losses: dict[str, dict[int, float]]) -> list[dict]:
     Args:
         losses: iteration -> loss in nats per token, for each of RUNS. All have the same iterations.
     """
-    iterations = sorted(losses["ours"])
-    size = -(-len(iterations) // 10)
-    pieces = [iterations[start : start + size] for start in range(0, len(iterations), size)]
     return [
         {"iterations": f"{piece[0]} to {piece[-1]}"}
         | {name: f"{statistics.fmean(one[i] for i in piece):.4f}" for name, one in losses.items()}
-        for piece in pieces
+        for piece in pieces_of(sorted(losses["ours"]), 10)
     ]
 
 

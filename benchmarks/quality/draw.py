@@ -53,8 +53,7 @@ def read(folder: Path) -> dict:
         if iteration in seconds
     ]
     iterations = sorted(log.losses)
-    size = max(1, -(-len(iterations) // POINTS))
-    pieces = [iterations[start : start + size] for start in range(0, len(iterations), size)]
+    pieces = pieces_of(iterations, POINTS)
     training = [[piece[-1] * of_one, round(sum(log.losses[i] for i in piece) / len(piece), 5)] for piece in pieces]
     lengths, gates = (json.loads(x.read_text()) if x.exists() else [] for x in (folder / POSITIONS, folder / GATES))
     return {
@@ -71,6 +70,12 @@ def read(folder: Path) -> dict:
         "lengths": [one | {"bits_per_byte": round(bits_per_byte(one["loss"], run, "heldout"), 5)} for one in lengths],
         "gates": gates,
     }
+
+
+def pieces_of(iterations: list[int], count: int) -> list[list[int]]:
+    """Return at most `count` pieces of a list, which are equally long but for the last one."""
+    size = max(1, -(-len(iterations) // count))
+    return [iterations[start : start + size] for start in range(0, len(iterations), size)]
 
 
 def read_all(folder: Path) -> list[dict]:

@@ -119,7 +119,7 @@ def megatron_args(config: dict[str, Any]) -> argparse.Namespace:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # null is attention without positions in hgrn2_kernels.hf; fla refuses it
-        position_embedding_type="rope" if layers and attention.get("rope_theta", True) is not None else "none",
+        position_embedding_type="rope" if layers and attention["rope_theta"] is not None else "none",
         add_position_embedding=True,
         rotary_base=attention.get("rope_theta") or 10000,
         rotary_percent=1.0,
@@ -160,8 +160,8 @@ def _attention(attn: Any, hidden_size: int, depth: int) -> dict[str, Any]:
     if not specs:
         return {"layers": []}
     # a field that is missing in one of several descriptions has fla's default there
-    specs = [{"qkv_bias": False, "rope_theta": 10000.0} | spec for spec in specs]
-    specs = [spec | {"num_kv_heads": spec.get("num_kv_heads") or spec["num_heads"]} for spec in specs]
+    defaults = {"qkv_bias": False, "rope_theta": 10000.0}
+    specs = [defaults | spec | {"num_kv_heads": spec.get("num_kv_heads") or spec["num_heads"]} for spec in specs]
     merged = specs[0] | {"layers": [layer for spec in specs for layer in spec["layers"]]}
     for spec in specs:
         for name, value in spec.items():

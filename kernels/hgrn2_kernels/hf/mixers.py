@@ -147,7 +147,7 @@ class Attention(nn.Module):
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate channel j of x [B, H, T, D] together with channel j + D/2, in fp32."""
         half = self.head_dim // 2
-        frequencies = float(self.rope_theta) ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        frequencies = self.rope_theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angles = positions[:, None, :, None] * frequencies
         a, b = x.float().chunk(2, -1)
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1).to(x.dtype)
