@@ -6,7 +6,8 @@
 A line of the table has the runs of a model that differ in the seed only: the means of their numbers, and the difference
 between the highest and the lowest held-out loss. The held-out bits per byte are those of the last evaluation. The
 picture shows each model at its best learning rate, as the mean over its seeds with a band from the lowest to the
-highest. The second table has the losses of the same runs by position. Seconds count training iterations, without
+highest. The second table has the losses of the same runs by position, and the third those in the beginnings of the
+documents that alone fill a sequence. Seconds count training iterations, without
 evaluations and checkpoints.
 
 --earlier adds the runs of JSON files that this program wrote before. Runs on another build of the corpus get lines of
@@ -161,12 +162,18 @@ def rows(runs: list[dict]) -> list[dict]:
     return found
 
 
-def positions(runs: list[dict]) -> list[dict]:
+def positions(runs: list[dict], long_documents: bool = False) -> list[dict]:
     """Return the table of losses by position: column -> text.
 
     The losses are those of the best groups in their longest sequences, in nats per token. A line is a range of
     positions, and each range is as long as everything before it.
+
+    Args:
+        runs: what `read_all` returns.
+        long_documents: whether the sequences are the beginnings of long documents, instead of all documents joined.
     """
+    if long_documents:
+        runs = [run | {"lengths": of_long_documents(run["lengths"])} for run in runs]
     groups = [group for group in best(grouped(runs)) if any(run["lengths"] for run in group)]
     chosen = dict(zip(names(groups), map(at_length, groups), strict=True))
     if not chosen:
@@ -179,6 +186,11 @@ def positions(runs: list[dict]) -> list[dict]:
         | {name: f"{mean(losses[start:end]):.4f}" for name, (at, losses) in chosen.items() if at == length}
         for start, end in itertools.pairwise(ends)
     ]
+
+
+def of_long_documents(lengths: list[dict]) -> list[dict]:
+    """Return the losses by position in the beginnings of long documents, for each length that has such documents."""
+    return [one["long_documents"] | {"length": one["length"]} for one in lengths if "long_documents" in one]
 
 
 def at_length(group: list[dict]) -> tuple[int, list[float]]:
@@ -261,9 +273,10 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    found = {"rows": rows(runs), "positions": positions(runs), "sweep rows": rows(swept), "runs": runs, "sweep": swept}
+    found = {"rows": rows(runs), "positions": positions(runs), "long documents": positions(runs, long_documents=True)}
+    found |= {"sweep rows": rows(swept), "runs": runs, "sweep": swept}
     args.json.write_text(json.dumps(found, indent=1) + "\n")
-    for lines in (found["rows"], found["positions"], found["sweep rows"]):
+    for lines in (found["rows"], found["positions"], found["long documents"], found["sweep rows"]):
         if lines:
             print(table(lines) + "\n")
     if args.picture:

@@ -9,10 +9,11 @@ of them, so it would read the dataset as often as a batch has micro-batches. Tha
 545 sequences of 2,048 tokens were held out.
 
 With --turn, the run loads everything and then waits until no other run holds the lock on FILE. So the next run starts
-up while this one trains. With --measure, the run ends with the losses by position on the dataset DATA, which is cut
-into sequences of each length. A length beyond the trained one shows how the model extrapolates. The strength of the
-gates of HGRN2 layers then goes to gates.json beside FILE (gate_strength.py). With --fla, fla's model trains in the
-place of Megatron's (fla_twin.py).
+up while this one trains. With --measure, the run ends with the losses by position on the dataset DATA, in sequences of
+each length. A length beyond the trained one shows how the model extrapolates. There are two kinds of sequences. The
+first joins all documents and cuts them, so most of its sequences have several documents. The second takes the
+beginnings of the documents that alone fill a sequence. The strength of the gates of HGRN2 layers then goes to
+gates.json beside FILE (gate_strength.py). With --fla, fla's model trains in the place of Megatron's (fla_twin.py).
 """
 
 import argparse
@@ -67,15 +68,39 @@ def wait_after_setup(turn: Turn):
     pretrain_gpt.datasets_provider = datasets_provider
 
 
-def read_tokens(dataset: Path) -> Tensor:
-    """Return the documents of an indexed dataset one after the other, [tokens] int64."""
+def read_documents(dataset: Path) -> list[Tensor]:
+    """Return the documents of an indexed dataset, each [tokens] int64."""
+    # its documents are views of a file that is mapped while it lives
     documents = IndexedDataset(str(dataset))
-    return torch.cat([torch.from_numpy(document.astype("int64")) for document in documents[:]])
+    return [torch.from_numpy(document.astype("int64")) for document in documents[:]]
+
+
+def joined(documents: list[Tensor], length: int) -> Tensor:
+    """Join documents, and cut them into sequences that begin with the last token of the one before.
+
+    Returns:
+        [sequences, length + 1] int64. The tokens after the last whole sequence are left out.
+
+    Raises:
+        ValueError: there are fewer tokens than one sequence needs.
+    """
+    whole = torch.cat(documents)
+    if len(whole) <= length:
+        raise ValueError(
+            f"sequences of {length} do not fit into a dataset of {len(whole)} tokens: give a shorter length"
+        )
+    return whole.unfold(0, length + 1, length)
+
+
+def beginnings(documents: list[Tensor], length: int) -> Tensor:
+    """Return the first tokens of each document that has more than `length`, [sequences, length + 1] int64."""
+    found = [document[: length + 1] for document in documents if len(document) > length]
+    return torch.stack(found) if found else torch.empty(0, length + 1, dtype=torch.int64)
 
 
 def measure_held_out(dataset: Path) -> list[torch.nn.Module]:
     """Make each of Megatron's evaluations one pass over a dataset, and return a list that then holds the model."""
-    tokens, kept, measured = read_tokens(dataset), [], set()
+    documents, kept, measured = read_documents(dataset), [], set()
 
     def evaluate(prefix, forward_step, data_iterator, model, iteration, *rest, **options):
         kept[:] = model
@@ -83,7 +108,7 @@ def measure_held_out(dataset: Path) -> list[torch.nn.Module]:
         if iteration in measured:
             return
         measured.add(iteration)
-        found = losses_by_position(model[0], tokens, get_args().seq_length)
+        found = losses_by_position(model[0], joined(documents, get_args().seq_length))
         print(f" validation loss at iteration {iteration} | lm loss value: {found['loss']:.6E} |", flush=True)
 
     training.evaluate_and_print_results = evaluate
@@ -91,29 +116,22 @@ def measure_held_out(dataset: Path) -> list[torch.nn.Module]:
 
 
 @torch.no_grad()
-def losses_by_position(model: torch.nn.Module, whole: Tensor, length: int) -> dict:
-    """Measure a model on tokens that are cut into sequences of one length.
+def losses_by_position(model: torch.nn.Module, sequences: Tensor) -> dict:
+    """Measure a model on sequences of one length.
 
     Args:
         model: gives losses [B, T] fp32 of tokens, positions, no mask and labels, each [B, T] int64. It is in training
             mode afterwards.
-        whole: [tokens] int64. The tokens after the last whole sequence do not count.
-        length: tokens of a sequence, at least POINTS.
+        sequences: [sequences, T + 1] int64 with at least one sequence and T >= POINTS. The first token of a sequence
+            is no label, and the last one is no input.
 
     Returns:
-        "length", "sequences", "loss": the mean in nats per token, and "by_position": means over equal parts of the
-        sequence, from its beginning to its end.
-
-    Raises:
-        ValueError: there are fewer tokens than one sequence needs.
+        "sequences": how many there were, "loss": the mean in nats per token, and "by_position": means over equal parts
+        of the sequence, from its beginning to its end.
     """
-    count = (len(whole) - 1) // length
-    if not count:
-        raise ValueError(
-            f"sequences of {length} do not fit into a dataset of {len(whole)} tokens: give a shorter length"
-        )
+    count, length = len(sequences), sequences.shape[1] - 1
     model.eval()
-    inputs, labels = whole[: count * length].view(count, length), whole[1 : count * length + 1].view(count, length)
+    inputs, labels = sequences[:, :-1], sequences[:, 1:]
     device, batch = next(model.parameters()).device, min(count, max(1, TOKENS // length))
     positions = torch.arange(length, device=device).expand(batch, length)
     total = torch.zeros(length, dtype=torch.float64, device=device)
@@ -125,11 +143,24 @@ def losses_by_position(model: torch.nn.Module, whole: Tensor, length: int) -> di
     model.train()
     means = total / count
     return {
-        "length": length,
         "sequences": count,
         "loss": means.mean().item(),
         "by_position": [round(part.mean().item(), 5) for part in means.chunk(POINTS)],
     }
+
+
+def by_length(model: torch.nn.Module, documents: list[Tensor], length: int) -> dict:
+    """Return what `losses_by_position` finds in all documents, joined, with "length" and "long_documents".
+
+    "long_documents" is what it finds in the beginnings of those documents that have more than `length` tokens. It is
+    missing if there are none.
+
+    Raises:
+        ValueError: there are fewer tokens than one sequence needs.
+    """
+    found = {"length": length} | losses_by_position(model, joined(documents, length))
+    long = beginnings(documents, length)
+    return found | {"long_documents": losses_by_position(model, long)} if len(long) else found
 
 
 def main():
@@ -160,14 +191,14 @@ def main():
     else:
         pretrain_gpt.main()
     if args.measure and kept:
-        found, tokens = [], read_tokens(args.measure)
+        found, documents = [], read_documents(args.measure)
         for length in args.lengths:
-            found.append(losses_by_position(kept[0], tokens, length))
+            found.append(by_length(kept[0], documents, length))
             print(f"sequences of {length}: {found[-1]['loss']:.5f} nats per token", flush=True)
             args.report.write_text(json.dumps(found, indent=1) + "\n")
-        layers = gate_strength.of_layers(
-            lambda: losses_by_position(kept[0], tokens[: TOKENS + 1], get_args().seq_length)
-        )
+        length = get_args().seq_length
+        some = joined(documents, length)[: max(1, TOKENS // length)]
+        layers = gate_strength.of_layers(lambda: losses_by_position(kept[0], some))
         if layers:
             args.report.with_name("gates.json").write_text(json.dumps(layers, indent=1) + "\n")
     if turn:

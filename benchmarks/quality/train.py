@@ -96,6 +96,10 @@ MODELS = {
     "hybrid-no-positions": Model(
         "HGRN2 hybrid without positions", f"{HGRN2} --hgrn2-layer-pattern HHH*", positions="none"
     ),
+    # Rotary positions with the base of Llama 3. The other models have Megatron's default, 10,000.
+    "hybrid-rotary-base": Model(
+        "HGRN2 hybrid, rotary base 500,000", f"{HGRN2} --hgrn2-layer-pattern HHH* --rotary-base 500000"
+    ),
     # The model hgrn2 with the same first weights, computed by flash-linear-attention.
     "hgrn2-fla": Model("HGRN2 of fla", HGRN2, runner=("--fla",)),
 }

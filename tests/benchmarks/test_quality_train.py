@@ -109,14 +109,13 @@ def test_models_train_alike_and_are_drawn(runs, tmp_path):
     assert [len(run["gates"]) for run in found.values()] == [4 * (model == "hgrn2") for model in TRAINED]
     # the ranges of positions take all of a sequence together
     (longest,) = (run["lengths"][-1] for run in found.values() if run["lengths"])
-    parts = [
-        [int(word.replace(",", "")) for word in line["tokens before"].split(" to ")] for line in drawn["positions"]
-    ]
-    assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])] and parts[-1][1] == longest["length"]
-    total = sum(
-        (end - start) * float(line["HGRN2"]) for (start, end), line in zip(parts, drawn["positions"], strict=True)
-    )
-    assert total / longest["length"] == pytest.approx(longest["loss"], abs=1e-3)
+    assert longest["loss"] != longest["long_documents"]["loss"]
+    for lines, measured in ((drawn["positions"], longest), (drawn["long documents"], longest["long_documents"])):
+        parts = [[int(word.replace(",", "")) for word in line["tokens before"].split(" to ")] for line in lines]
+        assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])]
+        assert parts[-1][1] == longest["length"]
+        total = sum((end - start) * float(line["HGRN2"]) for (start, end), line in zip(parts, lines, strict=True))
+        assert total / longest["length"] == pytest.approx(measured["loss"], abs=1e-3)
     # the first batch is the same, and no model knows anything of it
     first = [run["training"][0][1] for run in found.values()]
     assert max(first) - min(first) < 0.1
@@ -200,17 +199,23 @@ def test_the_strength_of_gates_is_what_the_kernels_count(raw, bound, bands):
 
 
 def test_the_held_out_loss_counts_every_token_once(data, runs):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
     folder = runs / "hgrn2-0.005-seed1"
     log = (folder / "piece.0.log").read_text()
     found = [line.split("|")[:2] for line in log.splitlines() if "validation loss at" in line]
     assert [words[0].split()[-1] for words in found] == ["8", "16"] and "Evaluating" not in log
     tokens = json.loads((data / "data.json").read_text())["heldout"]["tokens"]
     by_length = json.loads((folder / "positions.json").read_text())
-    assert [(one["length"], one["sequences"]) for one in by_length] == [
-        (64, (tokens - 1) // 64),
-        (128, (tokens - 1) // 128),
+    # its lengths are views of a file that is mapped while it lives
+    dataset = IndexedDataset(str(data / "heldout"))
+    documents = dataset.sequence_lengths
+    assert max(documents) > 128
+    assert [(one["length"], one["sequences"], one["long_documents"]["sequences"]) for one in by_length] == [
+        (64, (tokens - 1) // 64, sum(length > 64 for length in documents)),
+        (128, (tokens - 1) // 128, sum(length > 128 for length in documents)),
     ]
-    assert all(len(one["by_position"]) == 64 for one in by_length)
+    assert all(len(x["by_position"]) == 64 for one in by_length for x in (one, one["long_documents"]))
 
 
 def test_a_held_out_loss_is_that_of_one_pass():
@@ -231,7 +236,7 @@ def test_a_held_out_loss_is_that_of_one_pass():
             return labels.float()
 
     model, tokens = Model(), torch.arange(40 * 1024 + 700)
-    found = megatron_run.losses_by_position(model, tokens, 1024)
+    found = megatron_run.losses_by_position(model, megatron_run.joined([tokens[:9], tokens[9:]], 1024))
     assert found["sequences"] == 40 and found["loss"] == (1 + 40 * 1024) / 2 and model.training
     # two batches of one shape, of which the second repeats its last sequence
     assert [labels.shape for labels in model.seen] == [(32, 1024), (32, 1024)]
@@ -239,7 +244,26 @@ def test_a_held_out_loss_is_that_of_one_pass():
     # the first of the 64 parts is 16 positions, of 40 sequences
     assert found["by_position"][0] == 8.5 + 1024 * 39 / 2
     with pytest.raises(ValueError, match="sequences of 1024"):
-        megatron_run.losses_by_position(model, tokens[:1024], 1024)
+        megatron_run.joined([tokens[:1024]], 1024)
+
+
+def test_the_beginnings_of_long_documents_are_measured_alone():
+    import torch
+
+    sys.path.append(str(FOLDER))
+    import megatron_run
+
+    class Model(torch.nn.Linear):
+        def forward(self, tokens, positions, mask, labels):
+            return labels.float()
+
+    documents = [torch.arange(start, start + size) for start, size in ((0, 65), (1000, 64), (5000, 300))]
+    assert megatron_run.beginnings(documents, 64).tolist() == [list(range(65)), list(range(5000, 5065))]
+    found = megatron_run.by_length(Model(1, 1), documents, 64)
+    # all documents have 429 tokens, which are 6 sequences and their last labels
+    assert found["length"] == 64 and found["sequences"] == 6
+    assert found["long_documents"]["sequences"] == 2 and found["long_documents"]["loss"] == 32.5 + 2500
+    assert "long_documents" not in megatron_run.by_length(Model(1, 1), documents, 300)
 
 
 def test_a_run_goes_on_where_it_stopped(data, runs, tmp_path):

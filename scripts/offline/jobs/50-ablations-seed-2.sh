@@ -1,7 +1,7 @@
-# The models of the ablations that have one seed, and the expand ratio 256
+# The models of the ablations that have one seed
 # seconds: 240
 # needs: base data te
 # turn
-# each: hgrn2-expand-256 hgrn2-expand-16 hgrn2-expand-32 hgrn2-expand-64 hybrid-5-1
+# each: hgrn2-expand-64 hybrid-5-1 hgrn2-expand-32 hgrn2-expand-16
 . scripts/offline/env.sh
 train ablations "$1" 2 --iterations 768 --lengths 2048 32768
