@@ -1,7 +1,11 @@
-"""Tests skip without the GPU or the Megatron-LM checkout that they need. Without a GPU, Triton's interpreter runs."""
+"""Tests skip without the GPU or the Megatron-LM checkout that they need. Without a GPU, Triton's interpreter runs.
+
+Each test has a seed of its own, so that its numbers do not depend on the tests before it.
+"""
 
 import importlib.metadata
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -46,6 +50,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture(scope="session")
