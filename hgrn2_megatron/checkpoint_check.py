@@ -9,39 +9,18 @@ import dataclasses
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from hgrn2_megatron.arguments import is_hgrn2_spec, is_stack_spec
-from hgrn2_megatron.config import ATTENTION, CHANNEL_MIXERS, EXPERTS, HGRN2Config, UsageError, query_groups
+from hgrn2_megatron.checkpoint_flags import ATTENTION_FLAGS, BLOCK_FLAGS, LATENT_FLAGS, POSITION_FLAGS, SIZE_FLAGS
+from hgrn2_megatron.config import (
+    ATTENTION,
+    CHANNEL_MIXERS,
+    EXPERTS,
+    LATENT_ATTENTION,
+    HGRN2Config,
+    UsageError,
+    query_groups,
+)
 from hgrn2_megatron.forms import Layers, gpt_pattern
 from hgrn2_megatron.restored_args import HYBRID_SCRIPT, gpt_layers
-
-# Megatron's flag -> its attribute, for the flags that decide the shapes and the meaning of weights outside the mixers
-BLOCK_FLAGS = {
-    "--hidden-size": "hidden_size",
-    "--ffn-hidden-size": "ffn_hidden_size",
-    "--normalization": "normalization",
-    "--norm-epsilon": "layernorm_epsilon",
-    "--disable-bias-linear": "add_bias_linear",
-    "--swiglu": "swiglu",
-    "--untie-embeddings-and-output-weights": "untie_embeddings_and_output_weights",
-    "--multi-latent-attention": "multi_latent_attention",
-    "--experimental-attention-variant": "experimental_attention_variant",
-}
-# Flag -> attribute, for the flags that decide the shapes and the meaning of the weights of attention layers.
-ATTENTION_FLAGS = {
-    "--num-attention-heads": "num_attention_heads",
-    "--kv-channels": "kv_channels",
-    "--add-qkv-bias": "add_qkv_bias",
-    "--qk-layernorm": "qk_layernorm",
-    "--rotary-base": "rotary_base",
-    "--rotary-percent": "rotary_percent",
-}
-# Flags that change the function of attention layers and no shapes
-POSITION_FLAGS = ("--position-embedding-type", "--rotary-base", "--rotary-percent")
-# Flag -> attribute, for the sizes on which the state of a distributed optimizer may depend
-SIZE_FLAGS = {
-    "--tensor-model-parallel-size": "tensor_model_parallel_size",
-    "--pipeline-model-parallel-size": "pipeline_model_parallel_size",
-    "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
-}
 
 
 def check_format(args: argparse.Namespace, kind: str):
@@ -156,12 +135,14 @@ def check_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespa
         UsageError: the two models differ. The message names the first flag that differs.
     """
     here, saved = HGRN2Config.of(args), HGRN2Config.of(checkpoint_args)
-    layers = Layers.of(args)
-    pairs = _layer_flags(args, layers, checkpoint_args, Layers.of(checkpoint_args))
+    layers, saved_layers = Layers.of(args), Layers.of(checkpoint_args)
+    pairs = _layer_flags(args, layers, checkpoint_args, saved_layers)
     pairs["--hgrn2-expand-ratio"] = (here.expand_ratio, saved.expand_ratio)
     pairs["--hgrn2-lower-bounds"] = (here.lower_bounds, saved.lower_bounds)
     pairs["--hgrn2-norm-eps"] = (here.norm_eps, saved.norm_eps)
-    pairs |= _block_flags(args, checkpoint_args, ATTENTION in layers.symbols)
+    # other heads for multi-token prediction start fresh
+    heads = layers.heads if layers.same_heads(saved_layers) else ""
+    pairs |= _block_flags(args, checkpoint_args, layers.symbols + heads)
     given = getattr(args, "use_checkpoint_args", False)
     drop = "drop the flag" if given else "drop the flag and add --use-checkpoint-args"
     advice = f"give the checkpoint's value, or {drop}, or train without --load"
@@ -297,7 +278,6 @@ def _check_attention(args, checkpoint_args, distributed: bool):
             "save it in this format"
         )
     here, saved = Layers.of(args), Layers.of(checkpoint_args)
-    has_attention = ATTENTION in here.symbols
     # HGRN2 layers start fresh, so they may stand in the place of any token mixer.
     symbols = [
         ours if ours == "M" and theirs not in CHANNEL_MIXERS else theirs
@@ -310,7 +290,7 @@ def _check_attention(args, checkpoint_args, distributed: bool):
             f"{saved.symbols}: write the checkpoint's layers, with M in the place of some of its token mixers"
         )
     pairs = _layer_flags(args, here, checkpoint_args, dataclasses.replace(saved, symbols="".join(symbols)))
-    pairs |= _block_flags(args, checkpoint_args, has_attention)
+    pairs |= _block_flags(args, checkpoint_args, here.symbols)
     if checkpoint_args.position_embedding_type == "learned_absolute":
         pairs["--position-embedding-type"] = (args.position_embedding_type, "learned_absolute")
     refuse_differences(
@@ -318,13 +298,20 @@ def _check_attention(args, checkpoint_args, distributed: bool):
     )
 
 
-def _block_flags(args, checkpoint_args, has_attention: bool) -> dict[str, tuple]:
-    """Return the flags of all but the layers' order: flag -> (value here, value in the checkpoint)."""
+def _block_flags(args, checkpoint_args, symbols: str) -> dict[str, tuple]:
+    """Return the flags of all but the layers' order: flag -> (value here, value in the checkpoint).
+
+    `symbols` are those of the layers whose weights are loaded, as in a HybridModel's pattern.
+    """
     runs = (args, checkpoint_args)
-    flags = BLOCK_FLAGS | (ATTENTION_FLAGS if has_attention else {})
+    flags = dict(BLOCK_FLAGS)
+    if {ATTENTION, LATENT_ATTENTION} & set(symbols):
+        flags |= ATTENTION_FLAGS
+    if LATENT_ATTENTION in symbols:
+        flags |= LATENT_FLAGS
     # A flag that the other run's Megatron release does not know counts as off.
     pairs = {flag: tuple(getattr(run, name, None) or False for run in runs) for flag, name in flags.items()}
-    if has_attention:
+    if ATTENTION in symbols:
         pairs["--num-query-groups"] = tuple(map(query_groups, runs))
         pairs["--position-embedding-type"] = tuple(getattr(run, "position_embedding_type", None) for run in runs)
     return pairs

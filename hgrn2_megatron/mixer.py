@@ -169,7 +169,7 @@ class HGRN2Mixer(MegatronModule):
 
         Raises:
             ValueError: the mixer cannot generate with this parallelism or context, the packed sequences have another
-                format or no boundaries, or nothing says how they are split over context-parallel ranks.
+                format or no boundaries, or nothing says how they are split over context-parallel ranks, or over which.
         """
         in_proj = self._offload_group(IN_PROJ, hidden_states, inference_context)
         with in_proj as hidden_states:
@@ -253,6 +253,11 @@ class HGRN2Mixer(MegatronModule):
         group = getattr(packed_seq_params, "cp_group", None) or self.cp_group
         # With hybrid context parallelism each batch has its own number of ranks. One rank alone has no group.
         num_ranks = getattr(packed_seq_params, "local_cp_size", None)
+        if (num_ranks or 1) > 1 and num_ranks != group.size():
+            raise ValueError(
+                f"PackedSeqParams has local_cp_size {num_ranks}, but its cp_group, or without one the model's, has "
+                f"{group.size()} ranks: set cp_group to the group of the {num_ranks} ranks that share the batch"
+            )
         is_alone = (num_ranks or group.size()) == 1
         if cu_seqlens is None:
             return _chunk_hgrn2_on_one_rank if is_alone else partial(chunk_hgrn2_of_batch, group=group)

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 from hgrn2_megatron.arguments import GPT, STACK, full_spec, is_hgrn2_spec, is_stack_spec
-from hgrn2_megatron.config import PIPE, HGRN2Config, UsageError, stages_fit
+from hgrn2_megatron.checkpoint_flags import LATENT_FLAGS
+from hgrn2_megatron.config import LATENT_ATTENTION, PIPE, HGRN2Config, UsageError, stages_fit
 from hgrn2_megatron.forms import Layers, gpt_pattern
 
 # args that --use-checkpoint-args restores in addition to those that Megatron itself restores
 CHECKPOINT_ARGS = tuple(f"hgrn2_{f.name}" for f in dataclasses.fields(HGRN2Config)) + ("layernorm_epsilon",)
+# the same for a checkpoint with multi-latent attention
+LATENT_ARGS = ("qk_layernorm", *LATENT_FLAGS.values())
 # Megatron's scripts that build one form of a model only
 SCRIPTS = {"pretrain_gpt.py": GPT, "pretrain_hybrid.py": STACK, "pretrain_mamba.py": STACK}
 
@@ -52,7 +55,8 @@ def restore(args: argparse.Namespace, before: argparse.Namespace, checkpoint_arg
         # An HGRN2 model starts from an attention model, which may have been trained with dropout.
         args.hidden_dropout, args.attention_dropout = before.hidden_dropout, before.attention_dropout
     # Every run through the launcher saves the plugin's flags, but they mean something only for an HGRN2 model.
-    for name in CHECKPOINT_ARGS if saved_is_hgrn2 else ("layernorm_epsilon",):
+    names = CHECKPOINT_ARGS if saved_is_hgrn2 else ("layernorm_epsilon",)
+    for name in names + (LATENT_ARGS if LATENT_ATTENTION in saved.symbols + saved.heads else ()):
         if name == "hgrn2_layer_pattern" and stack != saved.stack:
             continue
         if hasattr(checkpoint_args, name):
@@ -64,6 +68,8 @@ def _translate_layers(args: argparse.Namespace, before: argparse.Namespace, save
     if not saved.stack:
         # Megatron derives the depth of a HybridModel from its pattern.
         args.num_layers, args.moe_layer_freq = None, before.moe_layer_freq
+        # --use-mp-args-from-checkpoint-args copies it. In a HybridModel the pattern's `|` make virtual stages.
+        args.num_layers_per_virtual_pipeline_stage = before.num_layers_per_virtual_pipeline_stage
         if not args.hybrid_layer_pattern and saved_is_hgrn2:
             args.hybrid_layer_pattern = saved.symbols
         return

@@ -2,12 +2,13 @@
 
 import argparse
 
-from hgrn2_megatron import arguments, checkpoint_check
+from hgrn2_megatron import arguments, checkpoint_flags
 
 
 def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Namespace:
     """Return Megatron's args of a model of four layers."""
-    names = {*checkpoint_check.BLOCK_FLAGS.values(), *checkpoint_check.ATTENTION_FLAGS.values()}
+    tables = (checkpoint_flags.BLOCK_FLAGS, checkpoint_flags.ATTENTION_FLAGS, checkpoint_flags.LATENT_FLAGS)
+    names = {name for table in tables for name in table.values()}
     values = dict.fromkeys(names) | dict(
         spec=spec and list(spec),
         num_layers=4,
@@ -17,6 +18,7 @@ def args_of(spec=(arguments.MODULE, arguments.GPT), **changes) -> argparse.Names
         mtp_num_layers=None,
         expert_model_parallel_size=1,
         pipeline_model_parallel_size=1,
+        num_layers_per_virtual_pipeline_stage=None,
         num_attention_heads=4,
         hgrn2_layer_pattern="HH*H",
         hgrn2_expand_ratio=32,

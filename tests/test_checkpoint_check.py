@@ -183,6 +183,32 @@ def test_other_positions_are_given_on_purpose(changes):
 
 
 @pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"num_attention_heads": 8}, "--num-attention-heads is 4 here and 8 in"),
+        ({"kv_lora_rank": 16}, "--kv-lora-rank is False here and 16 in"),
+        ({"rope_type": "rope"}, "--rope-type is False here and rope in .* on purpose"),
+        ({"rotary_base": 500}, "--rotary-base is False here and 500 in .* on purpose"),
+    ],
+)
+def test_other_multi_latent_attention_is_refused_by_name(theirs, message):
+    here, saved = stack_of("M-+-", finetune=False), stack_of("M-+-", **theirs)
+    with pytest.raises(UsageError, match=message):
+        checkpoint_check.check(here, saved, distributed=True)
+    # it has no such positions
+    checkpoint_check.check(here, stack_of("M-+-", position_embedding_type="none"), distributed=True)
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 8}, {"rotary_base": 500}])
+def test_attention_in_a_head_for_multi_token_prediction_is_compared(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} is .* here and {value} in"):
+        checkpoint_check.check(stack_of("M-/*-", finetune=False), stack_of("M-/*-", **changes), distributed=True)
+    # heads that start fresh may differ
+    checkpoint_check.check(stack_of("M-/*-"), stack_of("M-/*-/*-", num_attention_heads=8), distributed=True)
+
+
+@pytest.mark.parametrize(
     ("here", "saved", "optimizer_format", "message"),
     [
         (

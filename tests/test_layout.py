@@ -15,7 +15,8 @@ PACKAGE = harness.ROOT / "hgrn2_megatron"
 ORDER = """
     __main__ doctor patch
     conversion.command conversion.check conversion.weights conversion.config conversion.files conversion.__init__
-    spec model_hooks megatron_hooks checkpoint_hooks checkpoint_check restored_args checkpoint flops forms arguments
+    spec model_hooks megatron_hooks checkpoint_hooks checkpoint_check restored_args checkpoint_flags checkpoint
+    flops forms arguments
     mtp stack requirements stack_requirements fsdp megatron_flags cuda_graphs precision cpu_requirements
     sequence_requirements block chunked_loss other_mixers layer mixer muon offloading generation
     context_parallel.operator context_parallel.exchange context_parallel.pieces context_parallel.__init__

@@ -61,6 +61,21 @@ def test_checkpoint_args_of_the_other_form():
     assert restored(ours, gpt, num_layers=4).hybrid_layer_pattern == "MEM-|*-M-"
 
 
+def test_multi_latent_attention_comes_from_the_checkpoint():
+    saved = stack_of("M-+-", kv_lora_rank=16, rope_type="rope", qk_layernorm=True)
+    args = restored(stack_of("M-+-"), saved, hybrid_layer_pattern="M-+-")
+    assert (args.kv_lora_rank, args.rope_type, args.qk_layernorm) == (16, "rope", True)
+    # a model without it keeps the flags of the command line
+    assert restored(stack_of("M-*-"), stack_of("M-*-", kv_lora_rank=16)).kv_lora_rank is None
+
+
+def test_a_hybrid_model_does_not_take_the_virtual_stages_of_a_gpt():
+    ours = args_of((arguments.MODULE, arguments.STACK), num_layers=None, hgrn2_layer_pattern="H")
+    # --use-mp-args-from-checkpoint-args copies it
+    args = restored(ours, args_of(), num_layers=4, num_layers_per_virtual_pipeline_stage=1)
+    assert args.num_layers_per_virtual_pipeline_stage is None
+
+
 @pytest.mark.parametrize(
     ("script", "form"), [("pretrain_gpt.py", "hgrn2"), ("a/pretrain_hybrid.py", "hgrn2_stack"), ("serve.py", None)]
 )

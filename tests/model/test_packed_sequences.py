@@ -59,6 +59,7 @@ def test_each_document_is_what_it_is_alone(alone, padded, behind):
         ({"cu_seqlens_q": None}, 2, "got thd of no sequences with a batch of 2"),
         ({"cu_seqlens_q": None}, 1, "has no boundaries, cu_seqlens_q is None"),
         ({"cp_group": types.SimpleNamespace(size=lambda: 2)}, 1, "does not say how 2 context-parallel ranks split"),
+        ({"local_cp_size": 2}, 1, "has local_cp_size 2, but its cp_group, or without one the model's, has 1 ranks"),
     ],
 )
 def test_other_packings_are_refused(change, batch, message):
