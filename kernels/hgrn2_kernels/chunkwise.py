@@ -205,6 +205,14 @@ def _second_by_first(x, s):
     return x.view(-1, P, 2, s, P, 2, s)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
+def _no_view(x):
+    """Return x such that autograd does not take it for a view.
+
+    Autograd refuses changes in place, such as `o += residual`, of an operator's result that is a view.
+    """
+    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
+
+
 class ChunkLayout:
     """The mapping between the tokens of all sequences and one list of chunks.
 
@@ -268,10 +276,10 @@ class ChunkLayout:
         x = x.unflatten(0, (self.NC, self.H))
         if self.chunk is not None:
             x = x.transpose(1, 2)[self.chunk, self.row].to(dtype)[None]
-            return F.pad(x, (0, 0, 0, 0, 0, self.T - self.end)) if self.end < self.T else x
+            return _no_view(F.pad(x, (0, 0, 0, 0, 0, self.T - self.end)) if self.end < self.T else x)
         out = x.new_empty(self.B, self.NC // self.B, self.C, self.H, x.shape[-1], dtype=dtype)
         out.copy_(self._by_sequence(x))
-        return out.flatten(1, 2)[:, : self.T].contiguous()
+        return _no_view(out.flatten(1, 2)[:, : self.T].contiguous())
 
     def _by_sequence(self, x: Tensor) -> Tensor:
         """Return a view of dense chunks: [NC, H, C, D] -> [B, NC / B, C, H, D]."""
@@ -288,7 +296,7 @@ class ChunkLayout:
     def join_states(self, state: Tensor) -> Tensor:
         """Put states back into the order of the sequences: [N * H, K, V] -> [N, H, K, V]. It undoes `split_states`."""
         state = state.unflatten(0, (self.N, self.H))
-        return state if self.order is None else state[self.rank]
+        return _no_view(state if self.order is None else state[self.rank])
 
     def broadcast(self, lower_bound: Tensor | None) -> Tensor | None:
         """Return the bound of every chunk: [H, K] -> [M, 1, K]."""

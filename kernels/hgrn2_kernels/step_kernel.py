@@ -126,6 +126,8 @@ def launch_step(
     step = _step(v.device, v.dtype, slot_dtype, q.shape, v.shape[-1], strides, lower_bound is not None, scale)
     with torch.cuda.device_of(v):
         step(q, f, v, bound, state, slots, o)
+    # autograd cannot see that a kernel wrote: a backward that saved this state would compute with the new one
+    torch.autograd.graph.increment_version(state)
     return o
 
 

@@ -112,6 +112,21 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(kind):
     assert torch.equal(static[:, 9:], together[:, :12])
 
 
+@pytest.mark.parametrize("kind", ["pure", "hybrid", "window"])
+def test_a_prompt_of_embeddings_generates_what_its_tokens_do(kind):
+    model, ids = build(kind), tokens(2, TIME)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=PAD)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    for choice in ({}, {"attention_mask": mask}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        expected = model.generate(ids, **settings, **choice)[:, TIME:]
+        assert torch.equal(model.generate(inputs_embeds=embeddings, **settings, **choice), expected)
+    cache = model(ids[:, :8], use_cache=True).cache
+    found = model.generate(inputs_embeds=embeddings, cache=cache, **settings)
+    assert torch.equal(found, model.generate(ids, **settings)[:, TIME:])
+
+
 @pytest.mark.parametrize("kind", ["pure", "hybrid", "no positions", "window"])
 def test_the_cache_goes_on_and_does_not_grow(kind):
     model, ids = build(kind), tokens(2, TIME)

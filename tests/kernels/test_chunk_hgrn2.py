@@ -5,7 +5,16 @@ import torch
 from operator_cases import CEILING, GATES, NAMES, assert_equal, bounds, make_inputs, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2_kernels import chunk_hgrn2, chunk_hgrn2_fused, chunk_hgrn2_pytorch, implementation, recurrent_hgrn2
+from hgrn2_kernels import (
+    Pieces,
+    chunk_hgrn2,
+    chunk_hgrn2_fused,
+    chunk_hgrn2_pytorch,
+    chunk_hgrn2_sharded,
+    implementation,
+    recurrent_hgrn2,
+    shard_states,
+)
 
 
 def check_against_recurrence(inputs, cu_seqlens=None):
@@ -172,6 +181,33 @@ def test_under_activation_checkpointing(use_reentrant):
         return checkpoint(positional, q, f, v, b, initial_state, use_reentrant=use_reentrant)
 
     assert_equal(run(checkpointed, inputs), run(chunk_hgrn2, inputs), 0)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 5, 64]])
+@pytest.mark.parametrize("T", [5, 64])
+@pytest.mark.parametrize("operator", ["chunk", "fused", "sharded", "shard_states"])
+def test_results_can_be_changed_in_place(operator, T, cu_seqlens):
+    q, f, v, b, _ = make_inputs((1, T, 2, 16, 16), "plain", "learned", dtype=torch.float32)
+    borders = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32).clamp(max=T)
+    v.requires_grad_()
+
+    def results():
+        if operator == "chunk":
+            return chunk_hgrn2(q, f, v, b, output_final_state=True, cu_seqlens=borders)
+        if operator == "shard_states":
+            return shard_states(f, v, b, cu_seqlens=borders)
+        qfv = torch.stack((q, f, v), 3)
+        if operator == "fused":
+            return chunk_hgrn2_fused(qfv, b, output_final_state=True, cu_seqlens=borders)
+        ends = borders if borders is None else torch.tensor([0, -1], dtype=torch.int32)
+        pieces = ends if ends is None else Pieces(borders, ends, ends, 1)
+        return (chunk_hgrn2_sharded(qfv, b, lambda state, *_: lambda: torch.zeros_like(state), pieces=pieces),)
+
+    expected = torch.autograd.grad(sum((3 * x).sum() for x in results()), v)[0]
+    changed = results()
+    for x in changed:
+        x *= 3
+    assert torch.equal(torch.autograd.grad(sum(x.sum() for x in changed), v)[0], expected)
 
 
 def test_autocast_changes_nothing():

@@ -135,6 +135,22 @@ def test_strided_views(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_backward_that_saved_the_state_does_not_compute_with_the_next_one(path):
+    q, f, v, b, state = make_inputs(2, 3, 2, 16, 16)
+    device = "cuda" if CUDA and path == "triton" else "cpu"
+    q, f, v, b, state = (x.to(device) for x in (q, f, v, b, state))
+    o, _ = chunk_hgrn2(q.requires_grad_(), f, v, b, initial_state=state)
+    new = [x[:, :1].detach() for x in (q, f, v)]
+    if CUDA or path == "torch":
+        with torch.no_grad():
+            step_hgrn2(*new, b, state)
+    else:
+        step(path, *new, b, state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_rounding_of_an_almost_open_gate_does_not_build_up(path):
     # a constant gate is rounded the same way at each token: without care the state is off by 8e-6
     T, K = 400, 16

@@ -244,11 +244,22 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         return masks | {HGRN2: padding_of(attention_mask, inputs_embeds.shape[1])}
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        cache=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
-        """Leave out the tokens that the cache of a pure model has seen. transformers does it for other caches."""
+        """Leave out the tokens that the cache of a pure model has seen. transformers does it for other caches.
+
+        transformers reads from the arguments' names that a prompt of embeddings is taken.
+        """
         if is_first_iteration and next_sequence_length is None:
-            seen, length = tokens_in(cache), input_ids.shape[1]
+            prompt = input_ids if inputs_embeds is None else inputs_embeds
+            seen, length = tokens_in(cache), prompt.shape[1]
             if 0 < seen < length and (attention_mask is None or attention_mask.shape[1] == length):
                 next_sequence_length = length - seen
         return super().prepare_inputs_for_generation(
@@ -256,6 +267,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
             next_sequence_length=next_sequence_length,
             cache=cache,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
