@@ -4,6 +4,7 @@ The weights are drawn once for one process, and each rank takes its slices of th
 tensors. So every layout can be compared with one process, parameter by parameter.
 """
 
+import atexit
 import functools
 import importlib.util
 import os
@@ -73,8 +74,15 @@ def start_megatron(tp: int = 1, cpu_mode: bool = False, pp: int = 1):
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    atexit.register(leave)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
+
+
+def leave():
+    """Destroy the process groups. A process whose groups still have threads at its end can abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def build_model(
