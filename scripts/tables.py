@@ -176,9 +176,16 @@ TABLES = {
     ),
     "ablations-positions": (
         "2026-11-30-ablations#positions",
-        ["tokens before", "HGRN2, 2 seeds", "HGRN2 hybrid 1:1, 2 seeds", "HGRN2 hybrid, 2 seeds", "HGRN2 hybrid 5:1"]
-        + ["HGRN2 hybrid without positions, 2 seeds"],
+        ["tokens before", "HGRN2, 2 seeds"]
+        + [f"HGRN2 hybrid{kind}, 2 seeds" for kind in (" 1:1", "", " 5:1", " without positions")],
     ),
+    "ratios": (
+        "2026-11-30-ratios",
+        ["mixer", "parameters", "seeds", "tokens/s"]
+        + [f"{what}, {n} tokens" for n in ("2,048", "32,768") for what in ("all held-out", "between seeds")],
+    ),
+    "ratios-positions": ("2026-11-30-ratios#positions", None),
+    "ratios-long-documents": ("2026-11-30-ratios#long documents", None),
     "beside-fla": (
         "2026-11-29-beside-fla",
         ["run", "parameters", "tokens/s", "mean loss at the end", "mean distance", "held-out bits per byte"],

@@ -92,9 +92,12 @@ MODELS = {
     "hybrid-1-1": Model("HGRN2 hybrid 1:1", f"{HGRN2} --hgrn2-layer-pattern H*"),
     "hybrid-5-1": Model("HGRN2 hybrid 5:1", f"{HGRN2} --hgrn2-layer-pattern HHHHH*"),
     "hybrid-7-1": Model("HGRN2 hybrid 7:1", f"{HGRN2} --hgrn2-layer-pattern HHHHHHH*"),
-    # Attention layers that know positions only from the HGRN2 layers below them
+    # Attention layers that know positions only from the recurrent layers below them
     "hybrid-no-positions": Model(
         "HGRN2 hybrid without positions", f"{HGRN2} --hgrn2-layer-pattern HHH*", positions="none"
+    ),
+    "gdn-hybrid-no-positions": Model(
+        "gated delta net hybrid without positions", f"{GDN} --linear-attention-freq 4", (0.75, 0), positions="none"
     ),
     # Rotary positions with the base of Llama 3. The other models have Megatron's default, 10,000.
     "hybrid-rotary-base": Model(

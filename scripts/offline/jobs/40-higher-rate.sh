@@ -1,5 +1,5 @@
 # The ablations are done at 1e-3
-# seconds: 240
+# seconds: 260
 # needs: base data te
 # turn
 # each: hybrid hgrn2

@@ -1,4 +1,4 @@
-# Megatron's usual hybrid, beside the six models that are done
+# Megatron's usual hybrid, beside the models that are done
 # seconds: 1000
 # needs: base data te mamba
 # turn

@@ -1,7 +1,0 @@
-# What the hybrids of 16 layers are compared with
-# seconds: 240
-# needs: base data te
-# turn
-# each: hybrid-no-positions.2 hybrid-1-1.1 hybrid-1-1.2 attention.1 hgrn2.1 attention.2 hgrn2.2
-. scripts/offline/env.sh
-train ratios "${1%.*}" "${1#*.}" --size 100m --iterations 768 --lengths 2048 32768
