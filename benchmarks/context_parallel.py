@@ -173,6 +173,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds")
     report.add_option(parser)
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it with torchrun and one process for each GPU, as its first lines show")
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU, and the benchmark times GPUs")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl")
     cp = torch.distributed.get_world_size()

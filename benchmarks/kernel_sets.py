@@ -174,6 +174,8 @@ def main():
     chosen = [x for x in CASES if not args.only or any(word in x.name for word in args.only)]
     if args.list:
         return print(*chosen, sep="\n")
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU: --list is all that works here")
     print(f"{torch.cuda.get_device_name()}: a copy moves {ceilings()[0]:.2f} TB/s\n")
     print(HEAD, "|---" * (len(SHOWN) + 4) + "|", sep="\n")
     rows = []
