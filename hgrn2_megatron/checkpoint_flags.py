@@ -18,8 +18,11 @@ ATTENTION_FLAGS = {
     "--kv-channels": "kv_channels",
     "--add-qkv-bias": "add_qkv_bias",
     "--qk-layernorm": "qk_layernorm",
+    "--qk-l2-norm": "qk_l2_norm",
     "--rotary-base": "rotary_base",
     "--rotary-percent": "rotary_percent",
+    "--rotary-interleaved": "rotary_interleaved",
+    "--rotary-seq-len-interpolation-factor": "rotary_seq_len_interpolation_factor",
 }
 # The same of multi-latent attention, in addition to those of all attention layers
 LATENT_FLAGS = {
@@ -38,6 +41,8 @@ POSITION_FLAGS = (
     "--position-embedding-type",
     "--rotary-base",
     "--rotary-percent",
+    "--rotary-interleaved",
+    "--rotary-seq-len-interpolation-factor",
     "--rope-type",
     "--rotary-scaling-factor",
     "--mscale",

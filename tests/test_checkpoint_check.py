@@ -159,6 +159,7 @@ def test_a_hybrid_model_takes_the_weights_of_the_same_positions(tmp_path, monkey
             "--untie-embeddings-and-output-weights is False here and True in",
         ),
         ({"num_attention_heads": 8}, "--num-attention-heads is 4 here and 8 in"),
+        ({"qk_l2_norm": True}, "--qk-l2-norm is False here and True in"),
     ],
 )
 def test_another_hgrn2_model_is_refused_by_name(theirs, message):
@@ -169,7 +170,15 @@ def test_another_hgrn2_model_is_refused_by_name(theirs, message):
     checkpoint_check.check(args_of(hgrn2_layer_pattern="H*"), args_of(hgrn2_layer_pattern="H*H*"), distributed=True)
 
 
-@pytest.mark.parametrize("changes", [{"rotary_base": 500}, {"position_embedding_type": "none"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotary_base": 500},
+        {"position_embedding_type": "none"},
+        {"rotary_interleaved": True},
+        {"rotary_seq_len_interpolation_factor": 2},
+    ],
+)
 def test_other_positions_are_given_on_purpose(changes):
     flag = "--" + next(iter(changes)).replace("_", "-")
     for here, saved in ((args_of, args_of), (lambda **more: stack_of("M-M-*-M-", **more), args_of)):
