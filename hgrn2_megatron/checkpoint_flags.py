@@ -12,6 +12,21 @@ BLOCK_FLAGS = {
     "--multi-latent-attention": "multi_latent_attention",
     "--experimental-attention-variant": "experimental_attention_variant",
 }
+# Flag -> attribute, for positions: they change the function of attention layers and no shapes. Then the same for those
+# of multi-latent attention alone.
+ROTARY_FLAGS = {
+    "--rotary-base": "rotary_base",
+    "--rotary-percent": "rotary_percent",
+    "--rotary-interleaved": "rotary_interleaved",
+    "--rotary-seq-len-interpolation-factor": "rotary_seq_len_interpolation_factor",
+}
+LATENT_ROTARY_FLAGS = {
+    "--rope-type": "rope_type",
+    "--rotary-scaling-factor": "rotary_scaling_factor",
+    "--mscale": "mscale",
+    "--mscale-all-dim": "mscale_all_dim",
+}
+POSITION_FLAGS = ("--position-embedding-type", *ROTARY_FLAGS, *LATENT_ROTARY_FLAGS)
 # Flag -> attribute, for the flags that decide the shapes and the meaning of the weights of attention layers.
 ATTENTION_FLAGS = {
     "--num-attention-heads": "num_attention_heads",
@@ -19,11 +34,7 @@ ATTENTION_FLAGS = {
     "--add-qkv-bias": "add_qkv_bias",
     "--qk-layernorm": "qk_layernorm",
     "--qk-l2-norm": "qk_l2_norm",
-    "--rotary-base": "rotary_base",
-    "--rotary-percent": "rotary_percent",
-    "--rotary-interleaved": "rotary_interleaved",
-    "--rotary-seq-len-interpolation-factor": "rotary_seq_len_interpolation_factor",
-}
+} | ROTARY_FLAGS
 # The same of multi-latent attention, in addition to those of all attention layers
 LATENT_FLAGS = {
     "--q-lora-rank": "q_lora_rank",
@@ -31,23 +42,7 @@ LATENT_FLAGS = {
     "--qk-head-dim": "qk_head_dim",
     "--qk-pos-emb-head-dim": "qk_pos_emb_head_dim",
     "--v-head-dim": "v_head_dim",
-    "--rope-type": "rope_type",
-    "--rotary-scaling-factor": "rotary_scaling_factor",
-    "--mscale": "mscale",
-    "--mscale-all-dim": "mscale_all_dim",
-}
-# Flags that change the function of attention layers and no shapes
-POSITION_FLAGS = (
-    "--position-embedding-type",
-    "--rotary-base",
-    "--rotary-percent",
-    "--rotary-interleaved",
-    "--rotary-seq-len-interpolation-factor",
-    "--rope-type",
-    "--rotary-scaling-factor",
-    "--mscale",
-    "--mscale-all-dim",
-)
+} | LATENT_ROTARY_FLAGS
 # Flag -> attribute, for the sizes on which the state of a distributed optimizer may depend
 SIZE_FLAGS = {
     "--tensor-model-parallel-size": "tensor_model_parallel_size",

@@ -29,6 +29,9 @@ WAYS = ["forward", "alone", "in a row", "in a graph"]
 MQAR = ["width", "mixer", "state", "learned", "learning rate", *(f"{pairs} pairs" for pairs in (4, 8, 16, 32, 64))]
 FLA_MODEL = ["run", "model", "ms", "kernels ms", "products ms", "tokens/s", "times as fast", "peak GiB"]
 ALL_HELD_OUT = ["all held-out, 2,048 tokens", "all held-out, 32,768 tokens"]
+SEVERAL_SEEDS = ["mixer", "parameters", "seeds", "tokens/s"] + [
+    f"{what}, {n} tokens" for n in ("2,048", "32,768") for what in ("all held-out", "between seeds")
+]
 TABLES = {
     "throughput": ("2026-11-27-throughput", ["run", "tokens/s", "relative to attention", "peak GiB"]),
     "throughput-32768": (
@@ -169,21 +172,13 @@ TABLES = {
         "2026-11-29-six-mixers",
         ["mixer", "parameters", "learning rate", "seconds", "tokens/s", "held-out bits per byte", *ALL_HELD_OUT],
     ),
-    "ablations": (
-        "2026-11-30-ablations",
-        ["mixer", "parameters", "seeds", "tokens/s"]
-        + [f"{what}, {n} tokens" for n in ("2,048", "32,768") for what in ("all held-out", "between seeds")],
-    ),
+    "ablations": ("2026-11-30-ablations", SEVERAL_SEEDS),
     "ablations-positions": (
         "2026-11-30-ablations#positions",
         ["tokens before", "HGRN2, 2 seeds"]
         + [f"HGRN2 hybrid{kind}, 2 seeds" for kind in (" 1:1", "", " 5:1", " without positions")],
     ),
-    "ratios": (
-        "2026-11-30-ratios",
-        ["mixer", "parameters", "seeds", "tokens/s"]
-        + [f"{what}, {n} tokens" for n in ("2,048", "32,768") for what in ("all held-out", "between seeds")],
-    ),
+    "ratios": ("2026-11-30-ratios", SEVERAL_SEEDS),
     "ratios-positions": ("2026-11-30-ratios#positions", None),
     "ratios-long-documents": ("2026-11-30-ratios#long documents", None),
     "beside-fla": (

@@ -7,8 +7,7 @@ A line of the table has the runs of a model that differ in the seed only: the me
 between the highest and the lowest held-out loss. The held-out bits per byte are those of the last evaluation. The
 picture shows each model at its best learning rate, as the mean over its seeds with a band from the lowest to the
 highest. The second table has the losses of the same runs by position, and the third those in the beginnings of the
-documents that alone fill a sequence. Seconds count training iterations, without
-evaluations and checkpoints.
+documents that alone fill a sequence. Seconds count training iterations, without evaluations and checkpoints.
 
 --earlier adds the runs of JSON files that this program wrote before. Runs on another build of the corpus get lines of
 their own, because their samples of held-out documents differ.

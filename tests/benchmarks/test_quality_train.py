@@ -218,54 +218,6 @@ def test_the_held_out_loss_counts_every_token_once(data, runs):
     assert all(len(x["by_position"]) == 64 for one in by_length for x in (one, one["long_documents"]))
 
 
-def test_a_held_out_loss_is_that_of_one_pass():
-    import torch
-
-    sys.path.append(str(FOLDER))
-    import megatron_run
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
-
-        def forward(self, tokens, positions, mask, labels):
-            assert mask is None and not self.training and torch.equal(positions[0], torch.arange(tokens.shape[1]))
-            assert torch.equal(tokens[:, 1:], labels[:, :-1])
-            self.seen.append(labels)
-            return labels.float()
-
-    model, tokens = Model(), torch.arange(40 * 1024 + 700)
-    found = megatron_run.losses_by_position(model, megatron_run.joined([tokens[:9], tokens[9:]], 1024))
-    assert found["sequences"] == 40 and found["loss"] == (1 + 40 * 1024) / 2 and model.training
-    # two batches of one shape, of which the second repeats its last sequence
-    assert [labels.shape for labels in model.seen] == [(32, 1024), (32, 1024)]
-    assert torch.equal(torch.cat(model.seen)[:40].flatten(), tokens[1 : 40 * 1024 + 1])
-    # the first of the 64 parts is 16 positions, of 40 sequences
-    assert found["by_position"][0] == 8.5 + 1024 * 39 / 2
-    with pytest.raises(ValueError, match="sequences of 1024"):
-        megatron_run.joined([tokens[:1024]], 1024)
-
-
-def test_the_beginnings_of_long_documents_are_measured_alone():
-    import torch
-
-    sys.path.append(str(FOLDER))
-    import megatron_run
-
-    class Model(torch.nn.Linear):
-        def forward(self, tokens, positions, mask, labels):
-            return labels.float()
-
-    documents = [torch.arange(start, start + size) for start, size in ((0, 65), (1000, 64), (5000, 300))]
-    assert megatron_run.beginnings(documents, 64).tolist() == [list(range(65)), list(range(5000, 5065))]
-    found = megatron_run.by_length(Model(1, 1), documents, 64)
-    # all documents have 429 tokens, which are 6 sequences and their last labels
-    assert found["length"] == 64 and found["sequences"] == 6
-    assert found["long_documents"]["sequences"] == 2 and found["long_documents"]["loss"] == 32.5 + 2500
-    assert "long_documents" not in megatron_run.by_length(Model(1, 1), documents, 300)
-
-
 def test_a_run_goes_on_where_it_stopped(data, runs, tmp_path):
     pieces = ("hgrn2", "--evaluations", 2)
     assert train(data, tmp_path, *pieces, "--", "--exit-interval", 8).endswith("call it again\n")
